@@ -1,0 +1,1 @@
+"""svdbank: a base model is decomposed once; every adapter after that is a lookup."""

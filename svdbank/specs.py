@@ -1,0 +1,117 @@
+"""Frozen descriptions passed between the layers, and their strict JSON form.
+
+Every file of a bank that is JSON decodes into one of these types: an unknown or missing field, or a value of another type, is an
+error before anything is used.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from svdbank.errors import SvdbankError
+
+Side = Literal["both", "left"]
+StoredDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every description: immutable, comparable, strict when decoded."""
+
+
+class TensorSource(Struct):
+    """One tensor of a checkpoint file: where its bytes lie and how to read them.
+
+    ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …).
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+class WeightSpec(Struct):
+    """One matrix to decompose, as a module of the loaded model sees it.
+
+    Attributes
+    ----------
+    name
+        Key in the bank, e.g. ``model.layers.0.self_attn.q_proj.weight``.
+    module
+        Dotted path of the module that owns it.
+    kind
+        ``linear``, ``embedding`` or ``head``.
+    family
+        Slug shared by the weights of the same role and shape; ``[a-z0-9._-]+``.
+    out_features, in_features
+        Shape of the matrix decomposed, after ``operation``.
+    dtype
+        safetensors' dtype name of the stored bytes.
+    operation
+        How the matrix comes from its sources: ``as_is`` or ``transpose``.
+    layer, expert
+        Index in the model where the name has one.
+    """
+
+    name: str
+    module: str
+    kind: Literal["linear", "embedding", "head"]
+    family: str
+    out_features: int
+    in_features: int
+    dtype: str
+    sources: tuple[TensorSource, ...]
+    operation: Literal["as_is", "transpose"] = "as_is"
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def rank_full(self) -> int:
+        """``min(out, in)``."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(source.nbytes for source in self.sources)
+
+
+class Skip(Struct):
+    """A tensor left out, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class SourceFile(Struct):
+    """One weight file of a checkpoint. ``identity`` is the Hub's file id, or size and time of a local file."""
+
+    name: str
+    size: int
+    identity: str
+
+
+T = TypeVar("T")
+
+
+def to_json(value: object, *, indent: int = 0) -> bytes:
+    """Deterministic JSON: keys in declaration order, floats in shortest exact form, one trailing newline."""
+    data = msgspec.json.encode(value)
+    return (msgspec.json.format(data, indent=indent) if indent else data) + b"\n"
+
+
+def from_json(data: bytes, kind: type[T], *, where: str, error: type[SvdbankError]) -> T:
+    """Decode strictly into ``kind``; ``error`` names the place and the field that does not fit."""
+    try:
+        return msgspec.json.decode(data, type=kind, strict=True)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as cause:
+        raise error(f"{where}: not a valid {kind.__name__}: {cause}") from cause
