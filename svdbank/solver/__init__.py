@@ -1,0 +1,19 @@
+"""Certified minor singular triplets of one matrix. Tensors in, a Basis out; knows nothing of files, models or banks."""
+
+from svdbank.solver.batch import minor_bases
+from svdbank.solver.gates import residual_check
+from svdbank.solver.planning import PATHS, choose_path, flops, peak_bytes
+from svdbank.solver.solve import canonical_signs, minor_basis
+from svdbank.solver.threads import pinned_threads
+
+__all__ = [
+    "PATHS",
+    "canonical_signs",
+    "choose_path",
+    "flops",
+    "minor_bases",
+    "minor_basis",
+    "peak_bytes",
+    "pinned_threads",
+    "residual_check",
+]

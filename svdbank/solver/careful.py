@@ -1,0 +1,41 @@
+"""Careful paths for ill-conditioned and rank-deficient weights: they never square the condition number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdbank.solver.contract import LAPACK_LIMIT, Block, Candidate, Failure
+
+
+def solve_lq(matrix: Tensor, rank: int, principal: int) -> Candidate | Failure:
+    """``Mᵀ = Q F`` (Householder), then the SVD of the k × k factor ``Fᵀ``: backward stable, whatever κ is."""
+    k = matrix.shape[0]
+    if 4 * k * k + 7 * k > LAPACK_LIMIT:
+        return Failure(f"k = {k} exceeds LAPACK's 32-bit workspace for gesdd")
+    orthonormal, factor = torch.linalg.qr(matrix.to(torch.float64).mT)  # (n, k), (k, k)
+    short, sigma, inner = torch.linalg.svd(factor.mT)  # Fᵀ = short Σ inner
+    return _ends(short, sigma, inner.mT, rank, principal, orthonormal)
+
+
+def solve_svd(matrix: Tensor, rank: int, principal: int) -> Candidate | Failure:
+    """The reduced SVD of the whole weight in float64, the method of last resort."""
+    k = matrix.shape[0]
+    if 4 * k * k + 7 * k > LAPACK_LIMIT:
+        return Failure(f"k = {k} exceeds LAPACK's 32-bit workspace for gesdd")
+    short, sigma, long = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    return _ends(short, sigma, long.mT, rank, principal, None)
+
+
+def _ends(short: Tensor, sigma: Tensor, long: Tensor, rank: int, principal: int, frame: Tensor | None) -> Candidate:
+    """Both ends of a full decomposition with σ descending; ``frame`` maps ``long`` back to n dimensions."""
+
+    def block(columns: Tensor) -> Block:
+        chosen = long[:, columns]
+        return Block(short[:, columns], chosen if frame is None else frame @ chosen, sigma[columns])
+
+    k = sigma.shape[0]
+    minor = block(torch.arange(k - 1, k - 1 - rank, -1, device=sigma.device))
+    top = block(torch.arange(principal, device=sigma.device)) if principal else None
+    following = sigma[k - 1 - rank].item() if rank < k else None
+    return Candidate(minor, top, following, sigma[-1].item(), sigma[0].item(), sigma.flip(0), None)

@@ -1,0 +1,60 @@
+"""What every method takes and gives: a weight seen from its short side in, a candidate or a failure out.
+
+All methods work on ``M`` of shape (k, n) with k ≤ n: the weight itself where out ≤ in, else its transpose as a view. ``short``
+vectors live in the k rows of M, ``long`` vectors in its n columns; ``minor_basis`` names them left and right.
+Failure is a value: a method that cannot serve a matrix says so and the next one is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+#: LAPACK counts workspace in 32-bit integers. ``syevd`` wants 2k² + 6k + 1 entries, ``gesdd`` 4k² + 7k.
+LAPACK_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """Singular triplets as columns: ``short`` (k, s), ``long`` (n, s), ``sigma`` (s,)."""
+
+    short: Tensor
+    long: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a method claims, before the gates have judged it.
+
+    Attributes
+    ----------
+    minor
+        The ``rank`` triplets of the smallest singular values, ascending.
+    principal
+        The triplets of the largest singular values, descending; None when none were asked for.
+    sigma_next
+        σ_{R+1}; None when the block holds all.
+    sigma_min, sigma_max
+        Ends of the spectrum.
+    spectrum
+        All k singular values ascending where the method computed them, else None.
+    gram
+        ``M Mᵀ`` (k, k), needed to prove completeness where the spectrum is not known.
+    """
+
+    minor: Block
+    principal: Block | None
+    sigma_next: float | None
+    sigma_min: float
+    sigma_max: float
+    spectrum: Tensor | None
+    gram: Tensor | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a method has no candidate to offer."""
+
+    reason: str
