@@ -6,6 +6,7 @@ error before anything is used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import msgspec
@@ -98,6 +99,73 @@ class SourceFile(Struct):
     name: str
     size: int
     identity: str
+
+
+class BaseSpec(Struct):
+    """Which model a bank describes: ``name`` and ``revision`` are for people, the digests decide."""
+
+    name: str
+    revision: str | None
+    config_digest: str
+
+
+class BuildOptions(Struct):
+    """What a build was asked for. ``rank`` is clamped for weights that allow less; ``all`` is every triplet."""
+
+    rank: int | Literal["all"]
+    side: Side
+    dtype: StoredDtype
+    solver: str
+    principal: int
+
+
+class FamilySpec(Struct):
+    """Weights of one role and shape, stacked along one axis. ``rank`` is what the bank stores of each, after clamping."""
+
+    name: str
+    kind: Literal["linear", "embedding", "head"]
+    out_features: int
+    in_features: int
+    rank: int
+    principal: int
+    weights_per_shard: int
+    weights: tuple[str, ...]
+
+
+class ShardSpec(Struct):
+    """The unit of work, record, resume and repair: ``weights[start:stop]`` of a family, solved on ``path`` with ``threads``."""
+
+    family: str
+    index: int
+    start: int
+    stop: int
+    path: str
+    threads: int
+
+
+class Plan(Struct):
+    """What a build will do, from headers alone. Fixes every byte of the bank; frozen into it."""
+
+    format: Literal[1]
+    base: BaseSpec
+    options: BuildOptions
+    families: tuple[FamilySpec, ...]
+    shards: tuple[ShardSpec, ...]
+    skips: tuple[Skip, ...]
+
+
+class Progress(Struct):
+    """One step of a long call, for whoever shows it: ``done`` of ``total`` ``unit`` of ``stage``, now at ``item``."""
+
+    stage: str
+    done: float
+    total: float
+    unit: str
+    item: str = ""
+
+
+#: What a long call reports to.
+ProgressCallback = Callable[[Progress], None]
 
 
 T = TypeVar("T")

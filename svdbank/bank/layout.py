@@ -1,0 +1,135 @@
+"""Bank format 1: which files a bank has, what stands in them, and how the arrays are cut.
+
+``docs/format.md`` is the normative text; this module is its implementation.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal
+
+from svdbank.basis import Certificate
+from svdbank.specs import BaseSpec, BuildOptions, FamilySpec, Struct
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+RECORDS = "records"
+LOG = "build.log.jsonl"
+
+#: Singular triplets in one inner chunk: a rank-16 lookup reads one, a rank-1 lookup reads sixteen times too much of very little.
+RANK_CHUNK = 16
+
+#: Families up to this size get a file a weight; larger ones (experts) share files, so that counts stay inside the Hub's limits.
+SINGLE_SHARD_WEIGHTS = 128
+
+#: Aim for shared shards, bytes per array.
+SHARD_BYTES = 64 << 20
+
+#: numpy dtype of the stored vectors, and the Zarr fill value that makes a lost chunk visible. bfloat16 is kept as its bits.
+STORED = {"float32": ("float32", "NaN"), "float16": ("float16", "NaN"), "bfloat16": ("uint16", 0x7FC0)}
+
+
+class FileRecord(Struct):
+    """One file: size and sha256; of a shard also the bytes of an inner chunk and each one's crc32c, in file order."""
+
+    size: int
+    sha256: str
+    chunk_bytes: int
+    chunks: tuple[int, ...]
+
+
+class WeightRecord(Struct):
+    """One weight in the index. ``dtype`` and ``source_sha256`` describe the base's stored bytes."""
+
+    name: str
+    module: str
+    layer: int | None
+    expert: int | None
+    dtype: str
+    source_sha256: str
+    certificate: Certificate
+
+
+class ShardRecord(Struct):
+    """Written when a shard's files are durable; folded into the index at publish.
+
+    ``files`` maps array name to its file in this shard. ``sigma``, ``probe`` (and ``principal_sigma``) become arrays at publish.
+    """
+
+    family: str
+    index: int
+    weights: tuple[WeightRecord, ...]
+    files: dict[str, FileRecord]
+    sigma: tuple[tuple[float, ...], ...]
+    principal_sigma: tuple[tuple[float, ...], ...]
+    probe: tuple[tuple[float, ...], ...]
+
+
+class FamilyIndex(Struct):
+    """A published family: its shape, its weights in array order, its data files by array and shard, its metadata files."""
+
+    spec: FamilySpec
+    weights: tuple[WeightRecord, ...]
+    files: dict[str, tuple[FileRecord, ...]]
+    metadata: dict[str, FileRecord]
+
+
+class Index(Struct):
+    """Everything a lookup needs to find and check bytes."""
+
+    families: tuple[FamilyIndex, ...]
+
+
+class Manifest(Struct):
+    """What makes a bank complete. ``files`` holds size and sha256 of the index, the plans and the root metadata."""
+
+    format: Literal[1]
+    created_by: str
+    base: BaseSpec
+    base_digest: str
+    options: BuildOptions
+    weights: int
+    nbytes: int
+    index: str
+    plans: tuple[str, ...]
+    files: dict[str, FileRecord]
+
+
+def plan_name(generation: int) -> str:
+    """File name of the plan of the first build (0) or of the n-th extension."""
+    return "plan.json" if generation == 0 else f"plan-{generation}.json"
+
+
+def weights_per_shard(count: int, *, out_features: int, in_features: int, rank: int, itemsize: int) -> int:
+    """How many weights of a family of ``count`` share a data file: a static rule, part of what fixes the bytes."""
+    if count <= SINGLE_SHARD_WEIGHTS:
+        return 1
+    each = rank_extent(rank) * max(out_features, in_features) * itemsize
+    return max(1, min(count, SHARD_BYTES // each))
+
+
+def rank_extent(rank: int) -> int:
+    """Rank axis of a shard: a whole number of inner chunks."""
+    return ceil(rank / RANK_CHUNK) * RANK_CHUNK
+
+
+def vector_arrays(family: FamilySpec, side: str) -> dict[str, tuple[int, int]]:
+    """Arrays of singular vectors of a family: name → (stored rank, length of a vector)."""
+    arrays = {"left": (family.rank, family.out_features)}
+    if side == "both":
+        arrays["right"] = (family.rank, family.in_features)
+    if family.principal:
+        arrays["principal_left"] = (family.principal, family.out_features)
+        if side == "both":
+            arrays["principal_right"] = (family.principal, family.in_features)
+    return arrays
+
+
+def shard_file(family: str, array: str, shard: int) -> str:
+    """Path of a data file inside the bank."""
+    return f"{family}/{array}/c/{shard}/0/0"
+
+
+def record_file(family: str, shard: int) -> str:
+    """Path of a shard's record while the bank is being built."""
+    return f"{RECORDS}/{family}/{shard}.json"

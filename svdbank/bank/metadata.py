@@ -1,0 +1,82 @@
+"""Which Zarr metadata a bank may contain.
+
+Zarr metadata comes from strangers and selects code to run (codecs, filters). It is decoded into these strict types before zarr sees
+it: version 3 only, no consolidated metadata (zarr would believe it over the children), and only the codecs and types a bank uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from svdbank.errors import DamageError
+from svdbank.specs import Struct, from_json
+
+
+class _BytesOptions(Struct):
+    endian: Literal["little"]
+
+
+class _BytesCodec(Struct, tag_field="name", tag="bytes"):
+    configuration: _BytesOptions | None = None
+
+
+class _Crc32cCodec(Struct, tag_field="name", tag="crc32c"):
+    configuration: None = None
+
+
+class _ShardingOptions(Struct):
+    chunk_shape: tuple[int, ...]
+    codecs: tuple[_BytesCodec | _Crc32cCodec, ...]
+    index_codecs: tuple[_BytesCodec | _Crc32cCodec, ...]
+    index_location: Literal["end"]
+
+
+class _ShardingCodec(Struct, tag_field="name", tag="sharding_indexed"):
+    configuration: _ShardingOptions
+
+
+class _GridOptions(Struct):
+    chunk_shape: tuple[int, ...]
+
+
+class _Grid(Struct):
+    name: Literal["regular"]
+    configuration: _GridOptions
+
+
+class _KeyOptions(Struct):
+    separator: Literal["/"]
+
+
+class _Keys(Struct):
+    name: Literal["default"]
+    configuration: _KeyOptions
+
+
+class ArrayMetadata(Struct, tag_field="node_type", tag="array"):
+    """``zarr.json`` of an array."""
+
+    zarr_format: Literal[3]
+    shape: tuple[int, ...]
+    data_type: Literal["float64", "float32", "float16", "uint16", "uint8", "int32"]
+    chunk_grid: _Grid
+    chunk_key_encoding: _Keys
+    fill_value: float | int | str
+    codecs: tuple[_BytesCodec | _Crc32cCodec | _ShardingCodec, ...]
+    dimension_names: tuple[str, ...]
+    attributes: dict[str, Any] = msgspec.field(default_factory=dict)
+    storage_transformers: tuple[()] = ()
+
+
+class GroupMetadata(Struct, tag_field="node_type", tag="group"):
+    """``zarr.json`` of a group."""
+
+    zarr_format: Literal[3]
+    attributes: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+def checked_metadata(data: bytes, *, where: str) -> ArrayMetadata | GroupMetadata:
+    """Decode a ``zarr.json``; raises :class:`DamageError` for anything a bank of this format would not contain."""
+    return from_json(data, ArrayMetadata | GroupMetadata, where=where, error=DamageError)  # type: ignore[arg-type]

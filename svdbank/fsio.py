@@ -1,0 +1,200 @@
+"""Every change svdbank makes to a disk goes through here.
+
+Three reasons: what is written is fsynced and appears whole; a name from outside cannot lead out of its folder; and tests can stop
+the program, or make it fail, before any single operation (:func:`observe`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import filelock
+import msgspec
+
+from svdbank.errors import LockedError, OptionError, SvdbankError
+
+#: Called before each operation with its name and path; may raise. See :func:`observe`.
+_observers: list[Callable[[str, Path], None]] = []
+
+#: Suffix of files not yet renamed into place. Whoever finds one may delete it.
+TEMPORARY = ".tmp"
+
+
+@contextlib.contextmanager
+def observe(observer: Callable[[str, Path], None]) -> Iterator[None]:
+    """Call ``observer(operation, path)`` before every operation; what it raises stops that operation.
+
+    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _about_to(operation: str, path: Path) -> None:
+    for observer in _observers:
+        observer(operation, path)
+
+
+def write_new(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that does not exist yet and fsync it. The caller fsyncs the folder and records the file."""
+    _about_to("create", path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        _about_to("write", path)
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        _about_to("fsync", path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write or replace a file so that a crash leaves the old one or the new one, whole: temporary, fsync, rename, fsync folder."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write_new(temporary, data)
+        replace(temporary, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            unlink(temporary)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename within one file system, over an existing file, and fsync the folder."""
+    _about_to("rename", target)
+    source.replace(target)
+    fsync_dir(target.parent)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append to a log. Not fsynced: a log is outside what a bank promises."""
+    _about_to("write", path)
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the entries of a folder durable. Windows has no such operation; there this does nothing."""
+    _about_to("fsync-dir", path)
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make every file and folder below ``folder``, and the folder, durable: for trees written by another library."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(root, name)
+            _about_to("fsync", path)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_dir(Path(root))
+
+
+def make_dirs(path: Path) -> None:
+    """Create a folder and its parents, durably."""
+    if path.is_dir():
+        return
+    make_dirs(path.parent)
+    _about_to("mkdir", path)
+    path.mkdir(exist_ok=True)
+    fsync_dir(path.parent)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file if it is there."""
+    _about_to("unlink", path)
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and what is in it, links not followed."""
+    _about_to("rmtree", path)
+    shutil.rmtree(path)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_join(root: Path, name: str, *, error: type[SvdbankError] = OptionError) -> Path:
+    """``root/name`` for a relative POSIX name from outside; refuses absolute names, drives, backslashes and ``..``."""
+    parts = name.split("/")
+    if (
+        not name
+        or any(part in ("", ".", "..") for part in parts)
+        or any(ch in name for ch in "\\:\0")
+        or PurePosixPath(name).is_absolute()
+    ):
+        raise error(f"{name!r} is not a plain relative file name")
+    return root.joinpath(*parts)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space for an ordinary user on the file system that holds ``path`` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+class _Owner(msgspec.Struct):
+    host: str
+    pid: int
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, purpose: str) -> Iterator[None]:
+    """Hold the writer's lock of a folder.
+
+    The lock is the operating system's (it ends with the process, however that ends); a file beside it names the owner, so that the
+    error can say who. Raises :class:`LockedError`.
+    """
+    make_dirs(folder)
+    path = folder / ".lock"
+    owner_path = folder / ".lock.owner"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as cause:
+        raise LockedError(
+            f"{folder}: another process is writing here{_describe(owner_path)}", hint="wait for it, or stop it"
+        ) from cause
+    try:
+        owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
+        yield
+    finally:
+        # Both go while the lock is held: filelock gives a waiter that locked the unlinked file another try.
+        owner_path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe(owner_path: Path) -> str:
+    try:
+        owner = msgspec.json.decode(owner_path.read_bytes(), type=_Owner)
+    except (OSError, msgspec.DecodeError):
+        return ""
+    return f" (process {owner.pid} on {owner.host})"
