@@ -1,0 +1,73 @@
+"""``config.json``: the few keys this package reads, checked by type, and a digest of what defines the model.
+
+Nothing from the file is ever passed on as keyword arguments, and nothing in it can make code run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from svdbank.errors import CheckpointError
+
+#: Keys that change without the model changing: where it was saved, by what, and in which dtype it is to be loaded.
+VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "_attn_implementation"})
+
+#: Nested configurations of the language part of multimodal models.
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What ``config.json`` says about the weights; a key that is absent is None or empty."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int | None
+    tied: bool | None
+    quantisation: dict[str, Any] | None
+
+
+def facts(config: dict[str, Any], where: str = "config.json") -> ModelFacts:
+    """Read the allow-listed keys; CheckpointError when one has a type it cannot have."""
+    quantisation = _typed(config, "quantization_config", dict, where)
+    text: dict[str, Any] = next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict)), {})
+    if quantisation is None:
+        quantisation = _typed(text, "quantization_config", dict, where)
+    tied = _typed(config, "tie_word_embeddings", bool, where)
+    vocab = _typed(config, "vocab_size", int, where)
+    architectures = _typed(config, "architectures", list, where) or []
+    if not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{where}: 'architectures' must be a list of strings")
+    return ModelFacts(
+        model_type=_typed(config, "model_type", str, where) or "",
+        architectures=tuple(architectures),
+        vocab_size=vocab if vocab is not None else _typed(text, "vocab_size", int, where),
+        tied=tied if tied is not None else _typed(text, "tie_word_embeddings", bool, where),
+        quantisation=quantisation,
+    )
+
+
+def digest(config: dict[str, Any]) -> str:
+    """sha256 hex over canonical JSON of the configuration without its :data:`VOLATILE` keys, at any depth."""
+    text = json.dumps(_stable(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _stable(item) for key, item in value.items() if key not in VOLATILE}
+    if isinstance(value, list):
+        return [_stable(item) for item in value]
+    return value
+
+
+def _typed(config: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    value = config.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise CheckpointError(f"{where}: {key!r} must be {kind.__name__}, found {type(value).__name__}")
+    return value
