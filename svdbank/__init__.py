@@ -1,1 +1,92 @@
-"""svdbank: a base model is decomposed once; every adapter after that is a lookup."""
+"""svdbank: a base model is decomposed once; every adapter after that is a lookup.
+
+>>> import svdbank
+>>> bank = svdbank.build("org/model")        # once
+>>> bank = svdbank.open("org/model")         # ever after
+>>> bank["model.layers.0.self_attn.q_proj.weight"].left(16)   # U[:, -16:], as MiCA wants it
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from svdbank.errors import (
+    BankError,
+    BankNotFoundError,
+    CheckpointError,
+    DamageError,
+    LockedError,
+    MissingExtraError,
+    NotFiniteError,
+    OptionError,
+    SolverError,
+    SvdbankError,
+    WrongBaseError,
+)
+
+if TYPE_CHECKING:
+    from svdbank.adapter.initialisation import init as init
+    from svdbank.bank.reading import Bank as Bank
+    from svdbank.bank.reading import StoredBasis as StoredBasis
+    from svdbank.basis import Basis as Basis
+    from svdbank.basis import Certificate as Certificate
+    from svdbank.demonstration import demo as demo
+    from svdbank.environment import env as env
+    from svdbank.pipeline.building import build as build
+    from svdbank.pipeline.locating import ls as ls
+    from svdbank.pipeline.locating import open as open
+    from svdbank.pipeline.locating import rm as rm
+    from svdbank.pipeline.planning import plan as plan
+    from svdbank.specs import Progress as Progress
+    from svdbank.verification import info as info
+    from svdbank.verification import verify as verify
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded on first use, so that `import svdbank` costs no torch and no zarr.
+_LAZY = {
+    "Bank": "svdbank.bank.reading",
+    "Basis": "svdbank.basis",
+    "Certificate": "svdbank.basis",
+    "Progress": "svdbank.specs",
+    "StoredBasis": "svdbank.bank.reading",
+    "build": "svdbank.pipeline.building",
+    "demo": "svdbank.demonstration",
+    "env": "svdbank.environment",
+    "info": "svdbank.verification",
+    "init": "svdbank.adapter.initialisation",
+    "ls": "svdbank.pipeline.locating",
+    "open": "svdbank.pipeline.locating",
+    "plan": "svdbank.pipeline.planning",
+    "rm": "svdbank.pipeline.locating",
+    "verify": "svdbank.verification",
+}
+
+__all__ = [  # noqa: RUF022 - verbs and nouns first, then errors
+    *sorted(_LAZY),
+    "BankError",
+    "BankNotFoundError",
+    "CheckpointError",
+    "DamageError",
+    "LockedError",
+    "MissingExtraError",
+    "NotFiniteError",
+    "OptionError",
+    "SolverError",
+    "SvdbankError",
+    "WrongBaseError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'svdbank' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import zarr
@@ -93,8 +94,8 @@ class BankWriter:
                 return None
         return record
 
-    def write_shard(self, shard: ShardSpec, bases: Sequence[Basis], record: ShardRecord) -> None:
-        """Write the vectors of a shard's weights, then its record. ``record`` comes without ``files``; they are added here."""
+    def write_shard(self, shard: ShardSpec, bases: Sequence[Basis], record: ShardRecord) -> ShardRecord:
+        """Write the vectors of a shard's weights, then its record. ``record`` comes without ``files``; returned with them."""
         family = self._families[shard.family]
         files = {}
         for array in vector_arrays(family, self.plan.options.side):
@@ -105,16 +106,9 @@ class BankWriter:
             files[array] = self._store.written.pop(key)
         path = self.root / record_file(shard.family, shard.index)
         fsio.make_dirs(path.parent)
-        complete = ShardRecord(
-            family=record.family,
-            index=record.index,
-            weights=record.weights,
-            files=files,
-            sigma=record.sigma,
-            principal_sigma=record.principal_sigma,
-            probe=record.probe,
-        )
+        complete = msgspec.structs.replace(record, files=files)
         fsio.write_bytes(path, to_json(complete))
+        return complete
 
     def publish(self, *, base_digest: str, earlier: Index | None, earlier_plans: tuple[str, ...]) -> Manifest:
         """Fold the records into coordinate arrays and the index, then write the manifest and drop the records."""

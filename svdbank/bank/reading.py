@@ -1,0 +1,326 @@
+"""A published bank, opened for lookups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from svdbank.bank.layout import MANIFEST, STORED, FamilyIndex, FileRecord, Index, Manifest, WeightRecord, shard_file
+from svdbank.bank.store import BankStore
+from svdbank.basis import Certificate
+from svdbank.errors import BankError, BankNotFoundError, DamageError, OptionError
+from svdbank.specs import FamilySpec, from_json
+
+
+@dataclass(frozen=True)
+class StoredBasis:
+    """Minor triplets of one weight in a bank. Holding it reads nothing; each method reads what it returns.
+
+    Same methods and column order as :class:`svdbank.basis.Basis`.
+    """
+
+    bank: Bank
+    family: FamilySpec
+    record: WeightRecord
+    row: int
+
+    @property
+    def name(self) -> str:
+        """Key in the bank, e.g. ``model.layers.0.self_attn.q_proj.weight``."""
+        return self.record.name
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the module that owns the weight."""
+        return self.record.module
+
+    @property
+    def kind(self) -> str:
+        """``linear``, ``embedding`` or ``head``."""
+        return self.family.kind
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' dtype name of the base's stored bytes."""
+        return self.record.dtype
+
+    @property
+    def source_sha256(self) -> str:
+        """sha256 of the base's stored bytes of this weight."""
+        return self.record.source_sha256
+
+    @property
+    def certificate(self) -> Certificate:
+        """The numbers that prove this basis."""
+        return self.record.certificate
+
+    @property
+    def out_features(self) -> int:
+        return self.family.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.family.in_features
+
+    @property
+    def rank(self) -> int:
+        """Largest rank that can be read."""
+        return self.family.rank
+
+    def left(self, rank: int) -> Tensor:
+        """``U[:, -rank:]``, (out, rank), in PEFT's column order: the last column is the most minor direction."""
+        return self.bank.left([self.name], rank)[self.name]
+
+    def right(self, rank: int) -> Tensor:
+        """``V[:, -rank:]``, (in, rank), in the order of :meth:`left`."""
+        return self.bank.right([self.name], rank)[self.name]
+
+    def sigma(self, rank: int) -> Tensor:
+        """The ``rank`` smallest singular values, (rank,) float64, in the order of :meth:`left` (descending)."""
+        return self.bank.sigma([self.name], rank)[self.name]
+
+    def probe(self) -> Tensor:
+        """Values sampled from the weight, float64, at :func:`svdbank.probe.probe_indices`."""
+        return self.bank.probes([self.name])[self.name]
+
+
+class Bank:
+    """A published bank, read-only. Open one with :func:`svdbank.open` or :func:`open_bank`.
+
+    A mapping from weight names to :class:`StoredBasis`; the bulk reads take many names and cost a few array reads for a whole model.
+    Threads may share it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, index: Index) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.index = index
+        self._entries = {
+            record.name: StoredBasis(self, family.spec, record, row)
+            for family in index.families
+            for row, record in enumerate(family.weights)
+        }
+        self._store = BankStore(path, expected=_expected_files(index), read_only=True)
+        self._arrays: dict[str, Any] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All weight names, family by family."""
+        return tuple(self._entries)
+
+    @property
+    def rank(self) -> int:
+        """Largest rank stored for any weight; small weights are clamped to ``min(out, in)``."""
+        return max(family.spec.rank for family in self.index.families)
+
+    @property
+    def side(self) -> str:
+        """``both``, or ``left`` when right vectors are not stored."""
+        return self.manifest.options.side
+
+    @property
+    def dtype(self) -> str:
+        """Storage dtype of the vectors."""
+        return self.manifest.options.dtype
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Bank({str(self.path)!r}: {len(self)} weights of {self.manifest.base.name}, rank {self.rank}, {self.side}, {self.dtype})"
+
+    def __getitem__(self, name: str) -> StoredBasis:
+        try:
+            return self._entries[name]
+        except KeyError:
+            import difflib
+
+            close = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"svdbank info {self.path} lists what there is"
+            raise BankError(f"{self.path} has no weight {name!r}", hint=hint) from None
+
+    def left(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
+        """``U[:, -rank:]`` of each weight, (out, rank), in PEFT's column order. Raises OptionError for a rank not stored."""
+        return {name: rows.flip(0).mT for name, rows in self._vectors("left", names, rank)}
+
+    def right(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
+        """``V[:, -rank:]`` of each weight, (in, rank), in the order of :meth:`left`."""
+        if self.side != "both":
+            raise OptionError(f"{self.path} holds left vectors only", hint="build one with --side both")
+        return {name: rows.flip(0).mT for name, rows in self._vectors("right", names, rank)}
+
+    def sigma(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
+        """The ``rank`` smallest singular values of each weight, (rank,) float64, descending as the columns of :meth:`left`."""
+        return {name: rows.flip(0) for name, rows in self._vectors("sigma", names, rank)}
+
+    def probes(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Values sampled from each weight, float64, at :func:`svdbank.probe.probe_indices`."""
+        return dict(self._read("probe", names, None))
+
+    def base_digest(self, names: Iterable[str] | None = None) -> str:
+        """sha256 over names and source hashes of the given weights, by default all: identifies the base, whatever else it holds."""
+        return base_digest({name: self[name].source_sha256 for name in (self if names is None else names)})
+
+    def _vectors(self, array: str, names: Iterable[str], rank: int) -> Iterator[tuple[str, Tensor]]:
+        names = list(names)
+        for name in names:
+            if not 1 <= rank <= (stored := self[name].rank):
+                limit = min(self[name].out_features, self[name].in_features)
+                hint = f"its weight allows no more than {limit}" if rank > limit else f"build a bank with --rank {rank}"
+                raise OptionError(f"{self.path}: rank {rank} of {name} is outside 1..{stored}, the ranks stored", hint=hint)
+        return self._read(array, names, rank)
+
+    def _read(self, array: str, names: Iterable[str], rank: int | None) -> Iterator[tuple[str, Tensor]]:
+        """Rows of one array, each family's runs of neighbouring weights in one zarr read, in the order asked for."""
+        wanted = [self[name] for name in names]
+        found: dict[str, Tensor] = {}
+        for family in {basis.family.name for basis in wanted}:
+            rows = sorted({(basis.row, basis.name) for basis in wanted if basis.family.name == family})
+            for run in _runs(rows):
+                values = self._slice(f"{family}/{array}", run[0][0], run[-1][0] + 1, rank)
+                found.update({name: values[row - run[0][0]] for row, name in run})
+        for basis in wanted:
+            yield basis.name, found[basis.name]
+
+    def _slice(self, path: str, start: int, stop: int, rank: int | None) -> Tensor:
+        try:
+            if path not in self._arrays:
+                self._arrays[path] = zarr.open_array(self._store, path=path, mode="r", zarr_format=3)
+            array = self._arrays[path]
+            values = np.asarray(array[start:stop] if rank is None else array[start:stop, :rank])
+        except DamageError as damage:
+            raise DamageError(str(damage), hint=f"svdbank verify --data {self.path}") from damage
+        except (ValueError, KeyError, FileNotFoundError, RuntimeError) as cause:
+            # What zarr raises when a checksum, an index or a decoded size does not fit.
+            raise DamageError(f"{self.path / path}: {cause}", hint=f"svdbank verify --data {self.path}") from cause
+        if self.dtype == "bfloat16" and values.dtype == np.uint16:
+            return torch.from_numpy(values).view(torch.bfloat16)
+        return torch.from_numpy(values)
+
+
+def base_digest(source_hashes: dict[str, str]) -> str:
+    """sha256 over sorted (weight name, sha256 of its stored bytes). Extending a bank leaves the digest of any subset unchanged."""
+    digest = hashlib.sha256()
+    for name in sorted(source_hashes):
+        digest.update(f"{name}\0{source_hashes[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def open_bank(path: str | Path) -> Bank:
+    """Open a published bank folder.
+
+    Raises BankNotFoundError where there is none (or one whose build has not finished), DamageError when its manifest or index are
+    not the bytes that were published, BankError for a format this version does not know.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    index = from_json(
+        _recorded_bytes(root, manifest, manifest.index), Index, where=str(root / manifest.index), error=DamageError
+    )
+    _check_consistent(root, manifest, index)
+    return Bank(root, manifest, index)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a published bank; errors as :func:`open_bank`."""
+    path = root / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if (root / "plan.json").is_file():
+            raise BankNotFoundError(
+                f"{root}: this bank's build has not finished", hint="run the same svdbank build again: it resumes"
+            ) from None
+        raise BankNotFoundError(
+            f"{root}: no bank here", hint="svdbank ls shows the banks there are; svdbank build makes one"
+        ) from None
+    _check_format(data, path)
+    return from_json(data, Manifest, where=str(path), error=DamageError)
+
+
+def _check_format(data: bytes, path: Path) -> None:
+    """An unknown major version is told apart from damage before the strict decode."""
+    import msgspec
+
+    class _Version(msgspec.Struct):
+        format: int
+
+    version = from_json(data, _Version, where=str(path), error=DamageError).format
+    if version != 1:
+        raise BankError(f"{path}: format {version}; this svdbank reads format 1", hint="pip install -U svdbank")
+
+
+def _recorded_bytes(root: Path, manifest: Manifest, name: str) -> bytes:
+    record = manifest.files.get(name)
+    if record is None or "/" in name or "\\" in name:
+        raise DamageError(f"{root / MANIFEST}: {name!r} is not among its files")
+    try:
+        data = (root / name).read_bytes()
+    except FileNotFoundError:
+        raise DamageError(f"{root / name}: missing", hint=f"svdbank verify {root}") from None
+    if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
+        raise DamageError(f"{root / name}: not the bytes that were published", hint=f"svdbank verify {root}")
+    return data
+
+
+def _check_consistent(root: Path, manifest: Manifest, index: Index) -> None:
+    """Names must be plain and unique and the counts must fit before any of them is used as a path."""
+    seen: set[str] = set()
+    for family in index.families:
+        spec = family.spec
+        plain = spec.name and all(ch.isascii() and (ch.isalnum() and not ch.isupper() or ch in "._-") for ch in spec.name)
+        if not plain or spec.name.startswith("."):
+            raise DamageError(f"{root}: {spec.name!r} is not a family name")
+        if tuple(weight.name for weight in family.weights) != spec.weights or not spec.weights:
+            raise DamageError(f"{root}: the weights of {spec.name} disagree with its description")
+        if not 1 <= spec.rank <= min(spec.out_features, spec.in_features) or spec.weights_per_shard < 1:
+            raise DamageError(f"{root}: {spec.name} claims rank {spec.rank} for {spec.out_features}x{spec.in_features}")
+        if seen & set(spec.weights):
+            raise DamageError(f"{root}: weights stand in two families")
+        seen |= set(spec.weights)
+    if len(seen) != manifest.weights:
+        raise DamageError(f"{root}: {len(seen)} weights in the index, {manifest.weights} in the manifest")
+
+
+def data_files(family: FamilyIndex) -> Iterator[tuple[str, FileRecord]]:
+    """Names and records of a family's data files."""
+    for array, records in family.files.items():
+        for shard, record in enumerate(records):
+            yield shard_file(family.spec.name, array, shard), record
+
+
+def _expected_files(index: Index) -> dict[str, FileRecord]:
+    expected: dict[str, FileRecord] = {}
+    for family in index.families:
+        expected.update(data_files(family))
+        expected.update(family.metadata)
+    return expected
+
+
+def _runs(rows: Sequence[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Split sorted rows into runs of neighbours."""
+    run: list[tuple[int, str]] = []
+    for row in rows:
+        if run and row[0] != run[-1][0] + 1:
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+__all__ = ["STORED", "Bank", "StoredBasis", "base_digest", "data_files", "open_bank", "read_manifest"]

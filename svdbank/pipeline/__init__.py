@@ -1,0 +1,1 @@
+"""From a checkpoint to a bank: planning, building, and where banks live."""
