@@ -70,6 +70,7 @@ def fetch(repository: str, revision: str | None, progress: Progress | None = Non
     try:
         names = [layout.single] if layout.single else _indexed(repository, commit, layout.index or "", files, shown)
         folder = _download(repository, commit, [*([_CONFIG] if _CONFIG in files else []), *names], files, progress)
+        _remember(repository, revision or "main", commit, names[0])
     except CheckpointError:
         raise
     except Exception as cause:
@@ -116,6 +117,20 @@ def _download(repository: str, commit: str, names: list[str], files: dict[str, A
                 hint="run the command again; if it repeats, a proxy or mirror in between changes files",
             )
     return folder
+
+
+def _remember(repository: str, revision: str, commit: str, name: str) -> None:
+    """Make the cache's ``refs/`` say what ``revision`` was, so that it can be opened offline: the client does it for a file.
+
+    Only now, when the commit is complete: refs never name a commit that cannot be used.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if revision == commit:
+        return
+    known = try_to_load_from_cache(repository, name, revision=revision)
+    if not isinstance(known, str) or Path(known).parent.name != commit:
+        hf_hub_download(repository, name, revision=revision, tqdm_class=_silent_bar(None))
 
 
 def _from_cache(repository: str, revision: str | None) -> Snapshot | None:

@@ -1,0 +1,227 @@
+"""A small Hugging Face Hub on localhost for the real ``huggingface_hub`` client (point ``HF_ENDPOINT`` at :attr:`LocalHub.url`).
+
+It holds repositories as lists of commits in memory, answers the read endpoints with the real Hub's headers and error codes, counts
+requests, and fails on demand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal, Self
+from urllib.parse import unquote, urlsplit
+
+FaultKind = Literal["drop", "status", "slow", "wrong-bytes"]
+_RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+_API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?")
+_ERRORS = {
+    "RepoNotFound": (404, "Repository not found"),
+    "RevisionNotFound": (404, "Invalid rev id"),
+    "EntryNotFound": (404, "Entry not found"),
+    "GatedRepo": (403, "Access to this model is restricted"),
+}
+
+
+@dataclass
+class Fault:
+    """What goes wrong, for requests whose path contains ``path`` and whose method is ``method``, ``times`` times."""
+
+    kind: FaultKind
+    path: str
+    times: int = 1
+    status: int = 503
+    seconds: float = 0.5
+    method: str = "GET"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One version of a file, with the ids that the Hub gives it. Weights count as large files (LFS)."""
+
+    data: bytes
+    large: bool
+
+    @property
+    def git_id(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.large else self.git_id
+
+
+@dataclass
+class Repository:
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+
+    def resolve(self, revision: str) -> str | None:
+        commit = self.branches.get(revision, revision)
+        return commit if commit in self.commits else None
+
+
+class LocalHub:
+    """The server; use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def commit(self, name: str, files: dict[str, bytes], *, branch: str = "main", gated: bool = False) -> str:
+        """Add a commit that changes ``files`` on ``branch``; its hash."""
+        repository = self.repositories.setdefault(name, Repository())
+        repository.gated = gated
+        tree = dict(repository.commits.get(repository.branches.get(branch, ""), {}))
+        tree.update({path: Blob(data, path.endswith((".safetensors", ".bin"))) for path, data in files.items()})
+        digest = hashlib.sha1(
+            json.dumps([name, len(repository.commits), sorted((p, b.git_id) for p, b in tree.items())]).encode()
+        )
+        commit = digest.hexdigest()
+        repository.commits[commit] = tree
+        repository.branches[branch] = commit
+        return commit
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LocalHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        with self.hub.lock:
+            self.hub.requests.append(f"{self.command} {path}")
+            fault = next((f for f in self.hub.faults if f.path in path and f.method == self.command and f.times > 0), None)
+            if fault is not None:
+                fault.times -= 1
+        if fault is not None and fault.kind == "status":
+            return self._send(fault.status, b"{}", {"Retry-After": "0"}, body)
+        if fault is not None and fault.kind == "slow":
+            time.sleep(fault.seconds)
+        if found := _API.fullmatch(path):
+            return self._api(found[1], found[2], found[3] or "main", body)
+        if found := _RESOLVE.fullmatch(path):
+            return self._resolve(found[1], found[2], found[3], fault, body)
+        return self._send(404, b"{}", {}, body)
+
+    def _tree(self, name: str, revision: str, body: bool) -> tuple[str, dict[str, Blob]] | None:
+        repository = self.hub.repositories.get(name)
+        if repository is None:
+            return self._error("RepoNotFound", body)
+        commit = repository.resolve(revision)
+        if commit is None:
+            return self._error("RevisionNotFound", body)
+        return commit, repository.commits[commit]
+
+    def _api(self, name: str, what: str | None, revision: str, body: bool) -> None:
+        found = self._tree(name, revision, body)
+        if found is None:
+            return
+        commit, files = found
+        if what == "tree":
+            document: object = [
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(blob.data),
+                    "oid": blob.git_id,
+                    **({"lfs": {"oid": blob.sha256, "size": len(blob.data), "pointerSize": 134}} if blob.large else {}),
+                }
+                for path, blob in files.items()
+            ]
+        else:
+            siblings = [
+                {
+                    "rfilename": path,
+                    "size": len(blob.data),
+                    "blobId": blob.git_id,
+                    **({"lfs": {"sha256": blob.sha256, "size": len(blob.data), "pointerSize": 134}} if blob.large else {}),
+                }
+                for path, blob in files.items()
+            ]
+            gated = "manual" if self.hub.repositories[name].gated else False
+            document = {
+                "id": name,
+                "modelId": name,
+                "sha": commit,
+                "private": False,
+                "gated": gated,
+                "tags": [],
+                "siblings": siblings,
+            }
+        self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"}, body)
+
+    def _resolve(self, name: str, revision: str, path: str, fault: Fault | None, body: bool) -> None:
+        found = self._tree(name, revision, body)
+        if found is None:
+            return
+        commit, files = found
+        if self.hub.repositories[name].gated and "Authorization" not in self.headers:
+            return self._error("GatedRepo", body)
+        if path not in files:
+            return self._error("EntryNotFound", body, {"X-Repo-Commit": commit})
+        blob = files[path]
+        data, status = blob.data, 200
+        headers = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes", "X-Linked-Size": str(len(data))}
+        if blob.large:
+            headers["X-Linked-Etag"] = f'"{blob.etag}"'
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            begin = int(asked[1])
+            end = min(int(asked[2] or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
+            data, status = data[begin : end + 1], 206
+        if fault is not None and fault.kind == "wrong-bytes":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self._send(status, data, headers, body, drop=fault is not None and fault.kind == "drop")
+
+    def _error(self, code: str, body: bool, headers: dict[str, str] | None = None) -> None:
+        status, message = _ERRORS[code]
+        text = json.dumps({"error": message}).encode()
+        self._send(status, text, {**(headers or {}), "X-Error-Code": code, "X-Error-Message": message}, body)
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool, *, drop: bool = False) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if not body:
+            return
+        self.wfile.write(data[: len(data) // 2] if drop else data)
+        if drop:
+            self.close_connection = True

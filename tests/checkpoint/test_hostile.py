@@ -1,0 +1,234 @@
+"""Every attack file is refused for its own reason, before anything is allocated from what it says; the ordinary cache works."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdbank.checkpoint import open_checkpoint
+from svdbank.errors import CheckpointError, SvdbankError
+from tests.checkpoint.attacks import FILE_NAMES, HEADERS, entry, raw, tensors_file
+
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3)}
+
+
+@pytest.mark.parametrize("attack", HEADERS)
+def test_a_lying_header_is_refused_with_its_reason(tmp_path: Path, attack: str) -> None:
+    data, reason = HEADERS[attack]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        open_checkpoint(tmp_path)
+    assert str(path) in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_claimed_terabyte_is_refused_without_allocating_it(tmp_path: Path) -> None:
+    size = 2**40
+    text = json.dumps({"a.weight": entry(0, size, [size // 4])}).encode()
+    (tmp_path / "model.safetensors").write_bytes(raw(text, b"1234"))
+    with pytest.raises(CheckpointError, match="beyond the end of the file"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_the_reference_writer_accepts_is_accepted(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(1.0),
+        "empty.weight": torch.zeros(0, 5),
+        "bits": torch.zeros(3, dtype=torch.bool),
+        "half.weight": torch.ones(2, 2).half(),
+        "odd": torch.ones(3, dtype=torch.uint8),
+        "complex": torch.ones(2, dtype=torch.complex64),
+    }
+    with open_checkpoint(tensors_file(tmp_path / "x.safetensors", tensors)) as checkpoint:
+        assert {name: source.shape for name, source in checkpoint.tensors.items()} == {
+            n: tuple(t.shape) for n, t in tensors.items()
+        }
+
+
+def indexed(folder: Path, weight_map: object, shards: dict[str, dict[str, torch.Tensor]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, tensors in shards.items():
+        tensors_file(folder / name, tensors)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_an_index_that_leads_out_of_its_folder_is_refused_as_text(tmp_path: Path, name: str) -> None:
+    folder = indexed(tmp_path / "model", {"a.weight": name}, {})
+    tensors_file(tmp_path / "model.safetensors", WEIGHTS)
+    with pytest.raises(CheckpointError, match="only a bare"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "reason"),
+    [
+        ({}, "missing or empty"),
+        ([], "missing or empty"),
+        (None, "missing or empty"),
+        ({"a.weight": 1}, "not a string"),
+        ({"a.weight": "1.safetensors"}, "holds the tensor 'b.weight', which the index says lies nowhere"),
+        (
+            {"a.weight": "1.safetensors", "b.weight": "2.safetensors"},
+            "holds the tensor 'b.weight', which the index says lies in 2",
+        ),
+        ({"a.weight": "1.safetensors", "b.weight": "1.safetensors", "c.weight": "1.safetensors"}, "the index names 'c.weight'"),
+        ({"a.weight": "1.safetensors", "b.weight": "1.safetensors", "c": "3.safetensors"}, "there is no such file"),
+        ({"a\x1b.weight": "1.safetensors"}, "control characters"),
+    ],
+)
+def test_index_and_headers_must_agree(tmp_path: Path, weight_map: object, reason: str) -> None:
+    shards = {"1.safetensors": {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, "2.safetensors": {"d": torch.ones(1)}}
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(indexed(tmp_path / "model", weight_map, shards))
+
+
+def test_a_tensor_named_twice_in_an_index_is_refused(tmp_path: Path) -> None:
+    tensors_file(tmp_path / "1.safetensors", WEIGHTS)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a.weight": "1.safetensors", "a.weight": "../2.safetensors"}}')
+    with pytest.raises(CheckpointError, match="appears twice"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("target", ["outside", "sibling", "broken", "loop"])
+def test_a_link_in_an_ordinary_folder_is_not_followed(tmp_path: Path, name: str, target: str) -> None:
+    folder = tmp_path / "model"
+    tensors_file(folder / "model.safetensors", WEIGHTS)
+    (folder / "config.json").write_text("{}")
+    moved = {"outside": tmp_path / "other", "sibling": folder / "other", "broken": tmp_path / "none", "loop": folder / name}[
+        target
+    ]
+    if target in ("outside", "sibling"):
+        shutil.move(folder / name, moved)
+    else:
+        (folder / name).unlink()
+    (folder / name).symlink_to(moved)
+    with pytest.raises(CheckpointError, match="only the Hugging Face cache's links|cannot be followed"):
+        open_checkpoint(folder)
+
+
+def cache_entry(root: Path, links: dict[str, str]) -> Path:
+    """A snapshot of the Hugging Face cache: ``links`` maps file names to what they point at, from the snapshot."""
+    snapshot = root / "models--org--name" / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    blobs = root / "models--org--name" / "blobs"
+    blobs.mkdir()
+    tensors_file(blobs / "w", WEIGHTS)
+    (blobs / "c").write_text('{"model_type": "llama"}')
+    for name, target in links.items():
+        (snapshot / name).symlink_to(target)
+    return snapshot
+
+
+def test_the_ordinary_cache_made_of_links_works_and_gives_the_hubs_file_id(tmp_path: Path) -> None:
+    snapshot = cache_entry(tmp_path, {"model.safetensors": "../../blobs/w", "config.json": "../../blobs/c"})
+    with open_checkpoint(snapshot) as checkpoint:
+        assert checkpoint.config == {"model_type": "llama"}
+        assert [file.identity for file in checkpoint.files] == ["w"]
+    (tmp_path / "link").symlink_to(snapshot)
+    with open_checkpoint(tmp_path / "link") as checkpoint:
+        assert list(checkpoint.tensors) == ["a.weight"]
+
+
+@pytest.mark.parametrize(
+    "target", ["../../../secret", "../../blobs/../../secret", "../../blobs/sub/w", "/etc/hostname", "../../blobs/chained"]
+)
+def test_a_cache_link_out_of_its_own_blobs_is_refused(tmp_path: Path, target: str) -> None:
+    snapshot = cache_entry(tmp_path, {"model.safetensors": target})
+    blobs = tmp_path / "models--org--name" / "blobs"
+    tensors_file(tmp_path / "secret", WEIGHTS)
+    tensors_file(blobs / "sub" / "w", WEIGHTS)
+    (blobs / "chained").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="only the Hugging Face cache's links"):
+        open_checkpoint(snapshot)
+
+
+def test_a_pipe_or_folder_in_place_of_a_weight_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[]", "a JSON object was expected"),
+        (b"{", "not valid JSON"),
+        (b'{"model_type": "a", "model_type": "b"}', "appears twice"),
+        (b"\xff", "not valid UTF-8"),
+        (b'{"a": "' + b"x" * 10_000_001 + b'"}', "more than 10000000 bytes"),
+    ],
+)
+def test_a_broken_configuration_is_refused(tmp_path: Path, text: bytes, reason: str) -> None:
+    tensors_file(tmp_path / "model.safetensors", WEIGHTS)
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"model_type": 5}',
+        '{"tie_word_embeddings": "yes"}',
+        '{"vocab_size": true}',
+        '{"architectures": [1]}',
+        '{"quantization_config": 1}',
+    ],
+)
+def test_a_configuration_key_of_the_wrong_type_is_refused_by_name(tmp_path: Path, config: str) -> None:
+    from svdbank.checkpoint import decomposable
+
+    tensors_file(tmp_path / "model.safetensors", WEIGHTS)
+    (tmp_path / "config.json").write_text(config)
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=next(iter(json.loads(config)))):
+        decomposable(checkpoint)
+
+
+def test_only_pickles_are_refused_with_a_command_that_converts_them(tmp_path: Path, models: dict[str, Path]) -> None:
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    shutil.copy(models["llama-tied"] / "config.json", folder)
+    torch.save(load_file(models["llama-tied"] / "model.safetensors"), folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="can run code") as caught:
+        open_checkpoint(folder)
+    assert caught.value.hint
+    command = caught.value.hint.partition(": ")[2].replace("python -c", f"{sys.executable} -c", 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, capture_output=True)
+    with open_checkpoint(tmp_path / "pickled-safetensors") as checkpoint:
+        assert any(name.endswith("layers.0.self_attn.q_proj.weight") for name in checkpoint.tensors)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "no \\*.safetensors file"),
+        ({"model.gguf": b""}, "another format"),
+        ({"adapter_model.safetensors": b""}, "holds an adapter"),
+        ({"manifest.json": b"{}"}, "holds a bank"),
+        ({"a.safetensors": b"", "b.safetensors": b""}, "several weight files"),
+    ],
+)
+def test_a_folder_without_one_clear_set_of_weights_is_refused(tmp_path: Path, files: dict[str, bytes], reason: str) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(SvdbankError, match=reason) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.hint
