@@ -1,0 +1,45 @@
+"""The model card of a fresh adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svdbank.adapter.folder import AdapterCache, LoraSettings
+
+
+def card(settings: LoraSettings, cache: AdapterCache) -> str:
+    """README.md for an adapter folder: front matter that the Hub reads, and how to load it without an SVD."""
+    base = settings.base_model_name_or_path or cache.base
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: peft
+tags:
+- lora
+- mica
+- svdbank
+---
+
+# {cache.method.upper()} adapter, rank {cache.rank}
+
+A fresh adapter for {_escaped(base)}, over {len(cache.weights)} weights. `B` holds the {cache.rank} most minor left singular vectors of each
+weight and stays frozen; `A` is zero and is what training changes.
+Written by [svdbank](https://pypi.org/project/svdbank/) from a bank, so no decomposition is needed to load it:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/this/folder", is_trainable=True, low_cpu_mem_usage=True)
+```
+
+`low_cpu_mem_usage=True` is what keeps PEFT from running one SVD a weight, whose result it would then overwrite.
+
+Base digest of these weights: `{cache.base_digest}`
+"""
+
+
+def _escaped(text: str) -> str:
+    """Text from outside as inert Markdown."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|&~-])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,227 @@
+"""A PEFT adapter folder, written and read without PEFT: ``adapter_config.json``, ``adapter_model.safetensors`` and our cache.
+
+``svdbank.json`` beside them is a cache: PEFT's ``save_pretrained`` drops it, and nothing in the folder depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from svdbank import fsio
+from svdbank.adapter.card import card
+from svdbank.errors import CheckpointError, OptionError
+from svdbank.specs import Struct, from_json, to_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CACHE = "svdbank.json"
+
+#: What PEFT puts before a module path in the keys of a saved adapter.
+_ROOT = "base_model.model."
+_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
+_EMBEDDING_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
+
+
+class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of PEFT's ``LoraConfig`` that decide what an adapter is. Fields of a file not named here are not used."""
+
+    peft_type: Literal["LORA"] = "LORA"
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int
+    lora_alpha: int | float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, int | float] = {}
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    inference_mode: bool = True
+
+
+class AdapterCache(Struct):
+    """What svdbank knows about an adapter it wrote. ``band`` is half-open, 0 = the most minor direction of the bank.
+
+    ``base_digest`` covers the adapter's own weights only, so extending the bank does not change it.
+    """
+
+    format: Literal[1]
+    method: str
+    band: tuple[int, int]
+    rank: int
+    base: str
+    base_digest: str
+    bank_format: int
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``ΔW = scale · B A`` of one module: ``A`` (r, in), ``B`` (out, r). ``embedding`` tells how PEFT names and applies them."""
+
+    A: Tensor
+    B: Tensor
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder read and checked. ``factors`` maps module paths of the model to their factors."""
+
+    path: Path
+    settings: LoraSettings
+    factors: dict[str, Factors]
+    cache: AdapterCache | None
+
+    def scale(self, module: str) -> float:
+        """α/r, or α/√r with rsLoRA, with PEFT's per-module patterns applied."""
+        settings = self.settings
+        rank = _by_pattern(settings.rank_pattern, module, settings.r)
+        alpha = _by_pattern(settings.alpha_pattern, module, settings.lora_alpha)
+        return alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
+    """PEFT's rule (``get_pattern_key``): the first pattern that matches the end of the path, at a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return default
+
+
+def write_folder(
+    output: Path, settings: LoraSettings, factors: Mapping[str, Factors], cache: AdapterCache, *, force: bool = False
+) -> None:
+    """Write an adapter folder so that it appears whole or not at all: a sibling folder, fsynced, then renamed.
+
+    Raises :class:`OptionError` where ``output`` exists and is not an empty folder, unless ``force``, which replaces an adapter folder
+    (and nothing else).
+    """
+    check_output(output, force=force)
+    fsio.make_dirs(output.parent)
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}{fsio.TEMPORARY}")
+    try:
+        fsio.make_dirs(temporary)
+        tensors = {key: value for module, pair in factors.items() for key, value in _tensors(module, pair)}
+        fsio.write_new(temporary / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        fsio.write_new(temporary / CONFIG, to_json(settings, indent=2))
+        fsio.write_new(temporary / CACHE, to_json(cache, indent=2))
+        fsio.write_new(temporary / "README.md", card(settings, cache).encode())
+        fsio.fsync_dir(temporary)
+        _put_in_place(temporary, output)
+    finally:
+        if temporary.exists():
+            fsio.remove_tree(temporary)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that is in use, before any work: a file, or a folder with something in it."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir():
+        raise OptionError(f"{output} exists and is not a folder", hint="name another output")
+    if not any(output.iterdir()):
+        return
+    if not force:
+        raise OptionError(f"{output} is not empty", hint="name another output, or replace the adapter there with --force")
+    if not (output / CONFIG).is_file():
+        raise OptionError(f"{output} is not empty and holds no adapter, so it is not replaced", hint="name another output")
+
+
+def _put_in_place(temporary: Path, output: Path) -> None:
+    """Rename over an absent or empty folder; what was there before is moved aside first, so no moment shows half an adapter."""
+    aside = None
+    if output.exists() and any(output.iterdir()):
+        aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.old{fsio.TEMPORARY}")
+        fsio.replace(output, aside)
+    fsio.replace(temporary, output)
+    if aside is not None:
+        fsio.remove_tree(aside)
+
+
+def _tensors(module: str, factors: Factors) -> list[tuple[str, Tensor]]:
+    if factors.embedding:
+        names = (f"{_ROOT}{module}.lora_embedding_A", f"{_ROOT}{module}.lora_embedding_B")
+    else:
+        names = (f"{_ROOT}{module}.lora_A.weight", f"{_ROOT}{module}.lora_B.weight")
+    return [(names[0], factors.A.contiguous()), (names[1], factors.B.contiguous())]
+
+
+def read_folder(path: str | Path) -> AdapterFolder:
+    """Read a LoRA adapter folder, PEFT's or ours, and check shapes, ranks and values.
+
+    Raises :class:`CheckpointError` for a folder that is no adapter, for pickled weights, and for tensors that do not fit together.
+    """
+    folder = Path(path)
+    settings = read_settings(folder)
+    cache = None
+    if (folder / CACHE).is_file():
+        cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=CheckpointError)
+    return AdapterFolder(folder, settings, _read_factors(folder, settings), cache)
+
+
+def read_settings(folder: Path) -> LoraSettings:
+    """``adapter_config.json`` alone. Raises :class:`CheckpointError`."""
+    try:
+        data = (folder / CONFIG).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint="svdbank init MODEL -o FOLDER") from None
+    settings = from_json(data, LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
+    if not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{folder}: adapter_model.bin is a pickle, which can run code, and is not read",
+                hint="load it where you trust it and save it again with save_pretrained(…): that writes safetensors",
+            )
+        raise CheckpointError(f"{folder}: {WEIGHTS} is missing")
+    return settings
+
+
+def _read_factors(folder: Path, settings: LoraSettings) -> dict[str, Factors]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    embeddings = set()
+    try:
+        with safetensors.safe_open(str(folder / WEIGHTS), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                linear, embedding = _KEY.match(key), _EMBEDDING_KEY.match(key)
+                found = linear or embedding
+                if found is None:
+                    continue  # base_layer copies of embeddings, modules_to_save: not factors
+                halves.setdefault(found["module"], {})[found["factor"][-1]] = file.get_tensor(key)
+                if embedding:
+                    embeddings.add(found["module"])
+    except safetensors.SafetensorError as cause:
+        raise CheckpointError(f"{folder / WEIGHTS}: {cause}") from cause
+    if not halves:
+        raise CheckpointError(f"{folder / WEIGHTS}: holds no LoRA factors")
+    factors = {}
+    for module, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            raise CheckpointError(f"{folder / WEIGHTS}: {module} has only its {', '.join(pair)} factor")
+        A, B = pair["A"], pair["B"]
+        rank = _by_pattern(settings.rank_pattern, module, settings.r)
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not rank {rank:g} as {CONFIG} says"
+            )
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise CheckpointError(f"{folder / WEIGHTS}: {module} holds NaN or infinity")
+        factors[module] = Factors(A, B, embedding=module in embeddings)
+    return factors
