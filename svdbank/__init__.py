@@ -62,7 +62,7 @@ _LAZY = {
     "verify": "svdbank.verification",
 }
 
-__all__ = [  # noqa: RUF022 - verbs and nouns first, then errors
+__all__ = [
     *sorted(_LAZY),
     "BankError",
     "BankNotFoundError",

@@ -21,7 +21,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every description: immutable, comparable, strict when decoded."""
 
 
-class TensorSource(Struct):
+class TensorSource(Struct, frozen=True):
     """One tensor of a checkpoint file: where its bytes lie and how to read them.
 
     ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …).
@@ -39,7 +39,7 @@ class TensorSource(Struct):
         return self.end - self.begin
 
 
-class WeightSpec(Struct):
+class WeightSpec(Struct, frozen=True):
     """One matrix to decompose, as a module of the loaded model sees it.
 
     Attributes
@@ -85,7 +85,7 @@ class WeightSpec(Struct):
         return sum(source.nbytes for source in self.sources)
 
 
-class Skip(Struct):
+class Skip(Struct, frozen=True):
     """A tensor left out, and why."""
 
     name: str
@@ -93,7 +93,7 @@ class Skip(Struct):
     reason: str
 
 
-class SourceFile(Struct):
+class SourceFile(Struct, frozen=True):
     """One weight file of a checkpoint. ``identity`` is the Hub's file id, or size and time of a local file."""
 
     name: str
@@ -101,7 +101,7 @@ class SourceFile(Struct):
     identity: str
 
 
-class BaseSpec(Struct):
+class BaseSpec(Struct, frozen=True):
     """Which model a bank describes: ``name`` and ``revision`` are for people, the digests decide."""
 
     name: str
@@ -109,7 +109,7 @@ class BaseSpec(Struct):
     config_digest: str
 
 
-class BuildOptions(Struct):
+class BuildOptions(Struct, frozen=True):
     """What a build was asked for. ``rank`` is clamped for weights that allow less; ``all`` is every triplet."""
 
     rank: int | Literal["all"]
@@ -119,7 +119,7 @@ class BuildOptions(Struct):
     principal: int
 
 
-class FamilySpec(Struct):
+class FamilySpec(Struct, frozen=True):
     """Weights of one role and shape, stacked along one axis. ``rank`` is what the bank stores of each, after clamping."""
 
     name: str
@@ -132,7 +132,7 @@ class FamilySpec(Struct):
     weights: tuple[str, ...]
 
 
-class ShardSpec(Struct):
+class ShardSpec(Struct, frozen=True):
     """The unit of work, record, resume and repair: ``weights[start:stop]`` of a family, solved on ``path`` with ``threads``."""
 
     family: str
@@ -143,7 +143,7 @@ class ShardSpec(Struct):
     threads: int
 
 
-class Plan(Struct):
+class Plan(Struct, frozen=True):
     """What a build will do, from headers alone. Fixes every byte of the bank; frozen into it."""
 
     format: Literal[1]
@@ -154,7 +154,7 @@ class Plan(Struct):
     skips: tuple[Skip, ...]
 
 
-class Progress(Struct):
+class Progress(Struct, frozen=True):
     """One step of a long call, for whoever shows it: ``done`` of ``total`` ``unit`` of ``stage``, now at ``item``."""
 
     stage: str

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
+from typing import Final, Literal
 
 from svdbank.basis import Certificate
 from svdbank.specs import BaseSpec, BuildOptions, FamilySpec, Struct
 
-FORMAT = 1
+FORMAT: Final = 1
 MANIFEST = "manifest.json"
 RECORDS = "records"
 LOG = "build.log.jsonl"
@@ -29,7 +29,7 @@ SHARD_BYTES = 64 << 20
 STORED = {"float32": ("float32", "NaN"), "float16": ("float16", "NaN"), "bfloat16": ("uint16", 0x7FC0)}
 
 
-class FileRecord(Struct):
+class FileRecord(Struct, frozen=True):
     """One file: size and sha256; of a shard also the bytes of an inner chunk and each one's crc32c, in file order."""
 
     size: int
@@ -38,7 +38,7 @@ class FileRecord(Struct):
     chunks: tuple[int, ...]
 
 
-class WeightRecord(Struct):
+class WeightRecord(Struct, frozen=True):
     """One weight in the index. ``dtype`` and ``source_sha256`` describe the base's stored bytes."""
 
     name: str
@@ -50,7 +50,7 @@ class WeightRecord(Struct):
     certificate: Certificate
 
 
-class ShardRecord(Struct):
+class ShardRecord(Struct, frozen=True):
     """Written when a shard's files are durable; folded into the index at publish.
 
     ``files`` maps array name to its file in this shard. ``sigma``, ``probe`` (and ``principal_sigma``) become arrays at publish.
@@ -65,7 +65,7 @@ class ShardRecord(Struct):
     probe: tuple[tuple[float, ...], ...]
 
 
-class FamilyIndex(Struct):
+class FamilyIndex(Struct, frozen=True):
     """A published family: its shape, its weights in array order, its data files by array and shard, its metadata files."""
 
     spec: FamilySpec
@@ -74,13 +74,13 @@ class FamilyIndex(Struct):
     metadata: dict[str, FileRecord]
 
 
-class Index(Struct):
+class Index(Struct, frozen=True):
     """Everything a lookup needs to find and check bytes."""
 
     families: tuple[FamilyIndex, ...]
 
 
-class Manifest(Struct):
+class Manifest(Struct, frozen=True):
     """What makes a bank complete. ``files`` holds size and sha256 of the index, the plans and the root metadata."""
 
     format: Literal[1]

@@ -14,48 +14,48 @@ from svdbank.errors import DamageError
 from svdbank.specs import Struct, from_json
 
 
-class _BytesOptions(Struct):
+class _BytesOptions(Struct, frozen=True):
     endian: Literal["little"]
 
 
-class _BytesCodec(Struct, tag_field="name", tag="bytes"):
+class _BytesCodec(Struct, frozen=True, tag_field="name", tag="bytes"):
     configuration: _BytesOptions | None = None
 
 
-class _Crc32cCodec(Struct, tag_field="name", tag="crc32c"):
+class _Crc32cCodec(Struct, frozen=True, tag_field="name", tag="crc32c"):
     configuration: None = None
 
 
-class _ShardingOptions(Struct):
+class _ShardingOptions(Struct, frozen=True):
     chunk_shape: tuple[int, ...]
     codecs: tuple[_BytesCodec | _Crc32cCodec, ...]
     index_codecs: tuple[_BytesCodec | _Crc32cCodec, ...]
     index_location: Literal["end"]
 
 
-class _ShardingCodec(Struct, tag_field="name", tag="sharding_indexed"):
+class _ShardingCodec(Struct, frozen=True, tag_field="name", tag="sharding_indexed"):
     configuration: _ShardingOptions
 
 
-class _GridOptions(Struct):
+class _GridOptions(Struct, frozen=True):
     chunk_shape: tuple[int, ...]
 
 
-class _Grid(Struct):
+class _Grid(Struct, frozen=True):
     name: Literal["regular"]
     configuration: _GridOptions
 
 
-class _KeyOptions(Struct):
+class _KeyOptions(Struct, frozen=True):
     separator: Literal["/"]
 
 
-class _Keys(Struct):
+class _Keys(Struct, frozen=True):
     name: Literal["default"]
     configuration: _KeyOptions
 
 
-class ArrayMetadata(Struct, tag_field="node_type", tag="array"):
+class ArrayMetadata(Struct, frozen=True, tag_field="node_type", tag="array"):
     """``zarr.json`` of an array."""
 
     zarr_format: Literal[3]
@@ -70,7 +70,7 @@ class ArrayMetadata(Struct, tag_field="node_type", tag="array"):
     storage_transformers: tuple[()] = ()
 
 
-class GroupMetadata(Struct, tag_field="node_type", tag="group"):
+class GroupMetadata(Struct, frozen=True, tag_field="node_type", tag="group"):
     """``zarr.json`` of a group."""
 
     zarr_format: Literal[3]

@@ -282,7 +282,7 @@ def _check_consistent(root: Path, manifest: Manifest, index: Index) -> None:
     seen: set[str] = set()
     for family in index.families:
         spec = family.spec
-        plain = spec.name and all(ch.isascii() and (ch.isalnum() and not ch.isupper() or ch in "._-") for ch in spec.name)
+        plain = spec.name and all(ch.isascii() and ((ch.isalnum() and not ch.isupper()) or ch in "._-") for ch in spec.name)
         if not plain or spec.name.startswith("."):
             raise DamageError(f"{root}: {spec.name!r} is not a family name")
         if tuple(weight.name for weight in family.weights) != spec.weights or not spec.weights:

@@ -33,7 +33,7 @@ from svdbank.basis import Basis
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
 from svdbank.errors import BankError, NotFiniteError, OptionError, SolverError, WrongBaseError
 from svdbank.pipeline.locating import default_output
-from svdbank.pipeline.planning import available_cpus, checked_options, family_bytes, make_plan
+from svdbank.pipeline.planning import available_cpus, bytes_to, checked_options, family_bytes, make_plan
 from svdbank.probe import probe_indices
 from svdbank.solver import minor_basis, pinned_threads
 from svdbank.specs import (
@@ -53,7 +53,7 @@ from svdbank.specs import (
 _OVERHEAD_PER_WEIGHT = 64 << 10
 
 
-class BuildReport(Struct):
+class BuildReport(Struct, frozen=True):
     """What a build did. ``solved`` weights were decomposed now, ``reused`` were there already."""
 
     bank: str
@@ -119,7 +119,7 @@ def build(
     """
     started = time.perf_counter()
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
-    with open_checkpoint(model, progress=_bytes_to(progress)) as checkpoint:
+    with open_checkpoint(model, progress=bytes_to(progress)) as checkpoint:
         weights, skips = decomposable(checkpoint, targets)
         root = Path(output) if output is not None else default_output(checkpoint, options)
         _refuse_foreign_folder(root)
@@ -408,11 +408,6 @@ def _device(name: str) -> torch.device:
             f"device {name!r} was asked for, but torch sees no CUDA device", hint="svdbank env shows what it sees"
         )
     return device
-
-
-def _bytes_to(progress: ProgressCallback | None) -> Callable[[str, int, int], None] | None:
-    """A checkpoint's progress in bytes, passed on."""
-    return None if progress is None else lambda stage, done, total: progress(Progress(stage, done, total, "bytes"))
 
 
 def _ignore(progress: Progress) -> None:

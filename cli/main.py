@@ -1,0 +1,113 @@
+"""The ``svdbank`` command: loads sub-commands on demand, turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from svdbank import SvdbankError, __version__
+from svdbank_cli.output import printable
+
+#: In the order of the work; each is a module of this package with a command of the same name.
+VERBS = ("plan", "build", "info", "verify", "ls", "rm", "init", "env", "demo")
+
+INTERRUPTED = 130
+
+
+class _Verbs(click.Group):
+    """Sub-commands imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"svdbank_cli.{cmd_name}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], VERBS, n=1)
+            raise click.UsageError(f"no such command {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""), ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="svdbank")
+def cli() -> None:
+    """Decompose a base model once; every MiCA or MiLoRA adapter after that is a lookup.
+
+    \b
+    Examples:
+      svdbank demo                                         see it work on a small real model
+      svdbank build HuggingFaceTB/SmolLM2-135M             decompose a model, into the cache
+      svdbank init HuggingFaceTB/SmolLM2-135M -r 16 -o adapter
+                                                           a MiCA adapter that PEFT loads, without an SVD
+    """
+
+
+def main() -> NoReturn:
+    """Entry point. Exit codes: 0 ok, 1 error, 2 usage, 4 damage, 10 no bank, 11 locked, 12 wrong base, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors are printed to stderr."""
+    try:
+        code = cli.main(args=arguments, prog_name="svdbank", standalone_mode=False, auto_envvar_prefix="SVDBANK")
+        return code if isinstance(code, int) else 0
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nInterrupted. What was finished is kept; the same command goes on from there.", err=True)
+        return INTERRUPTED
+    except SvdbankError as error:
+        _debug()
+        _complain(str(error), error.hint)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        _debug()
+        place = f"{error.filename}: " if error.filename else ""
+        hint = {
+            errno.ENOSPC: "free some space, or choose another disk with -o; the same command goes on from what is finished",
+            errno.EACCES: "choose a folder you may write to with -o, or set SVDBANK_HOME",
+        }.get(error.errno or 0)
+        _complain(f"{place}{error.strerror or error}", hint)
+        return 1
+
+
+def _complain(message: str, hint: str | None) -> None:
+    click.echo(f"{click.style('Error:', fg='red', bold=True) if _colour() else 'Error:'} {printable(message)}", err=True)
+    if hint:
+        click.echo(f"  → {printable(hint)}", err=True)
+
+
+def _colour() -> bool:
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _debug() -> None:
+    if os.environ.get("SVDBANK_DEBUG"):
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    main()

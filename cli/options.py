@@ -1,0 +1,68 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from svdbank_cli.output import Output
+
+Command = Callable[..., Any]
+
+
+class RankType(click.ParamType):
+    """A positive number or the word ``all``."""
+
+    name = "RANK|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "all" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'all'", param, ctx)
+
+
+def with_output(command: Command) -> Command:
+    """Add ``--json`` and ``-q``; the command receives an ``output``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of text.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress and no talk; errors still show.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+        return command(*args, output=Output(json=as_json, quiet=quiet), **kwargs)
+
+    return wrapped
+
+
+def build_options(command: Command) -> Command:
+    """Options of ``plan`` and ``build``: what to decompose, how much of it to keep, and how."""
+    for option in reversed(
+        (
+            click.option("-o", "--output", "bank", type=click.Path(), help="Bank folder. Default: in the cache, found again by MODEL."),
+            click.option("--rank", type=RankType(), default="128", show_default=True, help="Minor triplets to keep of each weight."),
+            click.option(
+                "--targets",
+                multiple=True,
+                metavar="PATTERN",
+                help="Modules, as PEFT names them: a name's end, all-linear, or one regular expression. Repeatable. [default: all-linear]",
+            ),
+            click.option("--side", type=click.Choice(["both", "left"]), default="both", show_default=True, help="Singular vectors to keep."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "float16", "bfloat16"]),
+                default="float32",
+                show_default=True,
+                help="Storage of the vectors; they are computed in float64.",
+            ),
+            click.option("--principal", type=int, default=0, metavar="N", help="Also keep N triplets of the largest singular values."),
+            click.option("--solver", default="auto", show_default=True, metavar="PATH", help="Force a solver path; see docs/numerics.md."),
+            click.option("--jobs", type=click.IntRange(min=1), help="Small weights solved at a time. [default: one a processor]"),
+        )
+    ):
+        command = option(command)
+    return command

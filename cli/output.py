@@ -1,0 +1,142 @@
+"""Where a command's words go: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from svdbank.specs import Progress
+
+#: Seconds between progress lines where there is no terminal.
+_LINE_EVERY = 5.0
+
+
+def printable(text: object) -> str:
+    """Text from outside (names in a checkpoint, paths) with control characters made visible: a terminal must not obey them."""
+    return "".join(ch if ch.isprintable() or ch in "\n\t" else repr(ch)[1:-1] for ch in str(text))
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit a person would choose."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as a person would say them."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned: numbers to the right, words to the left."""
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    right = [rows and all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in zip(row, widths, right, strict=True))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+class Output:
+    """One command's sink: human, ``--json`` or ``--quiet``."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+
+    def data(self, value: Any, human: Callable[[Any], str]) -> None:
+        """The result: one JSON document, or text for people."""
+        if self.json:
+            self.line(value)
+        elif not self.quiet:
+            click.echo(human(value))
+
+    def line(self, value: Any) -> None:
+        """One JSON document on one line."""
+        import msgspec
+
+        click.echo(msgspec.json.encode(value).decode())
+
+    def say(self, text: str) -> None:
+        """Talk, for people only."""
+        if not self.quiet:
+            click.echo(printable(text), err=True)
+
+    def progress(self, *, lines: bool = False) -> ProgressView:
+        """A progress callback; ``lines`` sends JSON lines to stdout when ``--json`` is on. Use as a context manager."""
+        return ProgressView(self, json_lines=lines and self.json)
+
+
+class ProgressView:
+    """Shows progress: a bar on a terminal, else a line every few seconds, or JSON lines."""
+
+    def __init__(self, output: Output, *, json_lines: bool) -> None:
+        self._output = output
+        self._json_lines = json_lines
+        self._bars = sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+        self._stage = ""
+        self._bar: Any = None
+        self._last = 0.0
+
+    def __enter__(self) -> ProgressView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, progress: Progress) -> None:
+        if self._json_lines:
+            self._output.line(progress)
+        elif not self._output.quiet:
+            (self._show_bar if self._bars else self._show_line)(progress)
+
+    def _show_bar(self, progress: Progress) -> None:
+        from tqdm import tqdm
+
+        if progress.stage != self._stage:
+            self._close()
+            self._stage = progress.stage
+            bytes_ = progress.unit == "bytes"
+            self._bar = tqdm(
+                total=progress.total,
+                desc=progress.stage,
+                unit="B" if bytes_ else f" {progress.unit}",
+                unit_scale=bytes_,
+                initial=progress.done if progress.stage == "decompose" else 0,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+        self._bar.update(progress.done - self._bar.n)
+        if progress.item:
+            self._bar.set_postfix_str(printable(progress.item)[-48:], refresh=False)
+
+    def _show_line(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.stage != self._stage or progress.done >= progress.total or now - self._last > _LINE_EVERY:
+            self._stage, self._last = progress.stage, now
+            amounts = (
+                f"{size(progress.done)} of {size(progress.total)}"
+                if progress.unit == "bytes"
+                else f"{progress.done:g} of {progress.total:g} {progress.unit}"
+            )
+            click.echo(printable(f"{progress.stage}: {amounts} {progress.item}".rstrip()), err=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

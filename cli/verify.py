@@ -1,0 +1,43 @@
+"""``svdbank verify``: is this bank what was published?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from svdbank.errors import DamageError
+from svdbank_cli.options import with_output
+from svdbank_cli.output import Output, size
+
+
+@click.command("verify")
+@click.argument("bank")
+@click.option("--data", is_flag=True, help="Hash every byte instead of looking at sizes.")
+@click.option("--source", "model", metavar="MODEL", help="Compare the bases with the weights they were made from.")
+@with_output
+def verify_command(bank: str, data: bool, model: str | None, output: Output) -> int:
+    """Check a BANK against its records: structure and sizes by default, in a second or two.
+
+    Exit code 0 when sound, 4 when anything is damaged; then each file is named.
+
+    \b
+    Examples:
+      svdbank verify ./my-model.bank
+      svdbank verify ./my-model.bank --data
+      svdbank verify ./my-model.bank --source ./my-model
+    """
+    import svdbank
+
+    with output.progress() as progress:
+        report = svdbank.verify(bank, data=data, model=model, progress=progress)
+    output.data(report, _text)
+    return 0 if report.sound else DamageError.exit_code
+
+
+def _text(report: Any) -> str:
+    scope = {"structure": "files, sizes and metadata", "data": "every byte", "source": "files, and bases against the model"}[report.level]
+    if report.sound:
+        return f"sound: {report.weights} weights in {report.files} files, {size(report.nbytes)}; checked {scope}"
+    lines = [f"damaged  {damage.file}: {damage.what}" for damage in report.damage]
+    return "\n".join([*lines, f"DAMAGED: {len(report.damage)} of {report.files} files; checked {scope}", f"  → {report.next}"])

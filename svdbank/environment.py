@@ -1,0 +1,83 @@
+"""What svdbank runs on: versions, processors, devices, caches. For bug reports and for `svdbank env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+from svdbank.specs import Struct
+
+
+class Environment(Struct, frozen=True):
+    """Versions of what matters (None where not installed), processors usable, memory and free space in bytes, devices, folders."""
+
+    svdbank: str
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    processors: int
+    torch_threads: int
+    memory_bytes: int | None
+    devices: tuple[str, ...]
+    home: str
+    home_free_bytes: int
+    hub_cache: str
+    hub_offline: bool
+    variables: dict[str, str]
+
+
+def env() -> Environment:
+    """Collect the facts. Tokens are never among them."""
+    import torch
+    from huggingface_hub import constants
+
+    import svdbank
+    from svdbank import fsio
+    from svdbank.pipeline.locating import home
+    from svdbank.pipeline.planning import available_cpus
+
+    packages = (
+        "torch",
+        "zarr",
+        "safetensors",
+        "huggingface-hub",
+        "numpy",
+        "peft",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+    )
+    devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+    shown = (
+        "SVDBANK_HOME",
+        "SVDBANK_THREADS",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+    )
+    return Environment(
+        svdbank=svdbank.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages={name: _version(name) for name in packages},
+        processors=available_cpus(),
+        torch_threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+        devices=tuple(devices),
+        home=str(home()),
+        home_free_bytes=fsio.free_bytes(home()),
+        hub_cache=str(constants.HF_HUB_CACHE),
+        hub_offline=bool(constants.HF_HUB_OFFLINE),
+        variables={name: os.environ[name] for name in shown if name in os.environ},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

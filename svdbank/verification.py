@@ -1,0 +1,243 @@
+"""Is this bank what was published, and what stands in it?"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from svdbank import fsio
+from svdbank.bank import Bank
+from svdbank.bank.layout import LOG, MANIFEST, FileRecord
+from svdbank.bank.reading import data_files
+from svdbank.basis import unresolved_ranks
+from svdbank.checkpoint import decomposable, open_checkpoint
+from svdbank.errors import DamageError
+from svdbank.pipeline.locating import open as open_source
+from svdbank.specs import Progress, ProgressCallback, Struct
+
+#: Worst residual ‖W V − U Σ‖/σ_max that a basis cast to the storage dtype may show: its unit roundoff, with room for a sum of squares.
+_STORED_RESIDUAL = {"float32": 1e-6, "float16": 1e-2, "bfloat16": 1e-1}
+
+
+class FamilyInfo(Struct, frozen=True):
+    """One family of a bank. Residual and orthogonality are the worst of its weights; σ are ranges over them."""
+
+    name: str
+    kind: str
+    weights: int
+    out_features: int
+    in_features: int
+    rank: int
+    residual: float
+    orthogonality: float
+    condition: float
+    sigma_min: float
+    sigma_max: float
+    unresolved: int
+
+
+class BankInfo(Struct, frozen=True):
+    """What a bank holds. ``unresolved`` counts (weight, rank) pairs whose subspace the data do not define to 1e-6."""
+
+    path: str
+    model: str
+    revision: str | None
+    base_digest: str
+    format: int
+    rank: int | str
+    side: str
+    dtype: str
+    weights: int
+    nbytes: int
+    families: tuple[FamilyInfo, ...]
+    paths: dict[str, int]
+    fallbacks: dict[str, tuple[str, ...]]
+    unresolved: int
+
+
+class Damage(Struct, frozen=True):
+    """One thing that is not as published."""
+
+    file: str
+    what: str
+
+
+class VerifyReport(Struct, frozen=True):
+    """Outcome of a verification. ``sound`` is the verdict, ``next`` the command that helps when it is not."""
+
+    path: str
+    level: str
+    files: int
+    nbytes: int
+    weights: int
+    damage: tuple[Damage, ...]
+    sound: bool
+    next: str | None
+
+
+def info(source: str | os.PathLike[str]) -> BankInfo:
+    """Describe a bank, or the cached bank of a model, from its index. Errors as :func:`svdbank.open`."""
+    bank = open_source(source)
+    families, paths, fallbacks = [], dict[str, int](), dict[str, tuple[str, ...]]()
+    for family in bank.index.families:
+        certificates = [weight.certificate for weight in family.weights]
+        sigma = bank.sigma(family.spec.weights, family.spec.rank)
+        families.append(
+            FamilyInfo(
+                name=family.spec.name,
+                kind=family.spec.kind,
+                weights=len(family.weights),
+                out_features=family.spec.out_features,
+                in_features=family.spec.in_features,
+                rank=family.spec.rank,
+                residual=max(c.residual for c in certificates),
+                orthogonality=max(c.orthogonality for c in certificates),
+                condition=max((c.sigma_max / c.sigma_min if c.sigma_min > 0 else float("inf")) for c in certificates),
+                sigma_min=min(c.sigma_min for c in certificates),
+                sigma_max=max(c.sigma_max for c in certificates),
+                unresolved=sum(
+                    len(unresolved_ranks(sigma[w.name].flip(0).tolist(), w.certificate.sigma_next, w.certificate.sigma_max))
+                    for w in family.weights
+                ),
+            )
+        )
+        for weight in family.weights:
+            paths[weight.certificate.path] = paths.get(weight.certificate.path, 0) + 1
+            if weight.certificate.tried:
+                fallbacks[weight.name] = weight.certificate.tried
+    manifest = bank.manifest
+    return BankInfo(
+        path=str(bank.path),
+        model=manifest.base.name,
+        revision=manifest.base.revision,
+        base_digest=manifest.base_digest,
+        format=manifest.format,
+        rank=manifest.options.rank,
+        side=manifest.options.side,
+        dtype=manifest.options.dtype,
+        weights=len(bank),
+        nbytes=manifest.nbytes,
+        families=tuple(families),
+        paths=paths,
+        fallbacks=fallbacks,
+        unresolved=sum(family.unresolved for family in families),
+    )
+
+
+def verify(
+    source: str | os.PathLike[str],
+    *,
+    data: bool = False,
+    model: str | os.PathLike[str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> VerifyReport:
+    """Check a bank against its own records and, with ``model``, against the weights it was made from.
+
+    The default looks at every file's presence and size and at all metadata. ``data`` hashes every byte. ``model`` reads each
+    weight, compares its hash, and measures ``‖W V − U Σ‖`` of the stored basis (two products, no SVD).
+
+    Damage is in the report, not an exception; errors are those of :func:`svdbank.open` (a bank without manifest or with an unknown
+    format) and of opening the model.
+    """
+    bank: Bank | None = None
+    damage: list[Damage] = []
+    files = nbytes = 0
+    try:
+        bank = open_source(source)
+    except DamageError as error:
+        damage.append(Damage(MANIFEST, str(error)))
+    if bank is not None:
+        recorded = dict(_recorded(bank))
+        for done, (name, record) in enumerate(recorded.items()):
+            whole = data or "/c/" not in name or record.chunk_bytes == 0
+            damage += _examine(bank.path, name, record, hashed=whole)
+            files += 1
+            nbytes += record.size
+            if progress is not None and whole:
+                progress(Progress("verify", done + 1, len(recorded), "files", name))
+        damage += [Damage(name, "not part of this bank") for name in _strangers(bank.path, set(recorded))]
+        if model is not None and not damage:
+            damage += _against_model(bank, model, progress)
+    path = str(bank.path) if bank is not None else os.fspath(source)
+    return VerifyReport(
+        path=path,
+        level="source" if model is not None else "data" if data else "structure",
+        files=files,
+        nbytes=nbytes,
+        weights=0 if bank is None else len(bank),
+        damage=tuple(damage),
+        sound=not damage,
+        next=None
+        if not damage
+        else f"svdbank rm {path}, then svdbank build {bank.manifest.base.name if bank else 'MODEL'} -o {path}",
+    )
+
+
+def _recorded(bank: Bank) -> Iterator[tuple[str, FileRecord]]:
+    yield from bank.manifest.files.items()
+    for family in bank.index.families:
+        yield from family.metadata.items()
+        yield from data_files(family)
+
+
+def _examine(root: Path, name: str, record: FileRecord, *, hashed: bool) -> Iterator[Damage]:
+    path = fsio.safe_join(root, name, error=DamageError)
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        yield Damage(name, "missing")
+        return
+    if not stat.S_ISREG(status.st_mode):
+        yield Damage(name, "not a regular file")
+    elif status.st_size != record.size:
+        yield Damage(name, f"{status.st_size} bytes, recorded were {record.size}")
+    elif hashed and fsio.sha256_file(path) != record.sha256:
+        yield Damage(name, "not the bytes that were published")
+
+
+def _strangers(root: Path, recorded: set[str]) -> list[str]:
+    """Files in a bank that nothing records. The log, and names that begin with a dot at its top (locks, version control), may be there."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        if Path(folder) == root:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = [name for name in names if not name.startswith(".") and name not in (MANIFEST, LOG, "README.md")]
+        linked = [name for name in folders if Path(folder, name).is_symlink()]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in (*names, *linked)]
+    return sorted(set(found) - recorded)
+
+
+def _against_model(bank: Bank, model: str | os.PathLike[str], progress: ProgressCallback | None) -> Iterator[Damage]:
+    """Hashes of the base's weights, and the residual of each stored basis against its weight."""
+    import torch
+
+    with open_checkpoint(model) as checkpoint:
+        specs = {weight.name: weight for weight in decomposable(checkpoint, (".*",))[0]}
+        for done, name in enumerate(bank):
+            basis = bank[name]
+            spec = specs.get(name)
+            if spec is None or (spec.out_features, spec.in_features) != (basis.out_features, basis.in_features):
+                yield Damage(name, f"{checkpoint.name} has no such weight of {basis.out_features}x{basis.in_features}")
+                continue
+            weight, sha256 = checkpoint.read_hashed(spec)
+            if sha256 != basis.source_sha256:
+                yield Damage(name, f"{checkpoint.name} has other bytes than those the bank was built from")
+                continue
+            left, sigma = basis.left(basis.rank).double(), basis.sigma(basis.rank)
+            matrix = weight.double()
+            # ‖Wᵀu‖ = σ alone would accept any vector in the span; with right vectors the pair itself is measured.
+            image = matrix.mT @ left
+            if bank.side == "both":
+                residual = torch.linalg.vector_norm(image - basis.right(basis.rank).double() * sigma, dim=0).max()
+            else:
+                residual = torch.linalg.vector_norm(matrix @ image - left * sigma**2, dim=0).max() / basis.certificate.sigma_max
+            relative = float(residual) / basis.certificate.sigma_max if basis.certificate.sigma_max else float(residual)
+            if not relative <= _STORED_RESIDUAL[bank.dtype]:
+                yield Damage(name, f"the stored basis misses the weight by {relative:.1e} of its norm")
+            if progress is not None:
+                progress(Progress("verify against model", done + 1, len(bank), "weights", name))
+
+
+__all__ = ["BankInfo", "Damage", "FamilyInfo", "VerifyReport", "info", "verify"]
