@@ -71,7 +71,6 @@ _TIED_HEADS = {
     "xlm-roberta-xl": "lm_head.decoder",
     "distilbert": "vocab_projector",
     "electra": "generator_lm_head",
-    "gpt_neox": "embed_out",
     "modernbert": "decoder",
     "whisper": "proj_out",
 }

@@ -109,11 +109,13 @@ def _refuse_unmatched(
         if any(one.named(spec.module) for spec in chosen):
             continue
         shown = one.names[0] if one.names else targets[0] if not isinstance(targets, str) else targets
-        for name, reason in reasons.items():
-            if one.named(name.rpartition(".")[0]):
-                raise OptionError(
-                    f"{checkpoint.name}: the target {shown!r} matches {name}, which cannot be decomposed: {reason}"
-                )
+        unfit = [name for name in reasons if one.named(name.rpartition(".")[0])]
+        if unfit:
+            name = max(unfit, key=lambda name: name.endswith(".weight"))
+            raise OptionError(
+                f"{checkpoint.name}: the target {shown!r} matches {name}, which cannot be decomposed: {reasons[name]}",
+                hint="leave --targets out for every linear weight",
+            )
         raise OptionError(
             f"{checkpoint.name}: the target {shown!r} matches no module; there are: {inventory(candidates)}",
             hint=_closest(shown, candidates),

@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, name: str, revision: str, path: str, fault: Fault | None, body: bool) -> None:
         found = self._tree(name, revision, body)
         if found is None:
-            return
+            return None
         commit, files = found
         if self.hub.repositories[name].gated and "Authorization" not in self.headers:
             return self._error("GatedRepo", body)
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             data, status = data[begin : end + 1], 206
         if fault is not None and fault.kind == "wrong-bytes":
             data = data[:-1] + bytes([data[-1] ^ 1])
-        self._send(status, data, headers, body, drop=fault is not None and fault.kind == "drop")
+        return self._send(status, data, headers, body, drop=fault is not None and fault.kind == "drop")
 
     def _error(self, code: str, body: bool, headers: dict[str, str] | None = None) -> None:
         status, message = _ERRORS[code]

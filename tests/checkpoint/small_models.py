@@ -8,15 +8,20 @@ import torch
 import transformers
 from torch import nn
 
-LLAMA = dict(
-    vocab_size=1200, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
-)  # fmt: skip
+LLAMA = {
+    "vocab_size": 1200,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def configurations() -> dict[str, tuple[type[nn.Module], object]]:
     """Name → (class, configuration)."""
     t = transformers
-    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     return {
         "llama-untied": (t.LlamaForCausalLM, t.LlamaConfig(**LLAMA, tie_word_embeddings=False)),
         "llama-tied": (t.LlamaForCausalLM, t.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
