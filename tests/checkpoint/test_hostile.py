@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -200,7 +199,9 @@ def test_a_configuration_key_of_the_wrong_type_is_refused_by_name(tmp_path: Path
         decomposable(checkpoint)
 
 
-def test_only_pickles_are_refused_with_a_command_that_converts_them(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_only_pickles_are_refused_with_a_command_that_converts_them(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file
 
     folder = tmp_path / "pickled"
@@ -210,8 +211,10 @@ def test_only_pickles_are_refused_with_a_command_that_converts_them(tmp_path: Pa
     with pytest.raises(CheckpointError, match="can run code") as caught:
         open_checkpoint(folder)
     assert caught.value.hint
-    command = caught.value.hint.partition(": ")[2].replace("python -c", f"{sys.executable} -c", 1)
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path, capture_output=True)
+    python, option, program = shlex.split(caught.value.hint.partition(": ")[2])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
     with open_checkpoint(tmp_path / "pickled-safetensors") as checkpoint:
         assert any(name.endswith("layers.0.self_attn.q_proj.weight") for name in checkpoint.tensors)
 
