@@ -42,7 +42,7 @@ class Target:
     rank: int
 
 
-class Attachment(Struct):
+class Attachment(Struct, frozen=True):
     """What attaching found and did.
 
     Attributes

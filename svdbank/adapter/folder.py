@@ -56,7 +56,7 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
     inference_mode: bool = True
 
 
-class AdapterCache(Struct):
+class AdapterCache(Struct, frozen=True):
     """What svdbank knows about an adapter it wrote. ``band`` is half-open, 0 = the most minor direction of the bank.
 
     ``base_digest`` covers the adapter's own weights only, so extending the bank does not change it.
