@@ -57,11 +57,13 @@ def with_families(specs: Sequence[WeightSpec]) -> list[WeightSpec]:
             spec.dtype,
         )
         keys[spec.name] = key
-        sharing[_slug(key)].add(key)
+    slugs = {key: _slug(key) for key in set(keys.values())}
+    for key, slug in slugs.items():
+        sharing[slug].add(key)
     named = []
     for spec in specs:
         key = keys[spec.name]
-        slug = _slug(key)
+        slug = slugs[key]
         _, layer, expert = numbers[spec.name]
         family = slug if len(sharing[slug]) == 1 else f"{slug}-{_short_hash(key)}"
         named.append(_replace(spec, family, layer, expert))

@@ -119,7 +119,13 @@ def open_checkpoint(model: str | os.PathLike[str], *, progress: Progress | None 
     if text.startswith("hf://"):
         return _open_hub(text.removeprefix("hf://"), progress)
     path = Path(text).expanduser()
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as cause:
+        raise CheckpointError(
+            f"{text[:200]}: cannot be looked at: {cause.strerror}", hint="check the path and its permissions"
+        ) from cause
+    if exists:
         return open_local(path)
     if isinstance(model, str) and _could_be_hub_id(text):
         return _open_hub(text, progress)
@@ -135,7 +141,11 @@ def open_local(
     where = name or str(path)
     if path.is_dir():
         folder = path.resolve()
-        layout = choose((entry.name for entry in folder.iterdir()), where)
+        try:
+            present = [entry.name for entry in folder.iterdir()]
+        except OSError as cause:
+            raise CheckpointError(f"{folder}: cannot be listed: {cause.strerror}", hint="check its permissions") from cause
+        layout = choose(present, where)
     else:
         # The user named this file: if it is a link, that is their wish, except that its header is read from where it leads.
         folder, layout = path.parent.resolve(), Layout(single=path.name)
@@ -166,7 +176,7 @@ def open_local(
         missing = next(tensor for tensor in weight_map if tensor not in tensors)
         raise CheckpointError(f"{where}: the index names {missing!r} in {weight_map[missing]}, whose header does not have it")
     return Checkpoint(
-        name=name or (path if path.name else path.resolve()).name,
+        name=name or (path if path.name not in ("", "..") else path.resolve()).name,
         revision=revision,
         folder=folder,
         config=config,

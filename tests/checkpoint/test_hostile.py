@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import deserialize
+from safetensors.torch import save
 
 from svdbank.checkpoint import open_checkpoint
 from svdbank.errors import CheckpointError, SvdbankError
@@ -50,6 +54,38 @@ def test_what_the_reference_writer_accepts_is_accepted(tmp_path: Path) -> None:
         assert {name: source.shape for name, source in checkpoint.tensors.items()} == {
             n: tuple(t.shape) for n, t in tensors.items()
         }
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_changed_in_a_file_is_refused_or_means_what_the_reference_reader_says(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    honest = save({"a.weight": torch.ones(2, 3), "b.weight": torch.ones(4).half(), "c": torch.zeros(0)}, {"format": "pt"})
+    changed = bytearray(honest)
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.integers(0, len(changed) - 1))
+        changed[where : where + data.draw(st.integers(0, 2))] = data.draw(
+            st.sampled_from([b"", b"0", b"1", b"9", b"-", b",", b'"', b"}", b"\xff", b"a", b"F16", b" "])
+        )
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(changed)
+    try:
+        with open_checkpoint(path) as checkpoint:
+            seen = {name: (source.shape, source.begin, source.end) for name, source in checkpoint.tensors.items()}
+    except CheckpointError:
+        return
+    base = 8 + int.from_bytes(changed[:8], "little")
+    reference = deserialize(bytes(changed))
+    assert {name: (shape, bytes(changed[begin:end])) for name, (shape, begin, end) in seen.items()} == {
+        name: (tuple(tensor["shape"]), bytes(tensor["data"])) for name, tensor in reference
+    }
+    assert all(base <= begin <= end <= len(changed) for _, begin, end in seen.values())
+
+
+def test_a_path_too_long_to_exist_is_an_ordinary_error() -> None:
+    with pytest.raises(CheckpointError, match="cannot be looked at"):
+        open_checkpoint("a" * 5000)
 
 
 def indexed(folder: Path, weight_map: object, shards: dict[str, dict[str, torch.Tensor]]) -> Path:
