@@ -1,0 +1,48 @@
+"""What is installed from a wheel is what stands in the tree."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.structure.source import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy, so that neither build/ nor egg-info of an earlier run can supply a file that the tree lacks."""
+    tree = tmp_path_factory.mktemp("tree")
+    for folder in ("svdbank", "cli"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tree / file)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (file,) = out.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_the_wheel_holds_every_file_of_the_tree(wheel: zipfile.ZipFile) -> None:
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "svdbank").rglob("*.py")} | {"svdbank/py.typed"}
+    expected |= {f"svdbank_cli/{path.relative_to(ROOT / 'cli').as_posix()}" for path in (ROOT / "cli").rglob("*.py")}
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert expected <= held, f"not in the wheel: {sorted(expected - held)}"
+    assert held <= expected, f"in the wheel, not in the tree: {sorted(held - expected)}"
+
+
+def test_the_wheel_installs_no_module_called_cli_and_names_its_command(wheel: zipfile.ZipFile) -> None:
+    assert {Path(name).parts[0] for name in wheel.namelist() if ".dist-info/" not in name} == {"svdbank", "svdbank_cli"}
+    (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert "svdbank = svdbank_cli.main:main" in wheel.read(entry_points).decode()
+
+
+def test_the_wheel_carries_the_licence(wheel: zipfile.ZipFile) -> None:
+    (licence,) = [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
+    assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
