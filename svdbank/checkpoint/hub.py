@@ -5,13 +5,14 @@ Everything goes through ``huggingface_hub``, so its cache, tokens, endpoint and 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdbank.checkpoint.files import read_document, sha256_of
+from svdbank.checkpoint.files import member, read_document, sha256_of
 from svdbank.checkpoint.layout import MAX_INDEX, choose, parse_index
 from svdbank.errors import CheckpointError, OptionError
 
@@ -70,7 +71,7 @@ def fetch(repository: str, revision: str | None, progress: Progress | None = Non
     try:
         names = [layout.single] if layout.single else _indexed(repository, commit, layout.index or "", files, shown)
         folder = _download(repository, commit, [*([_CONFIG] if _CONFIG in files else []), *names], files, progress)
-        _remember(repository, revision or "main", commit, names[0])
+        _remember(repository, revision or "main", commit, _CONFIG if _CONFIG in files else names[0])
     except CheckpointError:
         raise
     except Exception as cause:
@@ -86,7 +87,7 @@ def _file_id(file: Any) -> str:
 
 def _indexed(repository: str, commit: str, index: str, files: dict[str, Any], shown: str) -> list[str]:
     folder = _download(repository, commit, [index], files, None)
-    names = sorted(set(parse_index(read_document((folder / index).resolve(), MAX_INDEX), f"{shown}: {index}").values()))
+    names = sorted(set(parse_index(read_document(member(folder, index), MAX_INDEX), f"{shown}: {index}").values()))
     missing = [name for name in names if name not in files]
     if missing:
         raise CheckpointError(f"{shown}: {index} names {missing[0]}, which the repository does not hold")
@@ -130,7 +131,9 @@ def _remember(repository: str, revision: str, commit: str, name: str) -> None:
         return
     known = try_to_load_from_cache(repository, name, revision=revision)
     if not isinstance(known, str) or Path(known).parent.name != commit:
-        hf_hub_download(repository, name, revision=revision, tqdm_class=_silent_bar(None))
+        # The weights are here: that a name cannot be looked up offline later is no reason to fail now.
+        with contextlib.suppress(Exception):
+            hf_hub_download(repository, name, revision=revision, tqdm_class=_silent_bar(None))
 
 
 def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
@@ -151,9 +154,7 @@ def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
         return None
     names = [layout.single] if layout.single else []
     if layout.index:
-        names = sorted(
-            set(parse_index(read_document((folder / layout.index).resolve(), MAX_INDEX), f"{shown}: index").values())
-        )
+        names = sorted(set(parse_index(read_document(member(folder, layout.index), MAX_INDEX), f"{shown}: index").values()))
     if any(not (folder / name).is_file() for name in names):
         return None
     return Snapshot(folder.name, folder, {})

@@ -253,6 +253,13 @@ def test_a_token_opens_a_gated_repository_and_is_never_shown(hub: LocalHub, clie
     assert "HTTP 403" in seen["error"] and "secretsecret" not in json.dumps(seen)
 
 
+def test_too_many_requests_is_said_as_such(hub: LocalHub, client: Client, repo: str) -> None:
+    hub.commit(repo, {"config.json": CONFIG, "model.safetensors": weights(0)})
+    hub.faults.append(Fault("status", f"/api/models/{repo}", times=50, status=429))
+    seen = client(repo)
+    assert "too many requests" in seen["error"] and "run it again" in seen["hint"]
+
+
 def test_offline_without_a_cached_copy_is_said(client: Client, repo: str) -> None:
     seen = client(f"{repo}@v1", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE forbids" in seen["error"]

@@ -34,6 +34,7 @@ EXPRESSIONS = (
     r".*\.q_proj",
     r".*q_proj",
     r"model\.layers\.(0|11)\..*",
+    r"model\.layers\.[0-9]+",
     r"q_proj$|lm_head",
     r".*\.[0-9]\..*(up|q)_proj",
     r"(?i)LM_HEAD",
