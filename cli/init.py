@@ -12,12 +12,18 @@ from svdbank_cli.output import Output
 @click.argument("source", metavar="MODEL|BANK")
 @click.option("-r", "--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
 @click.option("-o", "--output", "adapter", type=click.Path(), required=True, help="Adapter folder to write.")
-@click.option("--method", type=click.Choice(["mica"]), default="mica", show_default=True, help="What the factors are initialised to.")
+@click.option(
+    "--method", type=click.Choice(["mica"]), default="mica", show_default=True, help="What the factors are initialised to."
+)
 @click.option("--alpha", type=float, help="LoRA alpha. [default: the rank, so that the scale is 1]")
 @click.option("--rslora", is_flag=True, help="Scale by alpha/√rank instead of alpha/rank.")
 @click.option("--dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="LoRA dropout.")
-@click.option("--targets", multiple=True, metavar="PATTERN", help="Modules, as PEFT names them. [default: all linear in the bank]")
-@click.option("--base-model", metavar="NAME", help="Name or path of the base model to write into the config. [default: the bank's]")
+@click.option(
+    "--targets", multiple=True, metavar="PATTERN", help="Modules, as PEFT names them. [default: all linear in the bank]"
+)
+@click.option(
+    "--base-model", metavar="NAME", help="Name or path of the base model to write into the config. [default: the bank's]"
+)
 @click.option("--task-type", metavar="TYPE", help="PEFT task type, e.g. CAUSAL_LM.")
 @click.option("--force", is_flag=True, help="Replace an adapter that is there.")
 @with_output

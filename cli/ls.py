@@ -29,6 +29,7 @@ def _text(banks: Any) -> str:
     if not banks:
         return "no banks yet: svdbank build MODEL makes one"
     rows = [
-        (b.model, b.weights, f"{b.rank}", b.side, b.dtype, size(b.nbytes) if b.complete else "unfinished", b.path) for b in banks
+        (b.model, b.weights, f"{b.rank}", b.side, b.dtype, size(b.nbytes) if b.complete else "unfinished", b.path)
+        for b in banks
     ]
     return table(("model", "weights", "rank", "side", "dtype", "size", "path"), rows)

@@ -43,15 +43,25 @@ def build_options(command: Command) -> Command:
     """Options of ``plan`` and ``build``: what to decompose, how much of it to keep, and how."""
     for option in reversed(
         (
-            click.option("-o", "--output", "bank", type=click.Path(), help="Bank folder. Default: in the cache, found again by MODEL."),
-            click.option("--rank", type=RankType(), default="128", show_default=True, help="Minor triplets to keep of each weight."),
+            click.option(
+                "-o", "--output", "bank", type=click.Path(), help="Bank folder. Default: in the cache, found again by MODEL."
+            ),
+            click.option(
+                "--rank", type=RankType(), default="128", show_default=True, help="Minor triplets to keep of each weight."
+            ),
             click.option(
                 "--targets",
                 multiple=True,
                 metavar="PATTERN",
                 help="Modules, as PEFT names them: a name's end, all-linear, or one regular expression. Repeatable. [default: all-linear]",
             ),
-            click.option("--side", type=click.Choice(["both", "left"]), default="both", show_default=True, help="Singular vectors to keep."),
+            click.option(
+                "--side",
+                type=click.Choice(["both", "left"]),
+                default="both",
+                show_default=True,
+                help="Singular vectors to keep.",
+            ),
             click.option(
                 "--dtype",
                 type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -59,9 +69,15 @@ def build_options(command: Command) -> Command:
                 show_default=True,
                 help="Storage of the vectors; they are computed in float64.",
             ),
-            click.option("--principal", type=int, default=0, metavar="N", help="Also keep N triplets of the largest singular values."),
-            click.option("--solver", default="auto", show_default=True, metavar="PATH", help="Force a solver path; see docs/numerics.md."),
-            click.option("--jobs", type=click.IntRange(min=1), help="Small weights solved at a time. [default: one a processor]"),
+            click.option(
+                "--principal", type=int, default=0, metavar="N", help="Also keep N triplets of the largest singular values."
+            ),
+            click.option(
+                "--solver", default="auto", show_default=True, metavar="PATH", help="Force a solver path; see docs/numerics.md."
+            ),
+            click.option(
+                "--jobs", type=click.IntRange(min=1), help="Small weights solved at a time. [default: one a processor]"
+            ),
         )
     ):
         command = option(command)

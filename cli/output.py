@@ -46,7 +46,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     right = [rows and all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
     lines = [
-        "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in zip(row, widths, right, strict=True))
+        "  ".join(
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        )
         for row in cells
     ]
     return "\n".join(line.rstrip() for line in lines)

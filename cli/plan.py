@@ -40,7 +40,14 @@ def show_plan(model: str, bank: str | None, targets: tuple[str, ...], output: Ou
 
 def _text(report: Any) -> str:
     rows = [
-        (f.name, f.count, f"{f.out_features}x{f.in_features}", f"{f.rank}{' (all)' if f.clamped else ''}", f.path, size(f.nbytes))
+        (
+            f.name,
+            f.count,
+            f"{f.out_features}x{f.in_features}",
+            f"{f.rank}{' (all)' if f.clamped else ''}",
+            f.path,
+            size(f.nbytes),
+        )
         for f in report.families
     ]
     reasons = Counter(skip.reason for skip in report.plan.skips)

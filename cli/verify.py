@@ -36,8 +36,14 @@ def verify_command(bank: str, data: bool, model: str | None, output: Output) -> 
 
 
 def _text(report: Any) -> str:
-    scope = {"structure": "files, sizes and metadata", "data": "every byte", "source": "files, and bases against the model"}[report.level]
+    scope = {"structure": "files, sizes and metadata", "data": "every byte", "source": "files, and bases against the model"}[
+        report.level
+    ]
     if report.sound:
-        return f"sound: {report.weights} weights in {report.files} files, {size(report.nbytes)}; checked {scope}"
+        verdict = f"sound: {report.weights} weights in {report.files} files, {size(report.nbytes)}; checked {scope}"
+        if report.unrecorded:
+            left = f"{len(report.unrecorded)} files belong to no published part (unfinished builds leave them)"
+            verdict += f"\n{left}: {report.unrecorded[0]}, …"
+        return verdict
     lines = [f"damaged  {damage.file}: {damage.what}" for damage in report.damage]
     return "\n".join([*lines, f"DAMAGED: {len(report.damage)} of {report.files} files; checked {scope}", f"  → {report.next}"])

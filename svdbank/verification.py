@@ -65,7 +65,10 @@ class Damage(Struct, frozen=True):
 
 
 class VerifyReport(Struct, frozen=True):
-    """Outcome of a verification. ``sound`` is the verdict, ``next`` the command that helps when it is not."""
+    """Outcome of a verification. ``sound`` is the verdict, ``next`` the command that helps when it is not.
+
+    ``unrecorded`` are files that belong to no published part of the bank; no reader opens them.
+    """
 
     path: str
     level: str
@@ -73,6 +76,7 @@ class VerifyReport(Struct, frozen=True):
     nbytes: int
     weights: int
     damage: tuple[Damage, ...]
+    unrecorded: tuple[str, ...]
     sound: bool
     next: str | None
 
@@ -143,6 +147,7 @@ def verify(
     """
     bank: Bank | None = None
     damage: list[Damage] = []
+    unrecorded: list[str] = []
     files = nbytes = 0
     try:
         bank = open_source(source)
@@ -157,7 +162,8 @@ def verify(
             nbytes += record.size
             if progress is not None and whole:
                 progress(Progress("verify", done + 1, len(recorded), "files", name))
-        damage += [Damage(name, "not part of this bank") for name in _strangers(bank.path, set(recorded))]
+        unrecorded, irregular = _unrecorded(bank.path, set(recorded))
+        damage += irregular
         if model is not None and not damage:
             damage += _against_model(bank, model, progress)
     path = str(bank.path) if bank is not None else os.fspath(source)
@@ -168,6 +174,7 @@ def verify(
         nbytes=nbytes,
         weights=0 if bank is None else len(bank),
         damage=tuple(damage),
+        unrecorded=tuple(unrecorded),
         sound=not damage,
         next=None
         if not damage
@@ -197,16 +204,28 @@ def _examine(root: Path, name: str, record: FileRecord, *, hashed: bool) -> Iter
         yield Damage(name, "not the bytes that were published")
 
 
-def _strangers(root: Path, recorded: set[str]) -> list[str]:
-    """Files in a bank that nothing records. The log, and names that begin with a dot at its top (locks, version control), may be there."""
-    found = []
+def _unrecorded(root: Path, recorded: set[str]) -> tuple[list[str], list[Damage]]:
+    """Files in a bank that nothing records, and links or other things that may not be there at all.
+
+    No reader ever opens an unrecorded file: a build or extension under way leaves them, and the next one removes them. The log,
+    and names that begin with a dot at the top (locks, version control), are ordinary.
+    """
+    found: list[str] = []
+    damage: list[Damage] = []
     for folder, folders, names in os.walk(root):
         if Path(folder) == root:
             folders[:] = [name for name in folders if not name.startswith(".")]
             names = [name for name in names if not name.startswith(".") and name not in (MANIFEST, LOG, "README.md")]
-        linked = [name for name in folders if Path(folder, name).is_symlink()]
-        found += [Path(folder, name).relative_to(root).as_posix() for name in (*names, *linked)]
-    return sorted(set(found) - recorded)
+        for name in (*names, *folders):
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                if relative not in recorded:
+                    damage.append(Damage(relative, "not a regular file or folder"))
+            elif stat.S_ISREG(mode) and relative not in recorded:
+                found.append(relative)
+    return sorted(found), damage
 
 
 def _against_model(bank: Bank, model: str | os.PathLike[str], progress: ProgressCallback | None) -> Iterator[Damage]:
