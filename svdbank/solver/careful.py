@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 
 from svdbank.solver.contract import LAPACK_LIMIT, Block, Candidate, Failure
+from svdbank.solver.weight import Weight
 
 
-def solve_lq(matrix: Tensor, rank: int, principal: int) -> Candidate | Failure:
+def solve_lq(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
     """``Mᵀ = Q F`` (Householder), then the SVD of the k × k factor ``Fᵀ``: backward stable, whatever κ is."""
-    k = matrix.shape[0]
+    k = weight.k
     if 4 * k * k + 7 * k > LAPACK_LIMIT:
         return Failure(f"k = {k} exceeds LAPACK's 32-bit workspace for gesdd")
-    orthonormal, factor = torch.linalg.qr(matrix.to(torch.float64).mT)  # (n, k), (k, k)
+    orthonormal, factor = torch.linalg.qr(weight.matrix.to(torch.float64).mT)  # (n, k), (k, k)
     short, sigma, inner = torch.linalg.svd(factor.mT)  # Fᵀ = short Σ inner
     return _ends(short, sigma, inner.mT, rank, principal, orthonormal)
 
 
-def solve_svd(matrix: Tensor, rank: int, principal: int) -> Candidate | Failure:
+def solve_svd(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
     """The reduced SVD of the whole weight in float64, the method of last resort."""
-    k = matrix.shape[0]
+    k = weight.k
     if 4 * k * k + 7 * k > LAPACK_LIMIT:
         return Failure(f"k = {k} exceeds LAPACK's 32-bit workspace for gesdd")
-    short, sigma, long = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    short, sigma, long = torch.linalg.svd(weight.matrix.to(torch.float64), full_matrices=False)
     return _ends(short, sigma, long.mT, rank, principal, None)
 
 
@@ -38,4 +39,4 @@ def _ends(short: Tensor, sigma: Tensor, long: Tensor, rank: int, principal: int,
     minor = block(torch.arange(k - 1, k - 1 - rank, -1, device=sigma.device))
     top = block(torch.arange(principal, device=sigma.device)) if principal else None
     following = sigma[k - 1 - rank].item() if rank < k else None
-    return Candidate(minor, top, following, sigma[-1].item(), sigma[0].item(), sigma.flip(0), None)
+    return Candidate(minor, top, following, sigma[-1].item(), sigma[0].item(), sigma.flip(0), None, None)

@@ -7,6 +7,7 @@ Failure is a value: a method that cannot serve a matrix says so and the next one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +23,14 @@ class Block:
     short: Tensor
     long: Tensor
     sigma: Tensor
+
+    def first(self, count: int) -> Block:
+        """The leading ``count`` triplets."""
+        return Block(self.short[:, :count], self.long[:, :count], self.sigma[:count])
+
+    def flipped(self) -> Block:
+        """The same triplets in the opposite order."""
+        return Block(self.short.flip(1), self.long.flip(1), self.sigma.flip(0))
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,9 @@ class Candidate:
     spectrum
         All k singular values ascending where the method computed them, else None.
     gram
-        ``M Mᵀ`` (k, k), needed to prove completeness where the spectrum is not known.
+        ``M Mᵀ`` (k, k), needed to prove completeness where the spectrum is not known; the gates overwrite it.
+    apply_inverse
+        ``(M Mᵀ)⁻¹ X`` on the complement of the minor block, to correct what squaring κ costs; None where κ was not squared.
     """
 
     minor: Block
@@ -51,6 +62,7 @@ class Candidate:
     sigma_max: float
     spectrum: Tensor | None
     gram: Tensor | None
+    apply_inverse: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)

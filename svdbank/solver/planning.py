@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from svdbank.errors import OptionError
-from svdbank.solver.gram import panel_width
+from svdbank.solver.weight import panel_width
 
 #: Names a caller may force; ``auto`` follows :func:`choose_path`.
-PATHS = ("dense", "lq", "svd")
+PATHS = ("shift-invert", "dense", "lq", "svd")
 
 
 def choose_path(out_features: int, in_features: int, rank: int) -> str:

@@ -1,21 +1,46 @@
-"""Rayleigh–Ritz with the weight itself."""
+"""Rayleigh–Ritz with the weight itself, and the correction of what squaring κ costs the long vectors."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from svdbank.solver.contract import Block
-from svdbank.solver.gram import transposed_product
+from svdbank.solver.weight import Weight
 
 
-def rayleigh_ritz(matrix: Tensor, subspace: Tensor) -> Block:
+def buffer_size(k: int, rank: int) -> int:
+    """Vectors kept beyond ``rank`` during the projection.
+
+    Inside the projected space Rayleigh–Ritz restores what the Gram matrix lost between neighbours, so the loss at the rank's own boundary
+    depends on the gap to the first vector beyond the buffer.
+    """
+    return min(k - rank, max(8, rank // 8))
+
+
+def rayleigh_ritz(weight: Weight, subspace: Tensor) -> Block:
     """Best triplets of M in the span of ``subspace`` (k, s), orthonormal columns; ascending.
 
     ``T = Mᵀ X``, thin QR ``T = Q F``, SVD of the s × s factor: ``T = V Σ Cᵀ``, ``U = X C``. It restores what
     squaring lost in σ and orders the vectors. V comes from T, never from ``Mᵀ U / σ``, which loses orthogonality for tiny σ.
     """
-    orthonormal, factor = torch.linalg.qr(transposed_product(matrix, subspace))  # (n, s), (s, s)
+    orthonormal, factor = torch.linalg.qr(weight.transposed_times(subspace))  # (n, s), (s, s)
     inner, sigma, outer = torch.linalg.svd(factor)
-    ascending = torch.arange(sigma.shape[0] - 1, -1, -1, device=sigma.device)
-    return Block(subspace @ outer.mH[:, ascending], orthonormal @ inner[:, ascending], sigma[ascending])
+    return Block(subspace @ outer.mH, orthonormal @ inner, sigma).flipped()
+
+
+def refined(weight: Weight, block: Block, defect: Tensor, apply_inverse: Callable[[Tensor], Tensor]) -> Block:
+    """``block`` with its long vectors corrected for ``defect = M V − U Σ`` (k, s).
+
+    Rounding in ``u`` of size ε along the largest singular vectors becomes ``ε κ`` in ``v = Mᵀ u / σ``. The defect shows it exactly, and
+    ``v − Mᵀ G⁻¹ (I − U Uᵀ) r`` removes it to second order: one Newton step for the pair (Dongarra, Moler & Wilkinson 1983,
+    *Improving the accuracy of computed eigenvalues and eigenvectors*), with G for G − σ², which is right where it matters: for singular
+    values far above σ.
+    """
+    step = apply_inverse(defect - block.short @ (block.short.mT @ defect))
+    step -= block.short @ (block.short.mT @ step)
+    columns, upper = torch.linalg.qr(block.long - weight.transposed_times(step))
+    # QR may turn a column's sign; its R is the identity up to that and the square of the correction.
+    return Block(block.short, columns * upper.diagonal().sign(), block.sigma)

@@ -14,13 +14,15 @@ from svdbank.solver.contract import Block, Candidate, Failure
 from svdbank.solver.dense import solve_dense
 from svdbank.solver.gates import judge
 from svdbank.solver.planning import PATHS, check_rank, choose_path
+from svdbank.solver.shift_invert import solve_shift_invert
+from svdbank.solver.weight import Weight
 from svdbank.specs import Side
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
-Method = Callable[[Tensor, int, int], Candidate | Failure]
+Method = Callable[[Weight, int, int], Candidate | Failure]
 
-METHODS: dict[str, Method] = {"dense": solve_dense, "lq": solve_lq, "svd": solve_svd}
+METHODS: dict[str, Method] = {"shift-invert": solve_shift_invert, "dense": solve_dense, "lq": solve_lq, "svd": solve_svd}
 
 
 def minor_basis(
@@ -81,21 +83,21 @@ def minor_basis(
         weight = weight.to(device)
     weight, exponent = _scaled(weight)
     transposed = out_features > in_features
-    matrix = weight.mT if transposed else weight
+    view = Weight(weight.mT if transposed else weight)
     if exponent is None:
-        return _zero_basis(out_features, in_features, rank, principal, side, matrix.device)
+        return _zero_basis(out_features, in_features, rank, principal, side, view.device)
 
     tried: list[str] = []
     for path in PATHS[PATHS.index(first) :]:
         try:
-            candidate = METHODS[path](matrix, rank, principal)
+            candidate = METHODS[path](view, rank, principal)
         except LinAlgError as error:
             tried.append(f"{path}: {error}")
             continue
         if isinstance(candidate, Failure):
             tried.append(f"{path}: {candidate.reason}")
             continue
-        verdict = judge(matrix, candidate)
+        candidate, verdict = judge(view, candidate)
         if verdict.failed is not None:
             tried.append(f"{path}: {verdict.failed}")
             continue
@@ -105,7 +107,7 @@ def minor_basis(
             path=path,
             tried=tuple(tried),
             dtype="float64",
-            device=matrix.device.type,
+            device=view.device.type,
             rank_full=min(out_features, in_features),
             sigma_max=candidate.sigma_max * back,
             sigma_min=candidate.sigma_min * back,

@@ -1,0 +1,143 @@
+"""Block Lanczos with full re-orthogonalisation and thick restarts, for the largest eigenvalues of a symmetric operator.
+
+Wu & Simon, *Thick-restart Lanczos method for large symmetric eigenvalue problems* (SIAM J. Matrix Anal. Appl. 22, 2000), with
+blocks. Small blocks need far fewer products than subspace iteration as wide as the wanted rank; restarts keep the projected
+problem, and so its ``eigh`` and the re-orthogonalisation, cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdbank.basis import EPSILON
+from svdbank.solver.contract import Failure
+
+#: Restarts before an iteration counts as stuck; converging ones here take 1 to 6.
+MAX_RESTARTS = 40
+#: Residual, relative to its own θ, at which a leading Ritz pair has converged as far as float64 lets it.
+LOCKED = 1e-14
+#: Ratio of the largest θ in the projection to the last wanted one that its eigh is trusted with.
+SPREAD = 100.0
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz pairs of one projection, largest first: ``values`` (m,), ``vectors`` (wanted, k) as rows, ``products`` applied so far."""
+
+    values: Tensor
+    vectors: Tensor
+    products: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Block width, where the basis is cut back, and how many Ritz vectors survive the cut."""
+
+    block: int
+    limit: int
+    keep: int
+
+
+def shape_for(k: int, wanted: int) -> Shape | None:
+    """Sizes measured to be good for ``wanted`` pairs of a (k, k) operator; None where k leaves no room for an iteration."""
+    block = 32 if wanted > 32 else 16 if wanted > 4 else 8
+    block = min(block, max(1, k // 8))
+    limit = -(-max(5 * wanted, wanted + 8 * block) // block) * block
+    limit = min(limit, k - block)
+    keep = min(max(3 * wanted, wanted + 2 * block), limit - 2 * block)
+    return Shape(block, limit, keep) if keep >= wanted + 1 else None
+
+
+def largest(
+    apply: Callable[[Tensor], Tensor],
+    start: Tensor,
+    wanted: int,
+    shape: Shape,
+    accept: Callable[[Tensor, Tensor, Tensor, float], bool],
+    generator: torch.Generator,
+) -> Ritz | Failure:
+    """Iterate from ``start`` (block, k) until ``accept(values, residuals, next_block, noise)`` says that the leading pairs are good.
+
+    ``apply`` maps (k, block) columns to columns; ``residuals`` (m,) are ``‖A x − θ x‖`` of the Ritz pairs, largest θ first;
+    ``next_block`` (block, k) is the direction that all of them point in; below ``noise`` a residual says nothing.
+    """
+    block, limit, k = shape.block, shape.limit, start.shape[1]
+    basis = torch.empty(limit + block, k, dtype=torch.float64, device=start.device)
+    basis[:block] = torch.linalg.qr(start.mT).Q.mT
+    projected = torch.zeros(limit + block, limit + block, dtype=torch.float64, device=start.device)
+    # Rows before ``locked`` have converged and left the projection: eigh is accurate to ε times the largest eigenvalue it is
+    # given, and θ may span ten orders of magnitude.
+    size, products, locked, stuck = block, 0, 0, False
+    values = residuals = start.new_empty(0)
+    for _ in range(MAX_RESTARTS):
+        while True:
+            last = basis[size - block : size]
+            image = apply(last.mT).mT.contiguous()
+            products += block
+            projection, following, coupling = _orthogonalise(image, basis[:size], generator)
+            projected[size - block : size, :size] = projection
+            projected[:size, size - block : size] = projection.mT
+            basis[size : size + block] = following
+            projected[size : size + block, size - block : size] = coupling
+            projected[size - block : size, size : size + block] = coupling.mT
+            if size + block > limit:
+                break
+            size += block
+        active, mixing = torch.linalg.eigh(projected[locked:size, locked:size])
+        active, mixing = active.flip(0), mixing.flip(1)
+        if not bool(torch.isfinite(active).all()):
+            return Failure("the iteration left the range of float64")
+        tails = coupling @ mixing[-block:]
+        values = torch.cat([values[:locked], active])
+        residuals = torch.cat([residuals[:locked], torch.linalg.vector_norm(tails, dim=0)])
+        # While locking still sheds large values, the next projection will know more than this one: go on.
+        settled = stuck or not active[0].abs().item() > SPREAD * values[wanted - 1].abs().item()
+        noise = 16 * EPSILON * active[0].abs().item() if settled else 0.0
+        if accept(values, residuals, following, noise):
+            free = max(wanted - locked, 0)
+            return Ritz(values, torch.cat([basis[:locked], mixing[:, :free].mT @ basis[locked:size]])[:wanted], products)
+        keep = shape.keep - locked
+        basis[locked : shape.keep] = mixing[:, :keep].mT @ basis[locked:size]
+        size = shape.keep
+        basis[size : size + block] = following
+        projected.zero_()
+        projected.diagonal()[:size] = values[:size]
+        projected[size : size + block, locked:size] = tails[:, :keep]
+        projected[locked:size, size : size + block] = tails[:, :keep].mT
+        # A leading run only, and never the last wanted pair: what a locked pair still lacks is LOCKED / (1 − θ_R / θ) for the others.
+        converged = (residuals[: wanted - 1] <= LOCKED * values[: wanted - 1].abs()).to(torch.int64).cumprod(0)
+        before, locked = locked, max(locked, int(converged.sum()))
+        stuck = before == locked
+        size += block
+    return Failure(f"no convergence after {products} products")
+
+
+def _orthogonalise(image: Tensor, basis: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Split ``image`` (b, k) into its part in ``basis`` (m, k) and an orthonormal remainder (b, k).
+
+    Returns the coefficients (b, m), the remainder's orthonormal rows, and the (b, b) matrix that maps image columns onto them.
+    Two passes of Gram–Schmidt: with one, the loss of orthogonality doubles a step and spoils the basis after about 30.
+    """
+    scale = torch.linalg.vector_norm(image, dim=1).max()
+    coefficients = image @ basis.mT
+    image = image.addmm_(coefficients, basis, alpha=-1)
+    again = image @ basis.mT
+    image = image.addmm_(again, basis, alpha=-1)
+    columns, upper = torch.linalg.qr(image.mT)
+    lost = upper.diagonal().abs() <= 16 * EPSILON * scale
+    if bool(lost.any()):
+        # The Krylov space is exhausted in these directions (repeated eigenvalues): go on with new random ones.
+        fresh = image.clone()
+        fresh[lost] = torch.randn(int(lost.sum()), image.shape[1], dtype=torch.float64, generator=generator).to(image.device)
+        fresh /= torch.linalg.vector_norm(fresh, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        for _ in range(2):
+            fresh = fresh - (fresh @ basis.mT) @ basis
+        columns = torch.linalg.qr(fresh.mT).Q
+        columns = columns - basis.mT @ (basis @ columns)
+        columns = torch.linalg.qr(columns).Q
+        upper = columns.mT @ image.mT
+    return coefficients + again, columns.mT, upper

@@ -1,0 +1,95 @@
+"""Fast path: block Lanczos on the inverse of the float64 Gram matrix, applied by its Cholesky factor.
+
+Inverting first maps the few huge directions of a trained weight to almost nothing, and spreads the crowded small end apart. The shift
+is zero: one placed just below λ_min saves a quarter of the products of a rectangular weight, less than the second factorisation
+that finding it costs (dev/solver-log.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdbank.solver.cholesky import factor
+from svdbank.solver.contract import Candidate, Failure
+from svdbank.solver.lanczos import Ritz, largest, shape_for
+from svdbank.solver.ritz import buffer_size, rayleigh_ritz
+from svdbank.solver.weight import Weight
+
+#: Seed of the start blocks: own generators, never the global one, so that the same weight gives the same bytes.
+SEED = 20260419
+#: Predicted residual, relative to σ_max, at which the iteration stops; the gates let 1e-10 through.
+STOP_RESIDUAL = 3e-13
+#: Predicted sine of the angle at the boundary at which it stops, where the gap there is resolved at all.
+STOP_ANGLE = 1e-8
+
+
+def solve_shift_invert(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
+    """Minor (and principal) triplets by Lanczos on ``(M Mᵀ)⁻¹`` and, for the other end, on ``M Mᵀ``."""
+    k = weight.k
+    if rank == k:
+        return Failure("an iteration cannot give the whole spectrum")
+    buffer = buffer_size(k, rank)
+    shape = shape_for(k, rank + buffer)
+    if shape is None:
+        return Failure(f"rank {rank} leaves no room for an iteration in {k} dimensions")
+    gram = weight.gram()
+    top = _top(gram, max(principal, 1), loose=principal == 0)
+    if isinstance(top, Failure):
+        return top
+    sigma_max = top.values[0].clamp_min(0).sqrt()
+    # Enough to factorise an exactly singular Gram matrix, too little to slow the iteration.
+    lower = factor(gram, weight.precision.factor, shift=32 * weight.rounding * top.values[0].item())
+    if lower is None:
+        return Failure("the Gram matrix is not positive definite at working precision")
+
+    def accept(values: Tensor, residuals: Tensor, following: Tensor, noise: float) -> bool:
+        theta, error = values[:rank], residuals[:rank]
+        if not bool(theta[-1] > 0):
+            return False
+        # ‖M v − σ u‖ = ‖G r‖ σ for the iteration's residual r of the pair (1/σ², u); all r point into ``following``.
+        stretch = torch.linalg.matrix_norm(following @ gram, ord=2)
+        predicted = (error * stretch / theta.sqrt()).max() / sigma_max
+        gap = theta[-1] - values[rank]
+        # What lies below the noise, the projection with M puts right, or the gates find.
+        return bool(((predicted <= STOP_RESIDUAL) & (error.max() <= STOP_ANGLE * gap)) | (error.max() <= noise))
+
+    found = largest(lower.solve, _start(k, shape.block, weight.device), rank + buffer, shape, accept, generator())
+    if isinstance(found, Failure):
+        return found
+    orthonormal = torch.linalg.qr(found.vectors.mT).Q
+    wide = rayleigh_ritz(weight, orthonormal)
+    minor = wide.first(rank)
+    raised = None
+    if principal:
+        raised = rayleigh_ritz(weight, torch.linalg.qr(top.vectors[:principal].mT).Q).flipped()
+        sigma_max = raised.sigma[0]
+    return Candidate(minor, raised, wide.sigma[rank].item(), minor.sigma[0].item(), sigma_max.item(), None, gram, lower.solve)
+
+
+def generator() -> torch.Generator:
+    """A fresh generator with the solver's seed; on the CPU, so that every device starts from the same numbers."""
+    return torch.Generator().manual_seed(SEED)
+
+
+def _start(k: int, block: int, device: torch.device) -> Tensor:
+    return torch.randn(block, k, dtype=torch.float64, generator=generator()).to(device)
+
+
+def _top(gram: Tensor, wanted: int, *, loose: bool) -> Ritz | Failure:
+    """Largest eigenpairs of ``gram``. ``loose``: only λ_max, to 1e-6, as the scale of the gates."""
+    k = gram.shape[0]
+    shape = shape_for(k, wanted + buffer_size(k, wanted))
+    if shape is None:
+        return Failure(f"principal {wanted} leaves no room for an iteration in {k} dimensions")
+
+    def accept(values: Tensor, residuals: Tensor, following: Tensor, noise: float) -> bool:
+        if loose:
+            return bool(residuals[0] <= 1e-3 * values[0])  # the value's error is the square of the vector's
+        gap = values[wanted - 1] - values[wanted]
+        allowed = torch.clamp(STOP_ANGLE * gap, min=noise)
+        # λ = σ²: half of the relative error in λ is in σ, and every pair's residual is divided by its own σ.
+        predicted = (residuals[:wanted] / values[:wanted].clamp_min(0).sqrt()).max() / values[0].sqrt()
+        return bool((residuals[:wanted].max() <= allowed) & (predicted <= STOP_RESIDUAL))
+
+    return largest(lambda columns: gram @ columns, _start(k, shape.block, gram.device), wanted, shape, accept, generator())
