@@ -267,7 +267,7 @@ def _fill(source: _Source, root: nn.Module, adapter_name: str, injection: _Injec
     begun = time.perf_counter()
     with torch.no_grad():
         for i, layer in enumerate(layers):
-            A, B = _factors(layer, adapter_name)
+            A, B = _materialised(layer, adapter_name)
             A.zero_()
             if found is None:
                 B.zero_()
@@ -310,6 +310,21 @@ def _factors(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]
     if _is_embedding(layer, adapter_name):
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
     return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+def _materialised(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B, on the CPU where PEFT sent them to the meta device after a base that is not loaded yet: a basis has to lie somewhere."""
+    import torch
+
+    factors = _factors(layer, adapter_name)
+    if not any(factor.device.type == "meta" for factor in factors):
+        return factors
+    A, B = (nn.Parameter(torch.empty_like(f, device="cpu"), requires_grad=f.requires_grad) for f in factors)
+    if _is_embedding(layer, adapter_name):
+        layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name] = A, B
+    else:
+        layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight = A, B
+    return A, B
 
 
 class _Snapshot:

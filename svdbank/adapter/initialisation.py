@@ -8,12 +8,28 @@ from pathlib import Path
 import torch
 
 from svdbank.adapter.attachment import check_rank, read_left
-from svdbank.adapter.folder import AdapterCache, AdapterFolder, Factors, LoraSettings, check_output, write_folder
+from svdbank.adapter.folder import AdapterCache, Factors, LoraSettings, check_output, write_folder
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.targets import ALL_LINEAR, parse_targets
 from svdbank.errors import OptionError
+from svdbank.specs import Struct
 
 METHODS = ("mica",)
+
+
+class InitReport(Struct, frozen=True):
+    """What ``init`` wrote: the folder, where its bases came from, and its size. As text it is the folder."""
+
+    adapter: str
+    bank: str
+    base: str
+    method: str
+    rank: int
+    weights: int
+    trainable_parameters: int
+
+    def __str__(self) -> str:
+        return self.adapter
 
 
 def init(
@@ -29,8 +45,8 @@ def init(
     base_model: str | None = None,
     task_type: str | None = None,
     force: bool = False,
-) -> AdapterFolder:
-    """Write a fresh adapter as a PEFT folder and return it.
+) -> InitReport:
+    """Write a fresh adapter as a PEFT folder; :func:`svdbank.adapter.folder.read_folder` reads it back.
 
     Parameters
     ----------
@@ -94,7 +110,15 @@ def init(
         weights=names,
     )
     write_folder(path, settings, factors, cache, force=force)
-    return AdapterFolder(path, settings, factors, cache)
+    return InitReport(
+        adapter=str(path),
+        bank=str(bank.path),
+        base=settings.base_model_name_or_path or base.name,
+        method="mica",
+        rank=rank,
+        weights=len(names),
+        trainable_parameters=sum(pair.A.numel() for pair in factors.values()),
+    )
 
 
 def _opened(model_or_bank: str | Path) -> Bank:

@@ -1,0 +1,105 @@
+"""Real models and their banks, made once a session; fresh models for each test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import svdbank
+from svdbank.bank import Bank
+from tests.peft.models import decompositions, quiet, smollm2_cache
+
+#: Embeddings stand beside the linear weights, so that one bank serves every MiniLM test.
+MINILM_TARGETS = ("all-linear", "word_embeddings")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, bfloat16; made from the package once for all sessions, because that takes most of a minute."""
+    from svdbank.demonstration import smollm2_folder
+
+    return smollm2_folder(smollm2_cache())
+
+
+@pytest.fixture(scope="session")
+def smollm2_bank(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    return svdbank.build(smollm2, tmp_path_factory.mktemp("smollm2") / "bank", rank=32, side="left")
+
+
+@pytest.fixture(scope="session")
+def minilm_bank(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    return svdbank.build(minilm, tmp_path_factory.mktemp("minilm") / "bank", rank=32, side="left", targets=MINILM_TARGETS)
+
+
+@pytest.fixture
+def llama(smollm2: Path) -> Callable[..., nn.Module]:
+    """A fresh SmolLM2 at each call, float32 by default."""
+    from transformers import AutoModelForCausalLM
+
+    def load(dtype: torch.dtype = torch.float32) -> nn.Module:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+
+    return load
+
+
+@pytest.fixture
+def bert(minilm: Path) -> Callable[..., nn.Module]:
+    """A fresh MiniLM encoder at each call."""
+    from transformers import AutoModel
+
+    def load(dtype: torch.dtype = torch.float32) -> nn.Module:
+        with quiet():
+            return AutoModel.from_pretrained(minilm, dtype=dtype)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def legal_windows(smollm2: Path) -> Tensor:
+    """(40, 64) tokens of licence texts."""
+    from transformers import AutoTokenizer
+
+    from svdbank.demonstration import licence_texts, token_windows
+
+    return token_windows(licence_texts(), AutoTokenizer.from_pretrained(smollm2), count=40, length=64)
+
+
+@pytest.fixture
+def no_svd(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every decomposition that torch and numpy offer raises; yields the list of those that were called."""
+    called: list[str] = []
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def raiser(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            raise AssertionError(f"{name} was called")
+
+        return raiser
+
+    for owner, name in decompositions():
+        monkeypatch.setattr(owner, name, refuse(f"{owner.__name__}.{name}"))
+    yield called
+    assert called == []
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread: the matrices are small, and on a busy machine OpenMP's waiting threads make an SVD ten times slower, not faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _deprecations_of_others() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
