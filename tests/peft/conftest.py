@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 import svdbank
 from svdbank.bank import Bank
-from tests.peft.models import decompositions, quiet, smollm2_cache
+from tests.peft.models import quiet, smollm2_cache, without_svd
 
 #: Embeddings stand beside the linear weights, so that one bank serves every MiniLM test.
 MINILM_TARGETS = ("all-linear", "word_embeddings")
@@ -72,21 +71,9 @@ def legal_windows(smollm2: Path) -> Tensor:
 
 
 @pytest.fixture
-def no_svd(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every decomposition that torch and numpy offer raises; yields the list of those that were called."""
-    called: list[str] = []
-
-    def refuse(name: str) -> Callable[..., Any]:
-        def raiser(*args: Any, **kwargs: Any) -> Any:
-            called.append(name)
-            raise AssertionError(f"{name} was called")
-
-        return raiser
-
-    for owner, name in decompositions():
-        monkeypatch.setattr(owner, name, refuse(f"{owner.__name__}.{name}"))
-    yield called
-    assert called == []
+def no_svd() -> Iterator[list[str]]:
+    with without_svd() as called:
+        yield called
 
 
 @pytest.fixture(autouse=True)

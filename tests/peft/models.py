@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,25 @@ def decompositions() -> list[tuple[Any, str]]:
         (numpy.linalg, "svd"),
         (numpy.linalg, "eigh"),
     ]
+
+
+@contextlib.contextmanager
+def without_svd() -> Iterator[list[str]]:
+    """Every decomposition that torch and numpy offer raises; yields the list of those that were called, also if swallowed."""
+    called: list[str] = []
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def raiser(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            raise AssertionError(f"{name} was called")
+
+        return raiser
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in decompositions():
+            patch.setattr(owner, name, refuse(f"{owner.__name__}.{name}"))
+        yield called
+    assert called == []
 
 
 @contextlib.contextmanager

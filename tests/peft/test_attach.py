@@ -110,10 +110,7 @@ def test_b_is_cast_to_the_dtype_of_the_weight_as_peft_casts(dtype: torch.dtype, 
 def test_a_bf16_checkpoint_is_recognised_in_any_dtype(llama: Load, smollm2_bank: Bank) -> None:
     config = {"target_modules": ["q_proj"]}
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        if dtype == torch.float64:
-            model = llama(torch.bfloat16).double()
-        else:
-            model = llama(dtype)
+        model = llama(torch.bfloat16).double() if dtype == torch.float64 else llama(dtype)
         assert attachment(get_peft_model(model, mica(4, **config), bank=smollm2_bank)).state == "verified"
 
 
