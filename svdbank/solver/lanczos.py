@@ -96,8 +96,7 @@ def largest(
         residuals = torch.cat([residuals[:locked], torch.linalg.vector_norm(tails, dim=0)])
         # While locking still sheds large values, the next projection will know more than this one: go on.
         settled = stuck or not active[0].abs().item() > SPREAD * values[wanted - 1].abs().item()
-        noise = 16 * EPSILON * active[0].abs().item() if settled else 0.0
-        if accept(values, residuals, following, noise):
+        if settled and accept(values, residuals, following, 16 * EPSILON * active[0].abs().item()):
             free = max(wanted - locked, 0)
             return Ritz(values, torch.cat([basis[:locked], mixing[:, :free].mT @ basis[locked:size]])[:wanted], products)
         keep = shape.keep - locked

@@ -32,15 +32,24 @@ def rayleigh_ritz(weight: Weight, subspace: Tensor) -> Block:
 
 
 def refined(weight: Weight, block: Block, defect: Tensor, apply_inverse: Callable[[Tensor], Tensor]) -> Block:
-    """``block`` with its long vectors corrected for ``defect = M V − U Σ`` (k, s).
+    """``block`` corrected for ``defect = M V − U Σ`` (k, s).
 
-    Rounding in ``u`` of size ε along the largest singular vectors becomes ``ε κ`` in ``v = Mᵀ u / σ``. The defect shows it exactly, and
-    ``v − Mᵀ G⁻¹ (I − U Uᵀ) r`` removes it to second order: one Newton step for the pair (Dongarra, Moler & Wilkinson 1983,
-    *Improving the accuracy of computed eigenvalues and eigenvectors*), with G for G − σ², which is right where it matters: for singular
-    values far above σ.
+    Rounding in ``u`` of size ε along the largest singular vectors becomes ``ε κ`` in ``v = Mᵀ u / σ``. The defect shows it exactly;
+    with ``y = (G − σ²)⁻¹ (I − U Uᵀ) r`` a Newton step for the pair is ``u − σ y``, ``v − Mᵀ y`` (Dongarra, Moler & Wilkinson
+    1983, *Improving the accuracy of computed eigenvalues and eigenvectors*). G stands for G − σ² here, which is right where it
+    matters: for singular values far above σ.
     """
     step = apply_inverse(defect - block.short @ (block.short.mT @ defect))
     step -= block.short @ (block.short.mT @ step)
-    columns, upper = torch.linalg.qr(block.long - weight.transposed_times(step))
-    # QR may turn a column's sign; its R is the identity up to that and the square of the correction.
-    return Block(block.short, columns * upper.diagonal().sign(), block.sigma)
+    return Block(
+        _orthonormal(block.short - step * block.sigma),
+        _orthonormal(block.long - weight.transposed_times(step)),
+        block.sigma,
+    )
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Nearly orthonormal columns made so. QR may turn signs; its R is the identity up to that and the square of the correction."""
+    basis, upper = torch.linalg.qr(columns)
+    signed: Tensor = basis * upper.diagonal().sign()
+    return signed

@@ -51,8 +51,11 @@ def solve_shift_invert(weight: Weight, rank: int, principal: int) -> Candidate |
         stretch = torch.linalg.matrix_norm(following @ gram, ord=2)
         predicted = (error * stretch / theta.sqrt()).max() / sigma_max
         gap = theta[-1] - values[rank]
-        # What lies below the noise, the projection with M puts right, or the gates find.
-        return bool(((predicted <= STOP_RESIDUAL) & (error.max() <= STOP_ANGLE * gap)) | (error.max() <= noise))
+        worst = error.max()
+        # Once the vectors are this good, or below the noise, more steps gain nothing: the projection with M corrects the rest.
+        return bool(
+            ((predicted <= STOP_RESIDUAL) & (worst <= STOP_ANGLE * gap)) | (worst <= 1e-3 * STOP_ANGLE * gap) | (worst <= noise)
+        )
 
     found = largest(lower.solve, _start(k, shape.block, weight.device), rank + buffer, shape, accept, generator())
     if isinstance(found, Failure):
