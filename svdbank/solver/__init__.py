@@ -5,9 +5,11 @@ from svdbank.solver.gates import residual_check
 from svdbank.solver.planning import PATHS, choose_path, flops, peak_bytes
 from svdbank.solver.solve import canonical_signs, minor_basis
 from svdbank.solver.threads import pinned_threads
+from svdbank.solver.weight import Precision
 
 __all__ = [
     "PATHS",
+    "Precision",
     "canonical_signs",
     "choose_path",
     "flops",

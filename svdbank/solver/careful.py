@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdbank.solver.contract import LAPACK_LIMIT, Block, Candidate, Failure
+from svdbank.solver.contract import LAPACK_LIMIT, Block, Candidate, Failure, LinAlgError
 from svdbank.solver.weight import Weight
 
 
@@ -15,8 +15,8 @@ def solve_lq(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
     if 4 * k * k + 7 * k > LAPACK_LIMIT:
         return Failure(f"k = {k} exceeds LAPACK's 32-bit workspace for gesdd")
     orthonormal, factor = torch.linalg.qr(weight.matrix.to(torch.float64).mT)  # (n, k), (k, k)
-    short, sigma, inner = torch.linalg.svd(factor.mT)  # Fᵀ = short Σ inner
-    return _ends(short, sigma, inner.mT, rank, principal, orthonormal)
+    short, sigma, inner, notes = decompose(factor.mT)  # Fᵀ = short Σ inner
+    return _ends(short, sigma, inner.mT, rank, principal, orthonormal, notes)
 
 
 def solve_svd(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
@@ -24,11 +24,26 @@ def solve_svd(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
     k = weight.k
     if 4 * k * k + 7 * k > LAPACK_LIMIT:
         return Failure(f"k = {k} exceeds LAPACK's 32-bit workspace for gesdd")
-    short, sigma, long = torch.linalg.svd(weight.matrix.to(torch.float64), full_matrices=False)
-    return _ends(short, sigma, long.mT, rank, principal, None)
+    short, sigma, long, notes = decompose(weight.matrix.to(torch.float64))
+    return _ends(short, sigma, long.mT, rank, principal, None, notes)
 
 
-def _ends(short: Tensor, sigma: Tensor, long: Tensor, rank: int, principal: int, frame: Tensor | None) -> Candidate:
+def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Reduced SVD ``(U, σ, Vᵀ)`` with what had to be got round: where the driver does not converge, it is given the transpose.
+
+    LAPACK's divide and conquer fails on rare matrices (CPU has no other driver in torch; CUDA tries its own in turn first); the
+    transpose takes another way through it.
+    """
+    try:
+        return (*torch.linalg.svd(matrix, full_matrices=False), ())
+    except LinAlgError as error:
+        long, sigma, short = torch.linalg.svd(matrix.mT.contiguous(), full_matrices=False)
+        return short.mT, sigma, long.mT, (f"svd driver: {error}; solved the transpose",)
+
+
+def _ends(
+    short: Tensor, sigma: Tensor, long: Tensor, rank: int, principal: int, frame: Tensor | None, notes: tuple[str, ...]
+) -> Candidate:
     """Both ends of a full decomposition with σ descending; ``frame`` maps ``long`` back to n dimensions."""
 
     def block(columns: Tensor) -> Block:
@@ -39,4 +54,4 @@ def _ends(short: Tensor, sigma: Tensor, long: Tensor, rank: int, principal: int,
     minor = block(torch.arange(k - 1, k - 1 - rank, -1, device=sigma.device))
     top = block(torch.arange(principal, device=sigma.device)) if principal else None
     following = sigma[k - 1 - rank].item() if rank < k else None
-    return Candidate(minor, top, following, sigma[-1].item(), sigma[0].item(), sigma.flip(0), None, None)
+    return Candidate(minor, top, following, sigma[-1].item(), sigma[0].item(), sigma.flip(0), None, None, notes)

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+#: torch exports it, its type stubs do not.
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 #: LAPACK counts workspace in 32-bit integers. ``syevd`` wants 2k² + 6k + 1 entries, ``gesdd`` 4k² + 7k.
 LAPACK_LIMIT = 2**31 - 1
 
@@ -53,6 +56,8 @@ class Candidate:
         ``M Mᵀ`` (k, k), needed to prove completeness where the spectrum is not known; the gates overwrite it.
     apply_inverse
         ``(M Mᵀ)⁻¹ X`` on the complement of the minor block, to correct what squaring κ costs; None where κ was not squared.
+    notes
+        What went wrong on the way and how it was got round, for the certificate.
     """
 
     minor: Block
@@ -63,6 +68,7 @@ class Candidate:
     spectrum: Tensor | None
     gram: Tensor | None
     apply_inverse: Callable[[Tensor], Tensor] | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

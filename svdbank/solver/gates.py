@@ -41,28 +41,25 @@ def judge(weight: Weight, candidate: Candidate) -> tuple[Candidate, Verdict]:
     Returns the candidate as it was judged. Overwrites ``candidate.gram``.
     """
     scale = candidate.sigma_max
-    columns = torch.zeros(())
+    # σ_1 … σ_R, σ_{R+1}: Wedin's bound at every rank, because every prefix is served as a basis of its own.
+    ladder = candidate.minor.sigma
+    if candidate.sigma_next is not None:
+        ladder = torch.cat([ladder, ladder.new_tensor([candidate.sigma_next])])
+    gaps = ladder.diff()
+    allowed = torch.clamp(gaps * UNRESOLVED, min=NOISE * EPSILON * scale)
     for attempt in range(REFINEMENTS + 1):
-        minor = candidate.minor
-        defect, columns = defects(weight, minor)
-        if candidate.apply_inverse is None or attempt == REFINEMENTS or not columns.max().item() > GOOD_RESIDUAL * scale:
+        defect, columns = defects(weight, candidate.minor)
+        prefix = columns.cummax(0).values[: gaps.shape[0]]
+        good = columns.max().item() <= GOOD_RESIDUAL * scale and bool((prefix <= allowed).all())
+        if good or attempt == REFINEMENTS or candidate.apply_inverse is None:
             break
-        candidate = replace(candidate, minor=refined(weight, minor, defect, candidate.apply_inverse))
+        candidate = replace(candidate, minor=refined(weight, candidate.minor, defect, candidate.apply_inverse))
     minor, principal = candidate.minor, candidate.principal
     worst = columns.max().item()
     if principal is not None:
         worst = max(worst, defects(weight, principal)[1].max().item())
     orthogonality = max(departure(block) for block in ([minor] if principal is None else [minor, principal]))
     relative = worst / scale
-    # σ_1 … σ_R, σ_{R+1}: Wedin's bound at every rank, because every prefix is served as a basis of its own.
-    ladder = (
-        minor.sigma
-        if candidate.sigma_next is None
-        else torch.cat([minor.sigma, minor.sigma.new_tensor([candidate.sigma_next])])
-    )
-    gaps = ladder.diff()
-    prefix = columns.cummax(0).values[: gaps.shape[0]]
-    allowed = torch.clamp(gaps * UNRESOLVED, min=NOISE * EPSILON * scale)
     angle_bound = None
     if candidate.sigma_next is not None and gaps[-1].item() > 0:
         angle_bound = columns.max().item() / gaps[-1].item()

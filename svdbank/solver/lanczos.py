@@ -17,7 +17,7 @@ from svdbank.basis import EPSILON
 from svdbank.solver.contract import Failure
 
 #: Restarts before an iteration counts as stuck; converging ones here take 1 to 6.
-MAX_RESTARTS = 40
+MAX_RESTARTS = 16
 #: Residual, relative to its own θ, at which a leading Ritz pair has converged as far as float64 lets it.
 LOCKED = 1e-14
 #: Ratio of the largest θ in the projection to the last wanted one that its eigh is trusted with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,18 +11,24 @@ from torch import Tensor
 from svdbank.basis import Basis, Certificate, Triplets
 from svdbank.errors import NotFiniteError, OptionError, SolverError
 from svdbank.solver.careful import solve_lq, solve_svd
-from svdbank.solver.contract import Block, Candidate, Failure
+from svdbank.solver.contract import Block, Candidate, Failure, LinAlgError
 from svdbank.solver.dense import solve_dense
-from svdbank.solver.gates import judge
+from svdbank.solver.gates import Verdict, judge
 from svdbank.solver.planning import PATHS, check_rank, choose_path
 from svdbank.solver.shift_invert import solve_shift_invert
-from svdbank.solver.weight import Weight
+from svdbank.solver.weight import DEFAULT_PRECISION, Precision, Weight
 from svdbank.specs import Side
-
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 Method = Callable[[Weight, int, int], Candidate | Failure]
 
+#: What is asked next where a path fails. What squaring κ spoils for one path it spoils for the other, so both hand over to ``lq``;
+#: ``dense`` closes the row of ``shift-invert`` because LAPACK's limit on k is wider for it.
+FALLBACKS = {
+    "shift-invert": ("shift-invert", "lq", "svd", "dense"),
+    "dense": ("dense", "lq", "svd"),
+    "lq": ("lq", "svd"),
+    "svd": ("svd",),
+}
 METHODS: dict[str, Method] = {"shift-invert": solve_shift_invert, "dense": solve_dense, "lq": solve_lq, "svd": solve_svd}
 
 
@@ -33,6 +40,7 @@ def minor_basis(
     solver: str = "auto",
     principal: int = 0,
     device: torch.device | str | None = None,
+    precision: Precision | None = None,
 ) -> Basis:
     """The ``rank`` minor singular triplets of ``weight`` (out, in), certified.
 
@@ -49,7 +57,9 @@ def minor_basis(
     principal
         How many triplets of the largest singular values to return as well.
     device
-        Where to compute; default: where ``weight`` is. The result stays there.
+        Where to compute; default: where ``weight`` is. The result stays there, also where memory ran out and the CPU stepped in.
+    precision
+        Working dtype of the steps that may leave float64; default: :data:`DEFAULT_PRECISION` of the device.
 
     Returns
     -------
@@ -79,39 +89,30 @@ def minor_basis(
         raise OptionError(f"no solver path is called {solver!r}; there are auto, {', '.join(PATHS)}")
 
     weight = weight.detach()
-    if device is not None:
-        weight = weight.to(device)
-    weight, exponent = _scaled(weight)
-    transposed = out_features > in_features
-    view = Weight(weight.mT if transposed else weight)
+    target = torch.device(device) if device is not None else weight.device
+    weight, exponent = _scaled(weight.to(target))
     if exponent is None:
-        return _zero_basis(out_features, in_features, rank, principal, side, view.device)
+        return _zero_basis(out_features, in_features, rank, principal, side, target)
+    transposed = out_features > in_features
+    view = Weight(weight.mT if transposed else weight, precision or DEFAULT_PRECISION.get(target.type, Precision()))
 
     tried: list[str] = []
-    for path in PATHS[PATHS.index(first) :]:
-        try:
-            candidate = METHODS[path](view, rank, principal)
-        except LinAlgError as error:
-            tried.append(f"{path}: {error}")
+    for path in FALLBACKS[first]:
+        solved = _solve(METHODS[path], path, view, rank, principal, tried)
+        if solved is None:
             continue
-        if isinstance(candidate, Failure):
-            tried.append(f"{path}: {candidate.reason}")
-            continue
-        candidate, verdict = judge(view, candidate)
-        if verdict.failed is not None:
-            tried.append(f"{path}: {verdict.failed}")
-            continue
-        back = 2.0**exponent
+        candidate, verdict, view_used = solved
+        scale = 2.0**exponent
         following = candidate.sigma_next
         certificate = Certificate(
             path=path,
             tried=tuple(tried),
-            dtype="float64",
-            device=view.device.type,
+            dtype=str(view.precision.factor).removeprefix("torch.") if path == "shift-invert" else "float64",
+            device=view_used.device.type,
             rank_full=min(out_features, in_features),
-            sigma_max=candidate.sigma_max * back,
-            sigma_min=candidate.sigma_min * back,
-            sigma_next=None if following is None else following * back,
+            sigma_max=candidate.sigma_max * scale,
+            sigma_min=candidate.sigma_min * scale,
+            sigma_next=None if following is None else following * scale,
             orthogonality=verdict.orthogonality,
             residual=verdict.residual,
             angle_bound=verdict.angle_bound,
@@ -119,13 +120,53 @@ def minor_basis(
         )
         top = candidate.principal
         return Basis(
-            minor=_triplets(candidate.minor, transposed, side, back),
+            minor=_triplets(candidate.minor, transposed, side, scale, target),
             certificate=certificate,
-            principal=None if top is None else _triplets(top, transposed, side, back),
+            principal=None if top is None else _triplets(top, transposed, side, scale, target),
         )
     raise SolverError(
         f"no method passed the gates for this {out_features}×{in_features} weight at rank {rank}: {'; '.join(tried)}",
+        hint="report the weight: a matrix that a float64 SVD cannot decompose is a defect of the LAPACK in use",
     )
+
+
+def _solve(
+    method: Method, path: str, view: Weight, rank: int, principal: int, tried: list[str]
+) -> tuple[Candidate, Verdict, Weight] | None:
+    """Run one method and judge it; None, with the reason appended to ``tried``, where it has no certified result.
+
+    Out of memory: again with smaller panels, then on the CPU.
+    """
+    smaller = replace(view, panel_entries=view.panel_entries // 8)
+    ladder = [view, smaller]
+    if view.device.type != "cpu":
+        ladder.append(replace(smaller, matrix=view.matrix.cpu()))
+    for attempt in ladder:
+        try:
+            candidate = method(attempt, rank, principal)
+            if isinstance(candidate, Failure):
+                tried.append(f"{path}: {candidate.reason}")
+                return None
+            candidate, verdict = judge(attempt, candidate)
+        except LinAlgError as error:
+            tried.append(f"{path}: {error}")
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            tried.append(f"{path}: out of memory on {attempt.device.type} with panels of {attempt.panel_entries} entries")
+            continue
+        tried.extend(f"{path}: {note}" for note in candidate.notes)
+        if verdict.failed is not None:
+            tried.append(f"{path}: {verdict.failed}")
+            return None
+        return candidate, verdict, attempt
+    return None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch has a class for devices only; its CPU allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _scaled(weight: Tensor) -> tuple[Tensor, int | None]:
@@ -150,13 +191,13 @@ def _scaled(weight: Tensor) -> tuple[Tensor, int | None]:
     return weight.to(torch.float64).mul(2.0**half).mul_(2.0 ** (-exponent - half)), exponent
 
 
-def _triplets(block: Block, transposed: bool, side: Side, back: float) -> Triplets:
+def _triplets(block: Block, transposed: bool, side: Side, scale: float, target: torch.device) -> Triplets:
     left, right = (block.long, block.short) if transposed else (block.short, block.long)
     sign = canonical_signs(left)
     return Triplets(
-        left=(left * sign).mT.contiguous(),
-        right=(right * sign).mT.contiguous() if side == "both" else None,
-        sigma=(block.sigma * back).contiguous(),
+        left=(left * sign).mT.contiguous().to(target),
+        right=(right * sign).mT.contiguous().to(target) if side == "both" else None,
+        sigma=(block.sigma * scale).contiguous().to(target),
     )
 
 
