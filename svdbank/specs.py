@@ -182,4 +182,4 @@ def from_json(data: bytes, kind: type[T], *, where: str, error: type[SvdbankErro
     try:
         return msgspec.json.decode(data, type=kind, strict=True)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as cause:
-        raise error(f"{where}: not a valid {kind.__name__}: {cause}") from cause
+        raise error(f"{where}: not a valid {getattr(kind, '__name__', 'document')}: {cause}") from cause

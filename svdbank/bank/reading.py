@@ -178,8 +178,8 @@ class Bank:
     def _vectors(self, array: str, names: Iterable[str], rank: int) -> Iterator[tuple[str, Tensor]]:
         names = list(names)
         for name in names:
-            if not 1 <= rank <= (stored := self[name].rank):
-                limit = min(self[name].out_features, self[name].in_features)
+            stored, limit = self[name].rank, min(self[name].out_features, self[name].in_features)
+            if not 1 <= rank <= stored:
                 hint = f"its weight allows no more than {limit}" if rank > limit else f"build a bank with --rank {rank}"
                 raise OptionError(f"{self.path}: rank {rank} of {name} is outside 1..{stored}, the ranks stored", hint=hint)
         return self._read(array, names, rank)

@@ -151,14 +151,14 @@ class BankStore(Store):
 def file_record(data: bytes, geometry: ShardGeometry | None) -> FileRecord:
     """Size and sha256 of a file's bytes and, for a shard file, the crc32c of its inner chunks in file order."""
     if geometry is None:
-        return FileRecord(len(data), hashlib.sha256(data).hexdigest(), 0, ())
+        return FileRecord(len(data), hashlib.sha256(data).hexdigest(), 0, (), 0)
     # Zarr v3 sharding_indexed, index at the end: equal chunks from the start of the file, then (offset, length) of each, then a crc.
     length = geometry.chunk_bytes
     count, rest = divmod(len(data) - geometry.chunks * _INDEX_ENTRY - _CRC_BYTES, length)
     if rest or not 1 <= count <= geometry.chunks:
         raise DamageError(f"a shard of {len(data)} bytes does not hold chunks of {length}")
-    crcs = tuple(struct.unpack_from("<I", data, (i + 1) * length - _CRC_BYTES)[0] for i in range(count))
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest(), length, crcs)
+    crcs = tuple(_crc_before(data, (i + 1) * length) for i in range(count))
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest(), length, crcs, _crc_before(data, len(data)))
 
 
 def _check_bytes(data: bytearray, start: int, record: FileRecord, path: Path) -> None:
@@ -173,9 +173,17 @@ def _check_bytes(data: bytearray, start: int, record: FileRecord, path: Path) ->
         return
     length = record.chunk_bytes
     for place in range(-(-start // length), min((start + len(data)) // length, len(record.chunks))):
-        (crc,) = struct.unpack_from("<I", data, (place + 1) * length - _CRC_BYTES - start)
-        if crc != record.chunks[place]:
+        if _crc_before(data, (place + 1) * length - start) != record.chunks[place]:
             raise DamageError(f"{path}: chunk {place} is not the one recorded")
+    # A shard index that leaves a chunk out would be read as fill values.
+    if start + len(data) == record.size and len(data) >= _CRC_BYTES and _crc_before(data, len(data)) != record.index_crc32c:
+        raise DamageError(f"{path}: its shard index is not the one recorded")
+
+
+def _crc_before(data: bytes | bytearray, end: int) -> int:
+    """The crc32c stored in the four bytes before ``end``."""
+    crc: int = struct.unpack_from("<I", data, end - _CRC_BYTES)[0]
+    return crc
 
 
 def _span(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:

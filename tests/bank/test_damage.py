@@ -1,0 +1,198 @@
+"""Any file of a bank flipped, truncated, deleted or swapped is found and named; a lookup never returns wrong numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import svdbank
+from svdbank.bank.layout import MANIFEST
+from tests.pipeline.small import tree, write_small_checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    svdbank.build(write_small_checkpoint(folder / "model", minilm), folder / "bank", rank=18)
+    return folder / "bank"
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("harm", [_flip, _truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
+def test_every_harmed_file_is_found_and_named(harm: Callable[[Path], None], whole: Path, tmp_path: Path) -> None:
+    names = sorted(tree(whole))
+    assert len(names) > 30
+    for name in names:
+        bank = tmp_path / "bank"
+        shutil.copytree(whole, bank)
+        harm(bank / name)
+        if name == MANIFEST and harm is Path.unlink:
+            with pytest.raises(svdbank.BankNotFoundError):
+                svdbank.verify(bank, data=True)
+        else:
+            try:
+                report = svdbank.verify(bank, data=True)
+                assert not report.sound, name
+                assert any(name in damage.file or name in damage.what for damage in report.damage), name
+            except svdbank.BankError as error:
+                # A manifest that no longer decodes, or claims another format: refused before anything is verified.
+                assert name == MANIFEST and MANIFEST in str(error)
+        shutil.rmtree(bank)
+
+
+def test_structure_alone_finds_what_is_missing_or_of_another_size(whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (lost,) = bank.glob("*/right/c/1/0/0")
+    lost.unlink()
+    report = svdbank.verify(bank)
+    assert [damage.what for damage in report.damage] == ["missing"]
+    assert report.next is not None and "svdbank build" in report.next
+
+
+def test_two_swapped_sibling_shards_are_found_by_data_and_by_a_lookup(whole: Path, tmp_path: Path) -> None:
+    """Each is a valid shard with valid checksums; only the record of its place tells them apart."""
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (first,) = bank.glob("*/left/c/0/0/0")
+    (second,) = bank.glob("*/left/c/1/0/0")
+    first.rename(first.with_name("t"))
+    second.rename(first)
+    first.with_name("t").rename(second)
+    assert len(svdbank.verify(bank, data=True).damage) == 2
+    opened = svdbank.open(bank)
+    for name in opened:
+        with pytest.raises(svdbank.DamageError, match="not the one recorded"):
+            opened[name].left(4)
+
+
+def test_a_lookup_never_returns_other_numbers_than_were_published(whole: Path, tmp_path: Path) -> None:
+    """Every byte of a shard file flipped, one at a time: the same values or an error."""
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (shard,) = bank.glob("*/left/c/0/0/0")
+    original = shard.read_bytes()
+    opened = svdbank.open(bank)
+    name = opened.names[0]
+    expected = opened[name].left(18)
+    refused = 0
+    for place in range(0, len(original), 7):
+        data = bytearray(original)
+        data[place] ^= 0x10
+        shard.write_bytes(data)
+        try:
+            assert torch.equal(opened[name].left(18), expected), place
+        except svdbank.DamageError:
+            refused += 1
+    assert refused >= len(original) // 7 * 0.99
+
+
+def test_a_lost_chunk_is_an_error_and_never_zeros_or_nan(whole: Path, tmp_path: Path) -> None:
+    """The shard index claims that a chunk was never written, with a valid checksum: zarr would return fill values."""
+    import struct
+
+    import google_crc32c
+
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (shard,) = bank.glob("*/left/c/0/0/0")
+    data = bytearray(shard.read_bytes())
+    index = len(data) - 4 - 2 * 16
+    struct.pack_into("<QQ", data, index + 16, 2**64 - 1, 2**64 - 1)
+    struct.pack_into("<I", data, len(data) - 4, google_crc32c.value(bytes(data[index:-4])))
+    shard.write_bytes(data)
+    opened = svdbank.open(bank)
+    with pytest.raises(svdbank.DamageError):
+        opened[opened.names[0]].left(18)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"zarr_format": 2}, "zarr_format"),
+        ({"consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}}}, "consolidated_metadata"),
+        ({"data_type": "complex128"}, "complex128"),
+        ({"codecs": [{"name": "numcodecs.pickle", "configuration": {}}]}, "numcodecs.pickle"),
+        ({"storage_transformers": [{"name": "evil"}]}, "storage_transformers"),
+    ],
+)
+def test_metadata_that_selects_other_code_is_refused_before_zarr_sees_it(
+    change: dict[str, object], message: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where a forger has made every hash fit."""
+    from svdbank.bank import metadata
+
+    (path,) = whole.glob("*/left/zarr.json")
+    forged = json.loads(path.read_bytes()) | change
+    with pytest.raises(svdbank.DamageError, match=message):
+        metadata.checked_metadata(json.dumps(forged).encode(), where="zarr.json")
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (bank / path.relative_to(whole)).write_text(json.dumps(forged))
+    opened = svdbank.open(bank)
+    monkeypatch.setitem(opened._store.expected, f"{opened.index.families[0].spec.name}/left/zarr.json", None)  # type: ignore[arg-type]
+    with pytest.raises(svdbank.DamageError, match=message):
+        opened[opened.names[0]].left(2)
+
+
+def test_a_link_in_a_bank_is_damage(whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (shard,) = bank.glob("*/left/c/0/0/0")
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    (bank / "extra").symlink_to("/etc/hostname")
+    report = svdbank.verify(bank)
+    assert {damage.what for damage in report.damage} == {"not a regular file", "not a regular file or folder"}
+
+
+@pytest.mark.parametrize("family", ["../evil", "a/b", "", ".hidden", "UPPER", "a\\b"])
+def test_a_family_name_that_leads_elsewhere_is_refused(family: str, whole: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    manifest = json.loads((bank / MANIFEST).read_bytes())
+    index = json.loads((bank / manifest["index"]).read_bytes())
+    index["families"][0]["spec"]["name"] = family
+    data = json.dumps(index).encode()
+    (bank / manifest["index"]).write_bytes(data)
+    manifest["files"][manifest["index"]] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (bank / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(svdbank.DamageError, match="not a family name"):
+        svdbank.open(bank)
+
+
+def test_an_unknown_major_format_is_refused_with_the_upgrade(whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    manifest = json.loads((bank / MANIFEST).read_bytes()) | {"format": 2, "something": "new"}
+    (bank / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(svdbank.BankError, match="format 2") as caught:
+        svdbank.open(bank)
+    assert not isinstance(caught.value, svdbank.DamageError)
+    assert "pip install -U" in str(caught.value.hint)
+
+
+def test_an_unfinished_bank_is_not_read_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (bank / MANIFEST).unlink()
+    with pytest.raises(svdbank.BankNotFoundError, match="not finished") as caught:
+        svdbank.open(bank)
+    assert "resumes" in str(caught.value.hint)
