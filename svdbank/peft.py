@@ -16,7 +16,7 @@ import functools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,21 +98,17 @@ def load_adapter(
     config = peft.LoraConfig.from_pretrained(str(folder))
     if _wants_mica(config):
         _normalise(config)
-    source = _Source(opened)
-    with _reroute(source):
+    added = _added_prefix(model, saved.factors)
+    if added:
+        options.setdefault("key_mapping", {"^": added})
+    with _reroute(_Source(opened, expected=frozenset(added + module for module in saved.factors))):
         if isinstance(model, peft.PeftModel):
-            loaded = model
-            # PeftModel.load_adapter reads the config by itself, with whatever spelling is on disk: inject_adapter normalises it.
+            # It reads the config by itself, with whatever spelling is on disk: inject_adapter normalises it.
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **options)
-        else:
-            loaded = peft.PeftModel.from_pretrained(
-                model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **options
-            )
-    absent = [module for module in source.modules if module not in saved.factors]
-    if absent:
-        loaded.delete_adapter(adapter_name)
-        raise CheckpointError(f"{folder}: {len(absent)} targeted modules have no factors in this folder, first {absent[0]}")
-    return loaded
+            return model
+        return peft.PeftModel.from_pretrained(
+            model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **options
+        )
 
 
 def attachment(model: nn.Module, adapter_name: str = "default") -> Attachment:
@@ -131,10 +127,13 @@ def attachment(model: nn.Module, adapter_name: str = "default") -> Attachment:
 
 @dataclass
 class _Source:
-    """Where bases come from in one block. Without a bank, factors are left zero: saved ones will be loaded over them."""
+    """Where bases come from in one block. Without a bank, factors are left zero: saved ones will be loaded over them.
+
+    ``expected`` are the modules that saved factors exist for, where it is known: another one would keep what it was given here.
+    """
 
     bank: Bank | None
-    modules: list[str] = field(default_factory=list)
+    expected: frozenset[str] | None = None
 
 
 @dataclass
@@ -262,7 +261,9 @@ def _fill(source: _Source, root: nn.Module, adapter_name: str, injection: _Injec
 
     layers = injection.waiting
     targets = [_target(layer, injection.paths[id(layer.get_base_layer())], adapter_name) for layer in layers]
-    source.modules += [target.module for target in targets]
+    bare = [target.module for target in targets if source.expected is not None and target.module not in source.expected]
+    if bare:
+        raise CheckpointError(f"the adapter folder holds no factors for {len(bare)} modules that it targets, first {bare[0]}")
     found = None if source.bank is None else look_up(source.bank, targets, prefix=getattr(root, "base_model_prefix", ""))
     begun = time.perf_counter()
     with torch.no_grad():
@@ -367,6 +368,16 @@ def _normalise(config: Any) -> None:
             "ensure_weight_tying cannot be combined with MiCA: a tied embedding and head need two different bases",
             hint="target the embedding and the head each by name, without ensure_weight_tying",
         )
+
+
+def _added_prefix(model: nn.Module, saved: Iterable[str]) -> str:
+    """``"bert."`` where the adapter of a bare ``BertModel`` meets a ``BertForMaskedLM``, else nothing."""
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prefix = str(getattr(root, "base_model_prefix", "") or "")
+    paths = {_plain(name) for name, _ in root.named_modules()}
+    if prefix and not any(module in paths for module in saved) and all(f"{prefix}.{module}" in paths for module in saved):
+        return f"{prefix}."
+    return ""
 
 
 def _check_digest(bank: Bank, digest: str, weights: tuple[str, ...], folder: str | Path) -> None:

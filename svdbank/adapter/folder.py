@@ -151,7 +151,12 @@ def _put_in_place(temporary: Path, output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.old{fsio.TEMPORARY}")
         fsio.replace(output, aside)
-    fsio.replace(temporary, output)
+    try:
+        fsio.replace(temporary, output)
+    except OSError:
+        if aside is not None:
+            fsio.replace(aside, output)
+        raise
     if aside is not None:
         fsio.remove_tree(aside)
 

@@ -117,8 +117,24 @@ def test_an_adapter_that_lacks_factors_is_refused(bert: Load, minilm_bank: Bank,
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     lacking = {key: value for key, value in tensors.items() if "layer.2." not in key}
     save_file(lacking, tmp_path / "a" / WEIGHTS)
+    model = bert()
+    before = dict(model.named_modules())
     with pytest.raises(CheckpointError, match=r"encoder\.layer\.2\.attention\.self\.query"):
-        load_adapter(bert(), tmp_path / "a")
+        load_adapter(model, tmp_path / "a")
+    assert dict(model.named_modules()) == before
+
+
+def test_an_adapter_of_the_bare_model_loads_into_the_model_with_a_head(minilm: Path, minilm_bank: Bank, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    svdbank.init(minilm_bank, rank=4, output=tmp_path / "a", targets=("query", "value"))
+    for bank in (None, minilm_bank):
+        with quiet():
+            model = AutoModelForMaskedLM.from_pretrained(minilm)
+        layers = lora_layers(load_adapter(model, tmp_path / "a", bank=bank))
+        assert len(layers) == 12
+        for module, layer in layers.items():
+            assert torch.equal(factors(layer)[1], minilm_bank[f"{module.removeprefix('bert.')}.weight"].left(4))
 
 
 def test_a_bank_that_lacks_the_adapters_weights_is_refused(bert: Load, minilm: Path, minilm_bank: Bank, tmp_path: Path) -> None:
