@@ -1,0 +1,294 @@
+"""Building, resuming, extending and refusing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import svdbank
+from svdbank import fsio
+from svdbank.bank.layout import MANIFEST
+from svdbank.pipeline.building import BuildReport
+from svdbank.specs import Progress
+from tests.pipeline.small import tree, write_small_checkpoint
+
+
+@pytest.fixture
+def model(minilm: Path, tmp_path: Path) -> Path:
+    return write_small_checkpoint(tmp_path / "model", minilm)
+
+
+def _build(model: Path, bank: Path, **options: object) -> BuildReport:
+    reports: list[BuildReport] = []
+    svdbank.build(model, bank, on_report=reports.append, **{"rank": 8, **options})  # type: ignore[arg-type]
+    return reports[0]
+
+
+def test_the_same_plan_gives_the_same_bytes_whatever_the_number_of_jobs(minilm: Path, tmp_path: Path) -> None:
+    _build(minilm, tmp_path / "one", jobs=1, rank=16)
+    _build(minilm, tmp_path / "four", jobs=4, rank=16)
+    assert tree(tmp_path / "one") == tree(tmp_path / "four")
+
+
+def test_a_finished_bank_is_not_built_again(model: Path, tmp_path: Path) -> None:
+    assert _build(model, tmp_path / "bank").solved == 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "bank").rglob("*") if path.is_file()}
+    report = _build(model, tmp_path / "bank")
+    assert (report.solved, report.reused) == (0, 2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "bank").rglob("*") if path.is_file()} == before
+
+
+def test_ctrl_c_keeps_what_is_finished(minilm: Path, tmp_path: Path) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "decompose" and progress.done >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        svdbank.build(minilm, tmp_path / "bank", rank=8, jobs=1, progress=interrupt)
+    report = _build(minilm, tmp_path / "bank")
+    assert report.reused >= 10
+    assert report.reused + report.solved == 37
+    _build(minilm, tmp_path / "undisturbed")
+    assert tree(tmp_path / "bank") == tree(tmp_path / "undisturbed")
+
+
+def test_more_targets_extend_a_bank_and_leave_what_is_there(minilm: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    _build(minilm, bank, targets=("query", "value"))
+    before = {name: data for name, data in tree(bank).items() if "/" in name}
+    report = _build(minilm, bank)
+    assert (report.reused, report.solved) == (12, 25)
+    assert before.items() <= tree(bank).items()
+    report = _build(minilm, bank, targets=("word_embeddings",))
+    assert (report.reused, report.solved) == (37, 1)
+    opened = svdbank.open(bank)
+    assert opened["embeddings.word_embeddings.weight"].left(8).shape == (384, 8)
+    assert svdbank.verify(bank, data=True, model=minilm).sound
+    whole = svdbank.build(minilm, tmp_path / "whole", rank=8, targets=("all-linear", "word_embeddings"))
+    assert opened.base_digest() == whole.base_digest()
+    for name in whole:
+        assert torch.equal(opened[name].left(8), whole[name].left(8))
+
+
+@pytest.mark.parametrize(
+    "field, value", [("rank", 9), ("side", "left"), ("dtype", "float16"), ("principal", 2), ("solver", "svd")]
+)
+def test_another_option_is_refused_with_its_name_for_a_finished_and_for_an_unfinished_bank(
+    field: str, value: object, model: Path, tmp_path: Path
+) -> None:
+    bank = tmp_path / "bank"
+    _build(model, bank)
+    before = tree(bank)
+    with pytest.raises(svdbank.OptionError, match=f"{field} .*; {value} was asked for"):
+        _build(model, bank, **{field: value})
+    assert tree(bank) == before
+    (bank / MANIFEST).unlink()
+    with pytest.raises(svdbank.OptionError, match=f"{field} .*; {value} was asked for"):
+        _build(model, bank, **{field: value})
+
+
+def test_a_base_with_one_changed_byte_is_refused_and_named(model: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    _build(model, bank)
+    tensors = load_file(model / "model.safetensors")
+    name = "encoder.layer.1.attention.self.query.weight"
+    tensors[name].view(torch.uint8).view(-1)[5] ^= 1
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(svdbank.WrongBaseError, match=name):
+        _build(model, bank)
+    report = svdbank.verify(bank, model=model)
+    assert [damage.file for damage in report.damage] == [name]
+    # The same for a build that was stopped: reused shards are checked against the base too.
+    (bank / MANIFEST).unlink()
+    (bank / "records").mkdir()
+    with pytest.raises(svdbank.SvdbankError):
+        _resume_from_index(bank)
+        _build(model, bank)
+
+
+def _resume_from_index(bank: Path) -> None:
+    """Turn a published bank back into an unfinished one by writing its records again from its index."""
+    from svdbank.bank.layout import Index, ShardRecord, record_file
+    from svdbank.errors import DamageError
+    from svdbank.specs import from_json, to_json
+
+    (path,) = bank.glob("index-*.json")
+    index = from_json(path.read_bytes(), Index, where=str(path), error=DamageError)
+    for family in index.families:
+        for number, weight in enumerate(family.weights):
+            record = ShardRecord(
+                family=family.spec.name,
+                index=number,
+                weights=(weight,),
+                files={array: files[number] for array, files in family.files.items()},
+                sigma=((0.0,) * family.spec.rank,),
+                principal_sigma=(),
+                probe=((0.0,),),
+            )
+            target = bank / record_file(family.spec.name, number)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(to_json(record))
+
+
+def test_another_model_is_refused_for_the_same_bank(minilm: Path, model: Path, tmp_path: Path) -> None:
+    _build(model, tmp_path / "bank")
+    with pytest.raises(svdbank.WrongBaseError, match="another model"):
+        _build(minilm, tmp_path / "bank")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name_and_the_rest_is_kept(value: float, model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = "encoder.layer.1.attention.self.query.weight"
+    good = tensors[name].clone()
+    tensors[name][3, 4] = value
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(svdbank.NotFiniteError, match=name):
+        _build(model, tmp_path / "bank", jobs=1)
+    save_file({**tensors, name: good}, model / "model.safetensors")
+    report = _build(model, tmp_path / "bank", jobs=1)
+    assert (report.reused, report.solved) == (1, 1)
+
+
+def test_a_folder_that_is_no_bank_is_left_alone(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter-1.tex").write_text("years of work")
+    with pytest.raises(svdbank.OptionError, match=r"chapter-1\.tex"):
+        _build(model, folder)
+    assert [path.name for path in folder.iterdir()] == ["chapter-1.tex"]
+    with pytest.raises(svdbank.BankNotFoundError):
+        svdbank.rm(folder)
+    assert (folder / "chapter-1.tex").exists()
+
+
+def test_a_rank_beyond_a_weight_is_clamped_and_all_means_all(model: Path, tmp_path: Path) -> None:
+    report = svdbank.plan(model, tmp_path / "bank", rank=1000)
+    assert [(family.rank, family.clamped) for family in report.families] == [(24, True)]
+    _build(model, tmp_path / "bank", rank="all")
+    basis = next(iter(svdbank.open(tmp_path / "bank").index.families))
+    assert basis.spec.rank == 24
+
+
+def test_a_plan_says_what_the_build_then_does(minilm: Path, tmp_path: Path) -> None:
+    before = set(tmp_path.iterdir())
+    report = svdbank.plan(minilm, tmp_path / "bank", rank=20)
+    assert set(tmp_path.iterdir()) == before, "a plan writes nothing"
+    _build(minilm, tmp_path / "bank", rank=20)
+    written = tree(tmp_path / "bank")
+    assert len(written) == report.files
+    vectors = sum(len(data) for name, data in written.items() if "/left/c/" in name or "/right/c/" in name)
+    # Checksums and shard indexes are not counted in the plan: under a hundred bytes a chunk.
+    assert report.write_bytes <= vectors <= report.write_bytes * 1.01
+    assert report.fetch_bytes == sum(
+        source.end - source.begin for source in _sources(minilm) if source.name in svdbank.open(tmp_path / "bank")
+    )
+
+
+def _sources(model: Path) -> list:  # type: ignore[type-arg]
+    from svdbank.checkpoint import open_checkpoint
+
+    with open_checkpoint(model) as checkpoint:
+        return list(checkpoint.tensors.values())
+
+
+def test_a_disk_without_room_is_refused_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsio, "free_bytes", lambda path: 1000)
+    with pytest.raises(svdbank.OptionError, match="GB are free") as caught:
+        _build(model, tmp_path / "bank")
+    assert "--rank" in str(caught.value.hint)
+    assert not list((tmp_path / "bank").glob("*/left"))
+
+
+def test_two_builds_at_once_one_is_told_who_the_other_is(model: Path, tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib\nfrom svdbank import fsio\n"
+            "with fsio.locked(pathlib.Path(sys.argv[1]), purpose='build'):\n    print('held', flush=True); sys.stdin.read()",
+            str(tmp_path / "bank"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(svdbank.LockedError, match=f"process {holder.pid} on {os.uname().nodename}"):
+            _build(model, tmp_path / "bank")
+    finally:
+        holder.kill()
+        holder.wait()
+    # The lock of a dead process binds nobody.
+    assert _build(model, tmp_path / "bank").solved == 2
+    assert not list((tmp_path / "bank").glob(".lock*"))
+
+
+def test_open_finds_the_cached_bank_of_a_model_and_takes_the_richest(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SVDBANK_HOME", str(tmp_path / "home"))
+    with pytest.raises(svdbank.BankNotFoundError, match="no bank of") as caught:
+        svdbank.open(model)
+    assert f"svdbank build {model}" in str(caught.value.hint)
+    svdbank.build(model, rank=4)
+    svdbank.build(model, rank=8, side="left")
+    assert svdbank.open(model).rank == 8
+    assert {(bank.rank, bank.side, bank.complete) for bank in svdbank.ls()} == {(4, "both", True), (8, "left", True)}
+    freed = svdbank.rm(svdbank.open(model).path)
+    assert freed > 0
+    assert svdbank.open(model).rank == 4
+
+
+def test_progress_counts_every_weight_once_and_ends_complete(minilm: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    svdbank.build(minilm, tmp_path / "bank", rank=4, progress=seen.append)
+    decompose = [progress for progress in seen if progress.stage == "decompose"]
+    assert [progress.done for progress in decompose] == list(range(38))
+    assert {progress.total for progress in decompose} == {37}
+    assert seen[-1].stage == "publish" and seen[-1].done == seen[-1].total
+
+
+# VmHWM and not ru_maxrss: the latter counts what the parent held when it forked.
+_MEASURE = """
+import re, sys
+import svdbank
+svdbank.build(sys.argv[1], sys.argv[2], rank=16, jobs=1)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    """2 and 24 layers of the same width, a weight of 16 MiB each: 22 weights held would be 350 MiB more.
+
+    With two layers the reader has nothing to read ahead while a solve runs; with 24 up to three more weights are in flight (read,
+    waiting, solving), and the allocator keeps about one.
+    """
+    width, layers = 2048, (2, 24)
+    peaks = []
+    for count in layers:
+        model = tmp_path / f"layers-{count}"
+        model.mkdir()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(width // 4, width * 4, generator=generator)
+        save_file({f"model.layers.{i}.mlp.up_proj.weight": weight + i for i in range(count)}, model / "model.safetensors")
+        (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURE, str(model), str(tmp_path / f"bank-{count}")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(done.stdout))
+    weight_bytes = weight.numel() * 4
+    assert peaks[1] - peaks[0] < 4 * weight_bytes, f"peaks {[peak >> 20 for peak in peaks]} MiB"
+    # And the plan's bound holds.
+    bound = svdbank.plan(tmp_path / "layers-24", tmp_path / "nowhere", rank=16, jobs=1).peak_bytes
+    assert peaks[1] <= bound, f"{peaks[1] >> 20} MiB where the plan said {bound >> 20}"
