@@ -18,7 +18,7 @@ RESIDUAL_LIMIT = 1e-10
 #: Largest entry of UᵀU − I let through. Householder factors reach about 1e-14; a lost vector shows as 1.
 ORTHOGONALITY_LIMIT = 1e-11
 #: Residual, relative to σ_max, that is good enough not to be corrected, and how often a worse one is.
-GOOD_RESIDUAL = 1e-13
+GOOD_RESIDUAL = 5e-13
 REFINEMENTS = 2
 #: Residual in units of ε σ_max below which no method in float64 can be told from another.
 NOISE = 100

@@ -7,6 +7,7 @@ problem, and so its ``eigh`` and the re-orthogonalisation, cheap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from svdbank.basis import EPSILON
 from svdbank.solver.contract import Failure
 
-#: Restarts before an iteration counts as stuck; converging ones here take 1 to 6.
-MAX_RESTARTS = 16
+#: Checks before an iteration counts as stuck; converging ones here take 1 to 8.
+MAX_CHECKS = 24
 #: Residual, relative to its own θ, at which a leading Ritz pair has converged as far as float64 lets it.
 LOCKED = 1e-14
 #: Ratio of the largest θ in the projection to the last wanted one that its eigh is trusted with.
@@ -57,10 +58,12 @@ def largest(
     start: Tensor,
     wanted: int,
     shape: Shape,
-    accept: Callable[[Tensor, Tensor, Tensor, float], bool],
+    excess: Callable[[Tensor, Tensor, Tensor, float], float],
     generator: torch.Generator,
 ) -> Ritz | Failure:
-    """Iterate from ``start`` (block, k) until ``accept(values, residuals, next_block, noise)`` says that the leading pairs are good.
+    """Iterate from ``start`` (block, k) until ``excess(values, residuals, next_block, noise)`` is at most 1.
+
+    ``excess`` is the worst error of the pairs over what is wanted of it.
 
     ``apply`` maps (k, block) columns to columns; ``residuals`` (m,) are ``‖A x − θ x‖`` of the Ritz pairs, largest θ first;
     ``next_block`` (block, k) is the direction that all of them point in; below ``noise`` a residual says nothing.
@@ -73,7 +76,8 @@ def largest(
     # given, and θ may span ten orders of magnitude.
     size, products, locked, stuck = block, 0, 0, False
     values = residuals = start.new_empty(0)
-    for _ in range(MAX_RESTARTS):
+    stop, former, seen = limit, math.inf, 0
+    for _ in range(MAX_CHECKS):
         while True:
             last = basis[size - block : size]
             image = apply(last.mT).mT.contiguous()
@@ -84,7 +88,7 @@ def largest(
             basis[size : size + block] = following
             projected[size : size + block, size - block : size] = coupling
             projected[size - block : size, size : size + block] = coupling.mT
-            if size + block > limit:
+            if size + block > stop:
                 break
             size += block
         active, mixing = torch.linalg.eigh(projected[locked:size, locked:size])
@@ -96,9 +100,16 @@ def largest(
         residuals = torch.cat([residuals[:locked], torch.linalg.vector_norm(tails, dim=0)])
         # While locking still sheds large values, the next projection will know more than this one: go on.
         settled = stuck or not active[0].abs().item() > SPREAD * values[wanted - 1].abs().item()
-        if settled and accept(values, residuals, following, 16 * EPSILON * active[0].abs().item()):
+        behind = excess(values, residuals, following, 16 * EPSILON * active[0].abs().item())
+        if settled and behind <= 1.0:
             free = max(wanted - locked, 0)
             return Ritz(values, torch.cat([basis[:locked], mixing[:, :free].mT @ basis[locked:size]])[:wanted], products)
+        steps = _steps_left(former, behind, (products - seen) // block) if settled else limit
+        former, seen = behind, products
+        if size + block <= limit:  # there is room: a check does not cost what a restart costs
+            size += block
+            stop = min(limit, size + block * (steps - 1))
+            continue
         keep = shape.keep - locked
         basis[locked : shape.keep] = mixing[:, :keep].mT @ basis[locked:size]
         size = shape.keep
@@ -112,7 +123,15 @@ def largest(
         before, locked = locked, max(locked, int(converged.sum()))
         stuck = before == locked
         size += block
+        stop = min(limit, size + block * (steps - 1))
     return Failure(f"no convergence after {products} products")
+
+
+def _steps_left(former: float, behind: float, steps: int) -> int:
+    """Steps until the excess is 1 if it goes on falling at the rate of the last ``steps``; at least one."""
+    if not (math.isfinite(former) and 1.0 < behind < former):
+        return 2**30
+    return math.ceil(steps * math.log(behind) / math.log(former / behind))
 
 
 def _orthogonalise(image: Tensor, basis: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
