@@ -122,7 +122,7 @@ class SpecBank:
         return files
 
     def checked_file(self, name: str, record: dict[str, Any]) -> bytes:
-        exact(record, "size sha256 chunk_bytes chunks", name)
+        exact(record, "size sha256 chunk_bytes chunks index_crc32c", name)
         try:
             data = (self.root / name).read_bytes()
         except FileNotFoundError:
@@ -196,7 +196,7 @@ class SpecBank:
         with path.open("rb") as file:
             file.seek(-(16 * chunks + 4), 2)
             pairs, checksum = file.read(16 * chunks), file.read(4)
-            if struct.unpack("<I", checksum)[0] != crc32c(pairs):
+            if not struct.unpack("<I", checksum)[0] == crc32c(pairs) == record["index_crc32c"]:
                 raise RefusedError(f"{path}: checksum of the shard's index")
             for along in range(ceil(rank / 16)):
                 offset, size = struct.unpack_from("<QQ", pairs, 16 * (within * extent // 16 + along))
