@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from svdbank.specs import Progress
 from tests.peft.models import smollm2_cache
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PEFT's SVDs of small matrices: on a busy machine OpenMP's waiting threads make them ten times slower, not faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_whole_way_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     smollm2_folder(smollm2_cache())
     monkeypatch.setenv("SVDBANK_HOME", str(smollm2_cache().parent))
