@@ -44,5 +44,7 @@ def minor_bases(
     with pinned_threads(threads):
         if jobs == 1 or len(weights) < 2:
             return [one(index) for index in range(len(weights))]
-        with ThreadPoolExecutor(min(jobs, len(weights)), thread_name_prefix="svdbank-solver") as pool:
+        # OpenMP counts by thread: each worker sets its own before its first product.
+        workers = ThreadPoolExecutor(min(jobs, len(weights)), "svdbank-solver", torch.set_num_threads, (threads,))
+        with workers as pool:
             return list(pool.map(one, range(len(weights))))

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from svdbank.basis import EPSILON, UNRESOLVED
 from svdbank.solver.cholesky import factor
 from svdbank.solver.contract import Candidate, Failure
 from svdbank.solver.lanczos import Ritz, Shape, largest, shape_for
@@ -52,7 +53,9 @@ def solve_shift_invert(weight: Weight, rank: int, principal: int) -> Candidate |
         # ‖M v − σ u‖ = ‖G r‖ σ for the iteration's residual r of the pair (1/σ², u); all r point into ``following``.
         stretch = torch.linalg.matrix_norm(following @ gram, ord=2)
         predicted = (error * stretch / theta.sqrt()).max() / (sigma_max * STOP_RESIDUAL)
-        angle = error.max() / (STOP_ANGLE * (theta[-1] - values[rank]))
+        # dσ = σ³ dθ / 2. A gap that the data do not resolve is not waited for.
+        unresolved = 2 * 100 * EPSILON / UNRESOLVED * sigma_max * theta[-1] ** 1.5
+        angle = error.max() / (STOP_ANGLE * torch.maximum(theta[-1] - values[rank], unresolved))
         # Vectors 10,000 times better than asked, or as good as the projection can tell, need no more steps: what their residual
         # still lacks, the projection with M corrects, or the gates find.
         wanted = torch.minimum(torch.maximum(predicted, angle), 1e4 * angle)
