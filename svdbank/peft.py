@@ -372,7 +372,8 @@ def _normalise(config: Any) -> None:
 
 def _added_prefix(model: nn.Module, saved: Iterable[str]) -> str:
     """``"bert."`` where the adapter of a bare ``BertModel`` meets a ``BertForMaskedLM``, else nothing."""
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    root: nn.Module = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     prefix = str(getattr(root, "base_model_prefix", "") or "")
     paths = {_plain(name) for name, _ in root.named_modules()}
     if prefix and not any(module in paths for module in saved) and all(f"{prefix}.{module}" in paths for module in saved):
