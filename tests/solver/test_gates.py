@@ -165,31 +165,30 @@ def test_an_iteration_with_a_wrong_operator_is_refused_by_the_gates(monkeypatch:
 
 
 def test_a_start_block_orthogonal_to_a_wanted_direction_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Exactly orthogonal: the direction enters by rounding only. Either the iteration finds it, or completeness sends the
-    # weight on; a basis without it must not come out.
-    matrix = torch.diag(torch.linspace(1, 40, 600, dtype=torch.float64))
+    # Exactly orthogonal, and a diagonal weight keeps it so: the iteration cannot find the direction, completeness must.
+    matrix = torch.diag(torch.linspace(40, 1, 600, dtype=torch.float64))
     start = shift_invert._start
 
     def blind(k: int, block: int, device: torch.device) -> Tensor:
         rows = start(k, block, device)
-        rows[:, 2] = 0  # the third smallest
+        rows[:, 597] = 0  # the third smallest; QR leaves an exact zero there
         return rows
 
     monkeypatch.setattr(shift_invert, "_start", blind)
     basis = minor_basis(matrix, RANK, solver="shift-invert")
-    assert basis.minor.left[2].abs().argmax() == 2
+    assert basis.minor.left[2].abs().argmax() == 597
     assert basis.certificate.path == "lq"
     assert "completeness" in basis.certificate.tried[0]
 
 
 def test_the_iteration_alone_does_lose_it() -> None:
     # Holds the saboteur above honest: without the gate the answer would have been wrong.
-    matrix = torch.diag(torch.linspace(1, 40, 600, dtype=torch.float64) ** 2)
+    matrix = torch.diag(torch.linspace(40, 1, 600, dtype=torch.float64) ** 2)
     shape = shape_for(600, RANK)
     assert shape is not None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(shape.block, 600, dtype=torch.float64, generator=generator)
-    rows[:, 2] = 0
+    rows[:, 597] = 0
     found = largest(
         lambda columns: torch.linalg.solve(matrix, columns),
         rows,
@@ -199,7 +198,7 @@ def test_the_iteration_alone_does_lose_it() -> None:
         generator,
     )
     assert not hasattr(found, "reason")
-    assert found.vectors[:, 2].abs().max() < 1e-6
+    assert found.vectors[:, 597].abs().max() < 1e-6
 
 
 def test_a_weight_that_no_method_solves_is_an_error_that_names_each_failure(monkeypatch: pytest.MonkeyPatch) -> None:
