@@ -186,7 +186,7 @@ MEASURE = """
 import resource, sys, torch
 from svdbank.solver import minor_basis, peak_bytes, pinned_threads
 rows, columns, rank, path = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-with pinned_threads(2):
+with pinned_threads(1):
     minor_basis(torch.randn(300, 400), 16)  # libraries and their buffers are not the solve's
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     weight = torch.empty(rows, columns, dtype=torch.bfloat16)
