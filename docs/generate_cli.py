@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+
 from svdbank_cli.main import VERBS, cli
 
 TARGET = Path(__file__).with_name("cli.md")

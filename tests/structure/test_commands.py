@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from svdbank_cli.main import VERBS
 
+from svdbank_cli.main import VERBS
 from tests.structure.source import ROOT
 
 HEAVY = ("torch", "zarr", "transformers", "peft", "numpy", "huggingface_hub", "matplotlib", "tqdm")

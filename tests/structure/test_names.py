@@ -6,9 +6,9 @@ import importlib
 import sys
 
 import pytest
-from svdbank_cli.main import VERBS
 
 import svdbank
+from svdbank_cli.main import VERBS
 from tests.structure.source import modules
 
 
