@@ -21,6 +21,8 @@ from svdbank.solver.contract import Failure
 MAX_CHECKS = 24
 #: Residual, relative to its own θ, at which a leading Ritz pair has converged as far as float64 lets it.
 LOCKED = 1e-14
+#: Rounding in a computed residual, in units of ε times the largest θ of the projection (seen: up to 40).
+NOISE = 64
 #: Ratio of the largest θ in the projection to the last wanted one that its eigh is trusted with.
 SPREAD = 100.0
 
@@ -100,7 +102,7 @@ def largest(
         residuals = torch.cat([residuals[:locked], torch.linalg.vector_norm(tails, dim=0)])
         # While locking still sheds large values, the next projection will know more than this one: go on.
         settled = stuck or not active[0].abs().item() > SPREAD * values[wanted - 1].abs().item()
-        behind = excess(values, residuals, following, 16 * EPSILON * active[0].abs().item())
+        behind = excess(values, residuals, following, NOISE * EPSILON * active[0].abs().item())
         if settled and behind <= 1.0:
             free = max(wanted - locked, 0)
             return Ritz(values, torch.cat([basis[:locked], mixing[:, :free].mT @ basis[locked:size]])[:wanted], products)
