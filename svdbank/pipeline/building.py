@@ -1,47 +1,28 @@
-"""Building a bank: read, hash, solve, certify, write, record, shard by shard, then publish."""
+"""``build``: make, resume or extend a bank, or refuse before any work."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from svdbank import fsio
-from svdbank.bank import (
-    Bank,
-    BankWriter,
-    Index,
-    Manifest,
-    ShardRecord,
-    WeightRecord,
-    base_digest,
-    clean,
-    open_bank,
-    read_manifest,
-)
-from svdbank.bank.layout import LOG, MANIFEST
-from svdbank.basis import Basis
+from svdbank.bank import Bank, clean, open_bank, read_manifest
+from svdbank.bank.layout import LOG, MANIFEST, plan_name
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
-from svdbank.errors import BankError, NotFiniteError, OptionError, SolverError, WrongBaseError
+from svdbank.errors import BankError, OptionError, WrongBaseError
+from svdbank.pipeline.execution import Execution
 from svdbank.pipeline.locating import default_output
 from svdbank.pipeline.planning import available_cpus, bytes_to, checked_options, family_bytes, make_plan
-from svdbank.probe import probe_indices
-from svdbank.solver import minor_basis, pinned_threads
 from svdbank.specs import (
     BuildOptions,
     Plan,
     Progress,
     ProgressCallback,
-    ShardSpec,
     Side,
     StoredDtype,
     Struct,
@@ -124,32 +105,30 @@ def build(
         root = Path(output) if output is not None else default_output(checkpoint, options)
         _refuse_foreign_folder(root)
         with fsio.locked(root, purpose="build"):
-            run = _Run(checkpoint, root, _device(device), jobs or available_cpus(), progress or _ignore)
+            run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
+            earlier = None
             if published is not None:
-                clean(root, published)
                 _refuse_other_options(root, published.options, options)
                 earlier = open_bank(root)
-                weights_known = _known_weights(checkpoint, earlier, weights)
-                run.check_base(earlier, weights_known)
+                run.check_base(earlier, _known_weights(checkpoint, earlier, weights))
                 weights = [weight for weight in weights if weight.name not in earlier]
-                reused = len(earlier)
-                generation = len(published.plans)
-                if weights:
-                    plan = make_plan(checkpoint, weights, skips, options, generation=generation)
-                    run.execute(plan, weights, generation, earlier.index, published.plans)
-            else:
-                reused = 0
-                plan = make_plan(checkpoint, weights, skips, options)
-                if (root / "plan.json").exists():
-                    plan = _frozen_plan(root, plan)
-                run.execute(plan, weights, 0, None, ())
+            generation = len(published.plans) if published else 0
+            frozen = root / plan_name(generation)
+            if published is not None and not frozen.exists():
+                clean(root, published)
+            if weights:
+                plan = make_plan(checkpoint, weights, skips, options, generation=generation)
+                if frozen.exists():
+                    plan = _frozen_plan(frozen, plan)
+                _refuse_full_disk(root, plan)
+                run.execute(plan, weights, generation, earlier.index if earlier else None, published.plans if published else ())
             bank = open_bank(root)
     summary = BuildReport(
         bank=str(root),
         weights=len(bank),
         solved=run.solved,
-        reused=reused + run.reused,
+        reused=run.reused + (len(earlier) if earlier else 0),
         nbytes=bank.manifest.nbytes,
         seconds=time.perf_counter() - started,
         largest_residual=max(bank[name].certificate.residual for name in bank),
@@ -158,173 +137,6 @@ def build(
     if on_report is not None:
         on_report(summary)
     return bank
-
-
-class _Run:
-    """One execution: counts what it does, reports progress in weights."""
-
-    def __init__(self, checkpoint: Checkpoint, root: Path, device: torch.device, jobs: int, progress: ProgressCallback) -> None:
-        self.checkpoint = checkpoint
-        self.root = root
-        self.device = device
-        self.jobs = jobs
-        self.progress = progress
-        self.solved = 0
-        self.reused = 0
-
-    def check_base(self, bank: Bank, weights: Sequence[WeightSpec]) -> None:
-        """Hash the weights a published bank holds; raise WrongBaseError for the first that is not what it was built from."""
-        for done, weight in enumerate(weights):
-            self._check_source(weight, bank[weight.name].source_sha256)
-            self.progress(Progress("check base", done + 1, len(weights), "weights", weight.name))
-
-    def execute(
-        self, plan: Plan, weights: Sequence[WeightSpec], generation: int, earlier: Index | None, earlier_plans: tuple[str, ...]
-    ) -> Manifest:
-        """Carry a plan out, keeping the shards that are already whole, and publish."""
-        specs = {weight.name: weight for weight in weights}
-        writer = BankWriter(self.root, plan, generation=generation)
-        families = {family.name: family for family in plan.families}
-
-        def members(shard: ShardSpec) -> list[WeightSpec]:
-            return [specs[name] for name in families[shard.family].weights[shard.start : shard.stop]]
-
-        _refuse_full_disk(self.root, plan)
-        writer.begin()
-        self._log("start", versions={"torch": torch.__version__, "python": platform.python_version()}, device=str(self.device))
-        hashes = {} if earlier is None else {w.name: w.source_sha256 for family in earlier.families for w in family.weights}
-        todo = []
-        for shard in plan.shards:
-            record = writer.record(shard)
-            if record is None:
-                todo.append(shard)
-                continue
-            for weight, kept in zip(members(shard), record.weights, strict=True):
-                self._check_source(weight, kept.source_sha256)
-                hashes[weight.name] = kept.source_sha256
-            self.reused += len(record.weights)
-        total = sum(shard.stop - shard.start for shard in plan.shards)
-        self.progress(Progress("decompose", self.reused, total, "weights", ""))
-        # One thread count at a time: two solves with different counts would fight over the processors.
-        for threads, shards in groupby(todo, key=lambda shard: shard.threads):
-            with pinned_threads(threads):
-                for record in self._solve_all(
-                    list(shards), members, writer, plan=plan, at_once=self.jobs if threads == 1 else 1
-                ):
-                    hashes.update({weight.name: weight.source_sha256 for weight in record.weights})
-                    self.solved += len(record.weights)
-                    self.progress(Progress("decompose", self.reused + self.solved, total, "weights", record.weights[-1].name))
-        self.progress(Progress("publish", 0, 1, "bank", str(self.root)))
-        manifest = writer.publish(base_digest=base_digest(hashes), earlier=earlier, earlier_plans=earlier_plans)
-        self._log("published", solved=self.solved, reused=self.reused)
-        self.progress(Progress("publish", 1, 1, "bank", str(self.root)))
-        return manifest
-
-    def _solve_all(
-        self,
-        shards: Sequence[ShardSpec],
-        members: Callable[[ShardSpec], list[WeightSpec]],
-        writer: BankWriter,
-        *,
-        plan: Plan,
-        at_once: int,
-    ) -> Iterator[ShardRecord]:
-        """Solve shards, ``at_once`` at a time, while one thread reads the next; yields records as they become durable."""
-        families = {family.name: family for family in plan.families}
-
-        def load(shard: ShardSpec) -> list[tuple[WeightSpec, Tensor, str]]:
-            return [(weight, *self.checkpoint.read_hashed(weight)) for weight in members(shard)]
-
-        def solve(shard: ShardSpec, loaded: list[tuple[WeightSpec, Tensor, str]]) -> ShardRecord:
-            with pinned_threads(shard.threads):
-                started = time.perf_counter()
-                family = families[shard.family]
-                bases, records, probes = [], [], []
-                while loaded:
-                    weight, matrix, sha256 = loaded.pop(0)
-                    basis = self._solve(weight, matrix, family.rank, shard.path, plan.options.side, family.principal)
-                    bases.append(basis)
-                    probes.append(sample(matrix))
-                    records.append(
-                        WeightRecord(
-                            name=weight.name,
-                            module=weight.module,
-                            layer=weight.layer,
-                            expert=weight.expert,
-                            dtype=weight.dtype,
-                            source_sha256=sha256,
-                            certificate=basis.certificate,
-                        )
-                    )
-                record = writer.write_shard(
-                    shard,
-                    bases,
-                    ShardRecord(
-                        family=shard.family,
-                        index=shard.index,
-                        weights=tuple(records),
-                        files={},
-                        sigma=tuple(tuple(basis.minor.sigma.tolist()) for basis in bases),
-                        principal_sigma=tuple(tuple(b.principal.sigma.tolist()) for b in bases if b.principal is not None),
-                        probe=tuple(probes),
-                    ),
-                )
-                self._log("shard", family=shard.family, index=shard.index, seconds=round(time.perf_counter() - started, 4))
-                return record
-
-        with ThreadPoolExecutor(1, "svdbank-read") as reader, ThreadPoolExecutor(at_once, "svdbank-solve") as solvers:
-            running: set[Future[ShardRecord]] = set()
-            try:
-                ahead = reader.submit(load, shards[0])
-                for number, shard in enumerate(shards):
-                    loaded = ahead.result()
-                    if number + 1 < len(shards):
-                        ahead = reader.submit(load, shards[number + 1])
-                    while len(running) >= at_once:
-                        finished, running = wait(running, return_when=FIRST_COMPLETED)
-                        yield from (future.result() for future in finished)
-                    running.add(solvers.submit(solve, shard, loaded))
-                    del loaded
-                while running:
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in finished)
-            except BaseException:
-                # The solves under way end and are recorded; nothing new starts.
-                reader.shutdown(wait=False, cancel_futures=True)
-                solvers.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _solve(self, weight: WeightSpec, matrix: Tensor, rank: int, path: str, side: Side, principal: int) -> Basis:
-        try:
-            return minor_basis(matrix, rank, side=side, solver=path, principal=principal, device=self.device)
-        except NotFiniteError as cause:
-            raise NotFiniteError(
-                f"{weight.name} in {weight.sources[0].file}: {cause}",
-                hint="leave it out with --targets, or repair the checkpoint",
-            ) from cause
-        except SolverError as cause:
-            raise SolverError(f"{weight.name}: {cause}", hint=cause.hint) from cause
-
-    def _check_source(self, weight: WeightSpec, expected: str) -> None:
-        _, found = self.checkpoint.read_hashed(weight)
-        if found != expected:
-            raise WrongBaseError(
-                f"{self.root} was built from another model: {weight.name} of {self.checkpoint.name} has other bytes",
-                hint="give the bank another place with -o, or delete it",
-            )
-
-    def _log(self, event: str, **facts: object) -> None:
-        """Times and machine facts, outside everything that is hashed."""
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
-        fsio.append(self.root / LOG, json.dumps(line).encode() + b"\n")
-
-
-def sample(matrix: Tensor) -> tuple[float, ...]:
-    """A weight's probe: its entries at :func:`svdbank.probe.probe_indices`, exact in float64."""
-    out_features, in_features = matrix.shape
-    index = torch.tensor(probe_indices(out_features, in_features), device=matrix.device)
-    values: list[float] = matrix[index // in_features, index % in_features].to(torch.float64).tolist()
-    return tuple(values)
 
 
 def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpec]) -> list[WeightSpec]:
@@ -346,22 +158,23 @@ def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpe
     return known
 
 
-def _frozen_plan(root: Path, plan: Plan) -> Plan:
-    """The plan of an unfinished bank, which is carried out as it stands; OptionError names the first thing now asked otherwise."""
-    frozen = from_json((root / "plan.json").read_bytes(), Plan, where=str(root / "plan.json"), error=BankError)
-    _refuse_other_options(root, frozen.options, plan.options)
+def _frozen_plan(path: Path, plan: Plan) -> Plan:
+    """The plan of an unfinished build or extension, which is carried out as it stands; errors name what is now asked otherwise."""
+    frozen = from_json(path.read_bytes(), Plan, where=str(path), error=BankError)
+    _refuse_other_options(path.parent, frozen.options, plan.options)
     if frozen.base.config_digest != plan.base.config_digest:
         raise WrongBaseError(
-            f"{root} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
+            f"{path.parent} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
             hint="give the bank another place with -o, or delete it",
         )
     if frozen.families != plan.families:
         ours = {name for family in plan.families for name in family.weights}
         theirs = {name for family in frozen.families for name in family.weights}
         differs = sorted(ours ^ theirs)[:3] or ["the shape of a family"]
+        names = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in theirs})
         raise OptionError(
-            f"{root} is an unfinished build of other targets ({len(theirs)} weights, now {len(ours)}; e.g. {', '.join(differs)})",
-            hint="finish it with its own targets, then build again with more; or delete it",
+            f"{path.parent} has an unfinished build of other targets ({len(theirs)} weights, now {len(ours)}; e.g. {', '.join(differs)})",
+            hint=f"finish it first (its modules end in {', '.join(names)}), then build again with more targets; or delete the bank",
         )
     return frozen
 

@@ -77,6 +77,27 @@ def test_more_targets_extend_a_bank_and_leave_what_is_there(minilm: Path, tmp_pa
         assert torch.equal(opened[name].left(8), whole[name].left(8))
 
 
+def test_an_extension_that_was_stopped_goes_on_where_it_was(minilm: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    _build(minilm, bank, targets=("query",))
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "decompose" and progress.done >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        svdbank.build(minilm, bank, rank=8, jobs=1, targets=("key", "value"), progress=interrupt)
+    assert len(svdbank.open(bank)) == 6 and svdbank.verify(bank, data=True).sound
+    # Other targets would mix two plans: said, with what the unfinished one is about.
+    with pytest.raises(svdbank.OptionError, match="unfinished") as caught:
+        _build(minilm, bank, targets=("dense",))
+    assert "key, value" in str(caught.value.hint)
+    report = _build(minilm, bank, targets=("key", "value"))
+    assert report.reused >= 6 + 5
+    assert report.reused + report.solved == 18
+    assert not (bank / "records").exists()
+
+
 @pytest.mark.parametrize(
     "field, value", [("rank", 9), ("side", "left"), ("dtype", "float16"), ("principal", 2), ("solver", "svd")]
 )
