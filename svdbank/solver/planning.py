@@ -62,8 +62,8 @@ def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dty
     size = min(k, rank + buffer_size(k, rank))
     square = entry * k * k
     panel = 2 * entry * k * panel_width(k, n)  # one in use while the next is made
-    # Widest moments of Rayleigh–Ritz and the gates: product, QR's copy and its two results on the long side, vectors on the short one.
-    thin = entry * (5 * n + 5 * k) * size
+    # Widest moment, a Newton step: triplets with their buffer, product, difference, QR's copy and result, signed vectors, defects.
+    thin = entry * (8 * n + 8 * k) * size
     if path == "shift-invert":
         shape = shape_for(k, size)
         rows = 0 if shape is None else 2 * shape.limit + 4 * shape.block
