@@ -27,14 +27,14 @@ def env_command(output: Output) -> None:
 
 def _text(env: Any) -> str:
     lines = [
-        f"svdbank      {env.svdbank}",
-        f"python       {env.python} on {env.platform}",
-        f"processors   {env.processors} usable, {env.torch_threads} torch threads",
-        f"memory       {size(env.memory_bytes) if env.memory_bytes else 'unknown'}",
-        f"devices      {', '.join(env.devices)}",
-        f"banks        {env.home} ({size(env.home_free_bytes)} free)",
-        f"hub cache    {env.hub_cache}{' (offline)' if env.hub_offline else ''}",
-        *(f"{name:<12} {version or 'not installed'}" for name, version in env.packages.items()),
+        f"svdbank          {env.svdbank}",
+        f"python           {env.python} on {env.platform}",
+        f"processors       {env.processors} usable, {env.torch_threads} torch threads",
+        f"memory           {size(env.memory_bytes) if env.memory_bytes else 'unknown'}",
+        f"devices          {', '.join(env.devices)}",
+        f"banks            {env.home} ({size(env.home_free_bytes)} free)",
+        f"hub cache        {env.hub_cache}{' (offline)' if env.hub_offline else ''}",
+        *(f"{name:<16} {version or 'not installed'}" for name, version in env.packages.items()),
         *(f"{name}={value}" for name, value in env.variables.items()),
     ]
     return "\n".join(lines)

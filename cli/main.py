@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -35,8 +36,6 @@ class _Verbs(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in VERBS:
-            import difflib
-
             close = difflib.get_close_matches(args[0], VERBS, n=1)
             raise click.UsageError(f"no such command {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""), ctx)
         return super().resolve_command(ctx, args)

@@ -166,7 +166,7 @@ class _Owner(msgspec.Struct):
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, purpose: str) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the writer's lock of a folder.
 
     The lock is the operating system's (it ends with the process, however that ends); a file beside it names the owner, so that the

@@ -257,6 +257,3 @@ def _against_model(bank: Bank, model: str | os.PathLike[str], progress: Progress
                 yield Damage(name, f"the stored basis misses the weight by {relative:.1e} of its norm")
             if progress is not None:
                 progress(Progress("verify against model", done + 1, len(bank), "weights", name))
-
-
-__all__ = ["BankInfo", "Damage", "FamilyInfo", "VerifyReport", "info", "verify"]

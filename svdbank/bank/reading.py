@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import zarr
 from torch import Tensor
 
-from svdbank.bank.layout import MANIFEST, STORED, FamilyIndex, FileRecord, Index, Manifest, WeightRecord, shard_file
+from svdbank.bank.layout import (
+    MANIFEST,
+    STORED,
+    FamilyIndex,
+    FileRecord,
+    Index,
+    Manifest,
+    WeightRecord,
+    shard_file,
+    vector_arrays,
+)
 from svdbank.bank.store import BankStore
 from svdbank.basis import Certificate
 from svdbank.errors import BankError, BankNotFoundError, DamageError, OptionError
+from svdbank.probe import PROBE_SIZE
 from svdbank.specs import FamilySpec, from_json
 
 
@@ -147,10 +161,8 @@ class Bank:
         try:
             return self._entries[name]
         except KeyError:
-            import difflib
-
             close = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"svdbank info {self.path} lists what there is"
+            hint = f"did you mean {close[0]!r}?" if close else f"svdbank.open({str(self.path)!r}).names lists what there is"
             raise BankError(f"{self.path} has no weight {name!r}", hint=hint) from None
 
     def left(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
@@ -198,9 +210,7 @@ class Bank:
 
     def _slice(self, path: str, start: int, stop: int, rank: int | None) -> Tensor:
         try:
-            if path not in self._arrays:
-                self._arrays[path] = zarr.open_array(self._store, path=path, mode="r", zarr_format=3)
-            array = self._arrays[path]
+            array = self._array(path)
             values = np.asarray(array[start:stop] if rank is None else array[start:stop, :rank])
         except DamageError as damage:
             raise DamageError(str(damage), hint=f"svdbank verify --data {self.path}") from damage
@@ -210,6 +220,26 @@ class Bank:
         if self.dtype == "bfloat16" and values.dtype == np.uint16:
             return torch.from_numpy(values).view(torch.bfloat16)
         return torch.from_numpy(values)
+
+    def _array(self, path: str) -> Any:
+        """An array, opened once; its metadata must say what the index says before anything is allocated from it."""
+        if path not in self._arrays:
+            name, _, kind = path.rpartition("/")
+            family = next(family.spec for family in self.index.families if family.spec.name == name)
+            array = zarr.open_array(self._store, path=path, mode="r", zarr_format=3)
+            count = len(family.weights)
+            expected: tuple[tuple[int, ...], str]
+            if kind in (vectors := vector_arrays(family, self.side)):
+                expected = ((count, *vectors[kind]), STORED[self.dtype][0])
+            elif kind == "sigma":
+                expected = ((count, family.rank), "float64")
+            else:
+                expected = ((count, min(PROBE_SIZE, family.out_features * family.in_features)), "float64")
+            if (array.shape, array.dtype.name) != expected:
+                claim = f"claims {array.dtype.name} of {array.shape}, the index says {expected[1]} of {expected[0]}"
+                raise DamageError(f"{self.path / path}: {claim}")
+            self._arrays[path] = array
+        return self._arrays[path]
 
 
 def base_digest(source_hashes: dict[str, str]) -> str:
@@ -248,17 +278,20 @@ def read_manifest(root: Path) -> Manifest:
         raise BankNotFoundError(
             f"{root}: no bank here", hint="svdbank ls shows the banks there are; svdbank build makes one"
         ) from None
+    except IsADirectoryError as cause:
+        raise DamageError(f"{path}: a folder where the manifest belongs") from cause
     _check_format(data, path)
     return from_json(data, Manifest, where=str(path), error=DamageError)
 
 
+class _Version(msgspec.Struct):
+    """The one field that every version of the manifest has; the rest may be anything."""
+
+    format: int
+
+
 def _check_format(data: bytes, path: Path) -> None:
     """An unknown major version is told apart from damage before the strict decode."""
-    import msgspec
-
-    class _Version(msgspec.Struct):
-        format: int
-
     version = from_json(data, _Version, where=str(path), error=DamageError).format
     if version != 1:
         raise BankError(f"{path}: format {version}; this svdbank reads format 1", hint="pip install -U svdbank")
@@ -272,6 +305,8 @@ def _recorded_bytes(root: Path, manifest: Manifest, name: str) -> bytes:
         data = (root / name).read_bytes()
     except FileNotFoundError:
         raise DamageError(f"{root / name}: missing", hint=f"svdbank verify {root}") from None
+    except OSError as cause:
+        raise DamageError(f"{root / name}: {cause.strerror}", hint=f"svdbank verify {root}") from cause
     if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
         raise DamageError(f"{root / name}: not the bytes that were published", hint=f"svdbank verify {root}")
     return data
@@ -291,6 +326,12 @@ def _check_consistent(root: Path, manifest: Manifest, index: Index) -> None:
             raise DamageError(f"{root}: {spec.name} claims rank {spec.rank} for {spec.out_features}x{spec.in_features}")
         if seen & set(spec.weights):
             raise DamageError(f"{root}: weights stand in two families")
+        # A data file without a record would be read unchecked.
+        arrays = {array: len(records) for array, records in family.files.items()}
+        if arrays != dict.fromkeys(
+            vector_arrays(spec, manifest.options.side), ceil(len(spec.weights) / spec.weights_per_shard)
+        ):
+            raise DamageError(f"{root}: the index does not record every data file of {spec.name}")
         seen |= set(spec.weights)
     if len(seen) != manifest.weights:
         raise DamageError(f"{root}: {len(seen)} weights in the index, {manifest.weights} in the manifest")
@@ -321,6 +362,3 @@ def _runs(rows: Sequence[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
         run.append(row)
     if run:
         yield run
-
-
-__all__ = ["STORED", "Bank", "StoredBasis", "base_digest", "data_files", "open_bank", "read_manifest"]

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
+import os
+import stat
 import struct
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +23,9 @@ from svdbank import fsio
 from svdbank.bank.layout import FileRecord
 from svdbank.bank.metadata import checked_metadata
 from svdbank.errors import DamageError
+
+#: A link could lead out of the bank, and opening a pipe would wait for its writer.
+_NO_LINKS_NO_WAITING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 _CRC_BYTES = 4
 _INDEX_ENTRY = 16  # offset and length of an inner chunk, uint64 each
@@ -87,24 +93,27 @@ class BankStore(Store):
         path = self.root / key
         record = self.expected.get(key)
         try:
-            with path.open("rb", buffering=0) as file:
-                size = file.seek(0, 2)
-                if record is not None and size != record.size:
-                    raise DamageError(f"{path}: {size} bytes, recorded were {record.size}")
-                start, stop = _span(byte_range, size)
-                file.seek(start)
-                data = bytearray(stop - start)
-                view = memoryview(data)
-                while view and (count := file.readinto(view)):
-                    view = view[count:]
-                if view:
-                    raise DamageError(f"{path}: ends {len(view)} bytes early")
+            descriptor = os.open(path, os.O_RDONLY | _NO_LINKS_NO_WAITING)
         except FileNotFoundError:
             if record is None and key.endswith("zarr.json"):
                 return None
             raise DamageError(f"{path}: missing") from None
-        except IsADirectoryError:
-            raise DamageError(f"{path}: a folder where a file belongs") from None
+        except OSError as cause:
+            raise DamageError(f"{path}: {cause.strerror}") from cause
+        with io.FileIO(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise DamageError(f"{path}: not a regular file")
+            if record is not None and status.st_size != record.size:
+                raise DamageError(f"{path}: {status.st_size} bytes, recorded were {record.size}")
+            start, stop = _span(byte_range, status.st_size)
+            file.seek(start)
+            data = bytearray(stop - start)
+            view = memoryview(data)
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+            if view:
+                raise DamageError(f"{path}: ends {len(view)} bytes early")
         if key.endswith("zarr.json"):
             checked_metadata(bytes(data), where=str(path))
         if record is not None:

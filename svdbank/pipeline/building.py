@@ -104,7 +104,7 @@ def build(
         weights, skips = decomposable(checkpoint, targets)
         root = Path(output) if output is not None else default_output(checkpoint, options)
         _refuse_foreign_folder(root)
-        with fsio.locked(root, purpose="build"):
+        with fsio.locked(root):
             run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
             earlier = None

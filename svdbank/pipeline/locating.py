@@ -37,11 +37,16 @@ def home() -> Path:
     return Path(HF_ASSETS_CACHE) / "svdbank"
 
 
-def default_output(checkpoint: Checkpoint, options: BuildOptions) -> Path:
-    """Where the bank of a checkpoint goes when no path is given: by the weight files' identity, then by what is stored."""
+def model_folder(checkpoint: Checkpoint) -> Path:
+    """Where the cached banks of a checkpoint lie: named for people, told apart by the identity of its weight files."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "--", checkpoint.name).strip("-.") or "model"
+    return home() / "banks" / f"{slug}-{checkpoint.cache_key[:12]}"
+
+
+def default_output(checkpoint: Checkpoint, options: BuildOptions) -> Path:
+    """Where a bank goes when no path is given: below its model's folder, by what is stored."""
     suffix = f"-p{options.principal}" if options.principal else ""
-    return home() / "banks" / f"{slug}-{checkpoint.cache_key[:12]}" / f"r{options.rank}-{options.side}-{options.dtype}{suffix}"
+    return model_folder(checkpoint) / f"r{options.rank}-{options.side}-{options.dtype}{suffix}"
 
 
 def open(source: str | os.PathLike[str]) -> Bank:
@@ -57,11 +62,7 @@ def open(source: str | os.PathLike[str]) -> Bank:
         if not (path.is_file() or (path / "config.json").is_file() or any(path.glob("*.safetensors"))):
             return open_bank(path)
         with open_checkpoint(path) as checkpoint:
-            # The parent folder is the model's; what is below it are the banks of it.
-            model_folder = default_output(
-                checkpoint, BuildOptions(rank=1, side="both", dtype="float32", solver="auto", principal=0)
-            ).parent
-        found = [_complete(folder) for folder in _folders(model_folder)]
+            found = [_complete(folder) for folder in _folders(model_folder(checkpoint))]
     else:
         name, _, revision = str(source).removeprefix("hf://").partition("@")
         found = [
@@ -95,7 +96,7 @@ def rm(path: str | os.PathLike[str]) -> int:
     root = Path(path)
     if not (root / MANIFEST).is_file() and not (root / "plan.json").is_file():
         raise BankNotFoundError(f"{root}: no bank here", hint="svdbank ls shows the banks there are")
-    with fsio.locked(root, purpose="rm"):
+    with fsio.locked(root):
         freed = sum(file.stat().st_size for file in root.rglob("*") if file.is_file() and not file.is_symlink())
         # Without its manifest it is no bank, whatever of it a crash leaves.
         fsio.unlink(root / MANIFEST)

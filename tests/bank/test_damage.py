@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,19 +163,71 @@ def test_a_link_in_a_bank_is_damage(whole: Path, tmp_path: Path) -> None:
     assert {damage.what for damage in report.damage} == {"not a regular file", "not a regular file or folder"}
 
 
-@pytest.mark.parametrize("family", ["../evil", "a/b", "", ".hidden", "UPPER", "a\\b"])
-def test_a_family_name_that_leads_elsewhere_is_refused(family: str, whole: Path, tmp_path: Path) -> None:
-    import hashlib
-
+def test_a_pipe_or_a_link_in_place_of_a_shard_is_refused_by_a_lookup(whole: Path, tmp_path: Path) -> None:
+    """A pipe must not hang it, a link must not lead it elsewhere."""
     bank = tmp_path / "bank"
     shutil.copytree(whole, bank)
+    (first,) = bank.glob("*/left/c/0/0/0")
+    (second,) = bank.glob("*/left/c/1/0/0")
+    first.unlink()
+    os.mkfifo(first)
+    second.rename(tmp_path / "elsewhere")
+    second.symlink_to(tmp_path / "elsewhere")
+    opened = svdbank.open(bank)
+    for name in opened:
+        with pytest.raises(svdbank.DamageError):
+            opened[name].left(2)
+
+
+def _forge_index(bank: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a bank's index and make every hash fit again."""
     manifest = json.loads((bank / MANIFEST).read_bytes())
     index = json.loads((bank / manifest["index"]).read_bytes())
-    index["families"][0]["spec"]["name"] = family
+    change(index["families"][0])
     data = json.dumps(index).encode()
     (bank / manifest["index"]).write_bytes(data)
     manifest["files"][manifest["index"]] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (bank / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_an_index_that_leaves_a_data_file_out_is_refused(whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    _forge_index(bank, lambda family: family["files"].update(left=[]))
+    with pytest.raises(svdbank.DamageError, match="does not record every data file"):
+        svdbank.open(bank)
+
+
+def test_metadata_that_claims_another_shape_than_the_index_is_refused(whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (path,) = bank.glob("*/left/zarr.json")
+    data = json.dumps(json.loads(path.read_bytes()) | {"shape": [10**12, 18, 24]}).encode()
+    path.write_bytes(data)
+    name = path.relative_to(bank).as_posix()
+    record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    _forge_index(bank, lambda family: family["metadata"][name].update(record))
+    opened = svdbank.open(bank)
+    with pytest.raises(svdbank.DamageError, match="1000000000000"):
+        opened[opened.names[0]].left(2)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "index"])
+def test_a_folder_in_place_of_the_manifest_or_the_index_is_damage(name: str, whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    path = bank / (name if name == MANIFEST else json.loads((bank / MANIFEST).read_bytes())["index"])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(svdbank.DamageError):
+        svdbank.open(bank)
+
+
+@pytest.mark.parametrize("family", ["../evil", "a/b", "", ".hidden", "UPPER", "a\\b"])
+def test_a_family_name_that_leads_elsewhere_is_refused(family: str, whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    _forge_index(bank, lambda entry: entry["spec"].update(name=family))
     with pytest.raises(svdbank.DamageError, match="not a family name"):
         svdbank.open(bank)
 

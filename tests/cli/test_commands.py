@@ -122,7 +122,7 @@ def test_another_base_has_exit_code_12(minilm: Path, tmp_path: Path, capsys: pyt
 
 def test_a_lock_has_exit_code_11(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys, pathlib\nfrom svdbank import fsio\n"
-    code += "with fsio.locked(pathlib.Path(sys.argv[1]), purpose='x'):\n    print(flush=True); sys.stdin.read()"
+    code += "with fsio.locked(pathlib.Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "bank")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:

@@ -234,7 +234,7 @@ def test_two_builds_at_once_one_is_told_who_the_other_is(model: Path, tmp_path: 
             sys.executable,
             "-c",
             "import sys, pathlib\nfrom svdbank import fsio\n"
-            "with fsio.locked(pathlib.Path(sys.argv[1]), purpose='build'):\n    print('held', flush=True); sys.stdin.read()",
+            "with fsio.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()",
             str(tmp_path / "bank"),
         ],
         stdin=subprocess.PIPE,
