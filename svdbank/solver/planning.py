@@ -6,7 +6,7 @@ from svdbank.errors import OptionError
 from svdbank.solver.cholesky import BLOCK
 from svdbank.solver.lanczos import shape_for
 from svdbank.solver.ritz import buffer_size
-from svdbank.solver.weight import panel_width
+from svdbank.solver.weight import TILE, panel_width
 
 #: Names a caller may force; ``auto`` follows :func:`choose_path`.
 PATHS = ("shift-invert", "dense", "lq", "svd")
@@ -36,7 +36,7 @@ def flops(out_features: int, in_features: int, rank: int, path: str) -> float:
     size = rank + buffer_size(k, rank)
     # Rayleigh–Ritz product, both residuals; two QR-like passes over the long vectors.
     thin = 2.0 * k * n * (size + 2 * rank) + 8.0 * n * size**2
-    gram = 17 / 16 * k * k * n
+    gram = (1 + min(1.0, TILE / k)) * k * k * n
     if path == "shift-invert":
         columns = 10.0 * rank + 150.0
         iteration = columns * (2.0 * k * k + 8.0 * k * 4 * size) + 3 * 9.0 * (5 * size) ** 3

@@ -12,10 +12,10 @@ from torch import Tensor
 from svdbank.basis import EPSILON
 from svdbank.solver.contract import Block
 
-#: float64 entries of a widened panel: 64 MiB.
-PANEL_ENTRIES = 2**23
-#: Block rows of the Gram matrix: torch has no syrk; with sixteen, 17/32 of a full product's flops are done.
-BLOCK_ROWS = 16
+#: float64 entries of a widened panel: 128 MiB.
+PANEL_ENTRIES = 2**24
+#: Side of the diagonal tiles of the Gram matrix, which alone do double work: torch has no syrk.
+TILE = 512
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,23 @@ class Weight:
             yield columns, self.matrix[:, columns].to(dtype)
 
     def gram(self) -> Tensor:
-        """``M Mᵀ`` (k, k) in float64, symmetric to the last bit: lower block rows only, then mirrored.
+        """``M Mᵀ`` (k, k) in float64, symmetric to the last bit: the lower triangle by tiles, then mirrored.
 
         Of bfloat16 or float32 data it is nearly exact; what it costs is that κ is squared.
         """
         dtype = self.precision.gram
         result = torch.zeros(self.k, self.k, dtype=dtype, device=self.device)
-        rows = block_rows(self.k)
+        tiles = lower_tiles(0, self.k)
         for _, panel in self.panels(dtype):
-            for row in rows:
-                result[row, : row.stop].addmm_(panel[row], panel[: row.stop].mT)
+            for row, column in tiles:
+                result[row, column].addmm_(panel[row], panel[column].mT)
         result = result.to(torch.float64)
-        for row in rows:
-            result[: row.start, row] = result[row, : row.start].mT
-            corner = result[row, row]
-            corner.copy_(torch.tril(corner) + torch.tril(corner, -1).mT)
+        for row, column in tiles:
+            tile = result[row, column]
+            if row == column:
+                tile.copy_(torch.tril(tile) + torch.tril(tile, -1).mT)
+            else:
+                result[column, row] = tile.mT
         return result
 
     def times(self, long: Tensor) -> Tensor:
@@ -118,7 +120,9 @@ def panel_width(k: int, n: int, entries: int = PANEL_ENTRIES) -> int:
     return min(n, max(64, entries // k))
 
 
-def block_rows(k: int) -> list[slice]:
-    """The rows of a (k, k) matrix in at most :data:`BLOCK_ROWS` slices of at least 128."""
-    height = max(128, -(-k // BLOCK_ROWS))
-    return [slice(start, min(start + height, k)) for start in range(0, k, height)]
+def lower_tiles(start: int, stop: int) -> list[tuple[slice, slice]]:
+    """The lower triangle of rows ``start`` to ``stop`` in (rows, columns) tiles, halved recursively: few, large and nearly square."""
+    if stop - start <= TILE:
+        return [(slice(start, stop), slice(start, stop))]
+    middle = (start + stop) // 2
+    return [(slice(middle, stop), slice(start, middle)), *lower_tiles(start, middle), *lower_tiles(middle, stop)]
