@@ -19,6 +19,10 @@ LOG = "build.log.jsonl"
 #: Singular triplets in one inner chunk: a rank-16 lookup reads one, a rank-1 lookup reads sixteen times too much of very little.
 RANK_CHUNK = 16
 
+#: Bytes of a checksum behind each inner chunk and behind the shard index, and of one index entry: offset and length, uint64 each.
+CRC_BYTES = 4
+INDEX_ENTRY = 16
+
 #: Families up to this size get a file a weight; larger ones (experts) share files, so that counts stay inside the Hub's limits.
 SINGLE_SHARD_WEIGHTS = 128
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import msgspec
 import numpy as np
 import torch
 import zarr
+from numpy.typing import NDArray
 from torch import Tensor
 
+from svdbank.bank.chunks import read_vectors
 from svdbank.bank.layout import (
     MANIFEST,
     STORED,
@@ -123,7 +126,9 @@ class Bank:
             for row, record in enumerate(family.weights)
         }
         self._store = BankStore(path, expected=_expected_files(index), read_only=True)
-        self._arrays: dict[str, Any] = {}
+        self._families = {family.spec.name: family for family in index.families}
+        self._metadata_seen: set[str] = set()
+        self._small: dict[str, NDArray[Any]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,49 +202,66 @@ class Bank:
         return self._read(array, names, rank)
 
     def _read(self, array: str, names: Iterable[str], rank: int | None) -> Iterator[tuple[str, Tensor]]:
-        """Rows of one array, each family's runs of neighbouring weights in one zarr read, in the order asked for."""
+        """Rows of one array, family by family, yielded in the order asked for."""
         wanted = [self[name] for name in names]
         found: dict[str, Tensor] = {}
         for family in {basis.family.name for basis in wanted}:
-            rows = sorted({(basis.row, basis.name) for basis in wanted if basis.family.name == family})
-            for run in _runs(rows):
-                values = self._slice(f"{family}/{array}", run[0][0], run[-1][0] + 1, rank)
-                found.update({name: values[row - run[0][0]] for row, name in run})
+            members = {basis.row: basis.name for basis in wanted if basis.family.name == family}
+            try:
+                rows = self._rows(family, array, sorted(members), rank)
+            except DamageError as damage:
+                raise DamageError(str(damage), hint=f"svdbank verify --data {self.path}") from damage
+            found.update({members[row]: values for row, values in rows})
         for basis in wanted:
             yield basis.name, found[basis.name]
 
-    def _slice(self, path: str, start: int, stop: int, rank: int | None) -> Tensor:
-        try:
-            array = self._array(path)
-            values = np.asarray(array[start:stop] if rank is None else array[start:stop, :rank])
-        except DamageError as damage:
-            raise DamageError(str(damage), hint=f"svdbank verify --data {self.path}") from damage
-        except (ValueError, KeyError, FileNotFoundError, RuntimeError) as cause:
-            # What zarr raises when a checksum, an index or a decoded size does not fit.
-            raise DamageError(f"{self.path / path}: {cause}", hint=f"svdbank verify --data {self.path}") from cause
-        if self.dtype == "bfloat16" and values.dtype == np.uint16:
-            return torch.from_numpy(values).view(torch.bfloat16)
-        return torch.from_numpy(values)
+    def _rows(self, family: str, array: str, rows: list[int], rank: int | None) -> Iterator[tuple[int, Tensor]]:
+        entry = self._families[family]
+        vectors = vector_arrays(entry.spec, self.side)
+        if array not in vectors or rank is None:
+            whole = self._whole(f"{family}/{array}")
+            for row in rows:
+                yield row, torch.from_numpy(whole[row, :rank])
+            return
+        if (metadata := f"{family}/{array}/zarr.json") not in self._metadata_seen:
+            self._store.read(metadata)
+            self._metadata_seen.add(metadata)
+        stored_rank, length = vectors[array]
+        per_shard = entry.spec.weights_per_shard
+        for shard, members in groupby(rows, key=lambda row: row // per_shard):
+            inside = [row - shard * per_shard for row in members]
+            values = torch.from_numpy(
+                read_vectors(
+                    self.path / shard_file(family, array, shard),
+                    entry.files[array][shard],
+                    inside,
+                    rank=rank,
+                    stored_rank=stored_rank,
+                    length=length,
+                    weights_per_shard=per_shard,
+                    dtype=STORED[self.dtype][0],
+                )
+            )
+            if self.dtype == "bfloat16":
+                values = values.view(torch.bfloat16)
+            yield from ((shard * per_shard + row, values[position]) for position, row in enumerate(inside))
 
-    def _array(self, path: str) -> Any:
-        """An array, opened once; its metadata must say what the index says before anything is allocated from it."""
-        if path not in self._arrays:
+    def _whole(self, path: str) -> NDArray[Any]:
+        """One of a family's small arrays (σ, probes); its metadata must say what the index says before anything is allocated from it."""
+        if path not in self._small:
             name, _, kind = path.rpartition("/")
-            family = next(family.spec for family in self.index.families if family.spec.name == name)
-            array = zarr.open_array(self._store, path=path, mode="r", zarr_format=3)
-            count = len(family.weights)
-            expected: tuple[tuple[int, ...], str]
-            if kind in (vectors := vector_arrays(family, self.side)):
-                expected = ((count, *vectors[kind]), STORED[self.dtype][0])
-            elif kind == "sigma":
-                expected = ((count, family.rank), "float64")
-            else:
-                expected = ((count, min(PROBE_SIZE, family.out_features * family.in_features)), "float64")
-            if (array.shape, array.dtype.name) != expected:
-                claim = f"claims {array.dtype.name} of {array.shape}, the index says {expected[1]} of {expected[0]}"
-                raise DamageError(f"{self.path / path}: {claim}")
-            self._arrays[path] = array
-        return self._arrays[path]
+            family = self._families[name].spec
+            columns = family.rank if kind == "sigma" else min(PROBE_SIZE, family.out_features * family.in_features)
+            try:
+                array = zarr.open_array(self._store, path=path, mode="r", zarr_format=3)
+                if (array.shape, array.dtype.name) != ((len(family.weights), columns), "float64"):
+                    claim = f"claims {array.dtype.name} of {array.shape}, the index says float64 of {(len(family.weights), columns)}"
+                    raise DamageError(f"{self.path / path}: {claim}")
+                self._small[path] = np.asarray(array[...])
+            except (ValueError, KeyError, FileNotFoundError, RuntimeError) as cause:
+                # What zarr raises when a checksum or a decoded size does not fit.
+                raise DamageError(f"{self.path / path}: {cause}") from cause
+        return self._small[path]
 
 
 def base_digest(source_hashes: dict[str, str]) -> str:
@@ -350,15 +372,3 @@ def _expected_files(index: Index) -> dict[str, FileRecord]:
         expected.update(data_files(family))
         expected.update(family.metadata)
     return expected
-
-
-def _runs(rows: Sequence[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Split sorted rows into runs of neighbours."""
-    run: list[tuple[int, str]] = []
-    for row in rows:
-        if run and row[0] != run[-1][0] + 1:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run

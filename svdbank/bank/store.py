@@ -1,17 +1,15 @@
-"""The Zarr store through which a bank's files are written and read.
+"""The Zarr store through which a bank's arrays are written and its small ones read.
 
 Writing: every file is fsynced and hashed, a torn one is removed first. Reading: a missing file is an error where zarr would see fill
-values, metadata is checked before zarr decodes it, and each chunk must be the one that the index recorded for its place.
+values, metadata is checked before zarr decodes it, and a file must be the one that the index recorded. Singular vectors are read
+without zarr (``chunks.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import os
-import stat
-import struct
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,10 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
 from svdbank import fsio
-from svdbank.bank.layout import FileRecord
+from svdbank.bank.chunks import crc_before, open_regular, read_exactly
+from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, FileRecord
 from svdbank.bank.metadata import checked_metadata
 from svdbank.errors import DamageError
-
-#: A link could lead out of the bank, and opening a pipe would wait for its writer.
-_NO_LINKS_NO_WAITING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-
-_CRC_BYTES = 4
-_INDEX_ENTRY = 16  # offset and length of an inner chunk, uint64 each
 
 
 @dataclass(frozen=True)
@@ -93,32 +86,21 @@ class BankStore(Store):
         path = self.root / key
         record = self.expected.get(key)
         try:
-            descriptor = os.open(path, os.O_RDONLY | _NO_LINKS_NO_WAITING)
+            descriptor, size = open_regular(path, record)
         except FileNotFoundError:
             if record is None and key.endswith("zarr.json"):
                 return None
             raise DamageError(f"{path}: missing") from None
-        except OSError as cause:
-            raise DamageError(f"{path}: {cause.strerror}") from cause
-        with io.FileIO(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise DamageError(f"{path}: not a regular file")
-            if record is not None and status.st_size != record.size:
-                raise DamageError(f"{path}: {status.st_size} bytes, recorded were {record.size}")
-            start, stop = _span(byte_range, status.st_size)
-            file.seek(start)
-            data = bytearray(stop - start)
-            view = memoryview(data)
-            while view and (count := file.readinto(view)):
-                view = view[count:]
-            if view:
-                raise DamageError(f"{path}: ends {len(view)} bytes early")
+        try:
+            start, stop = _span(byte_range, size)
+            data = read_exactly(descriptor, start, stop - start, path)
+        finally:
+            os.close(descriptor)
         if key.endswith("zarr.json"):
-            checked_metadata(bytes(data), where=str(path))
-        if record is not None:
-            _check_bytes(data, start, record, path)
-        return bytes(data)
+            checked_metadata(data, where=str(path))
+        if record is not None and (len(data) != size or hashlib.sha256(data).hexdigest() != record.sha256):
+            raise DamageError(f"{path}: not the bytes recorded")
+        return data
 
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
@@ -163,36 +145,11 @@ def file_record(data: bytes, geometry: ShardGeometry | None) -> FileRecord:
         return FileRecord(len(data), hashlib.sha256(data).hexdigest(), 0, (), 0)
     # Zarr v3 sharding_indexed, index at the end: equal chunks from the start of the file, then (offset, length) of each, then a crc.
     length = geometry.chunk_bytes
-    count, rest = divmod(len(data) - geometry.chunks * _INDEX_ENTRY - _CRC_BYTES, length)
+    count, rest = divmod(len(data) - geometry.chunks * INDEX_ENTRY - CRC_BYTES, length)
     if rest or not 1 <= count <= geometry.chunks:
         raise DamageError(f"a shard of {len(data)} bytes does not hold chunks of {length}")
-    crcs = tuple(_crc_before(data, (i + 1) * length) for i in range(count))
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest(), length, crcs, _crc_before(data, len(data)))
-
-
-def _check_bytes(data: bytearray, start: int, record: FileRecord, path: Path) -> None:
-    """What was read must be what was recorded: whole small files by sha256, chunks of a shard by their crc32c and place.
-
-    That a chunk's data fit its crc32c is checked by zarr when it decodes; here, that it is the chunk of this place (two swapped
-    sibling files are valid shards both).
-    """
-    if not record.chunks:
-        if hashlib.sha256(data).hexdigest() != record.sha256:
-            raise DamageError(f"{path}: not the bytes recorded")
-        return
-    length = record.chunk_bytes
-    for place in range(-(-start // length), min((start + len(data)) // length, len(record.chunks))):
-        if _crc_before(data, (place + 1) * length - start) != record.chunks[place]:
-            raise DamageError(f"{path}: chunk {place} is not the one recorded")
-    # A shard index that leaves a chunk out would be read as fill values.
-    if start + len(data) == record.size and len(data) >= _CRC_BYTES and _crc_before(data, len(data)) != record.index_crc32c:
-        raise DamageError(f"{path}: its shard index is not the one recorded")
-
-
-def _crc_before(data: bytes | bytearray, end: int) -> int:
-    """The crc32c stored in the four bytes before ``end``."""
-    crc: int = struct.unpack_from("<I", data, end - _CRC_BYTES)[0]
-    return crc
+    crcs = tuple(crc_before(data, (i + 1) * length) for i in range(count))
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest(), length, crcs, crc_before(data, len(data)))
 
 
 def _span(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:

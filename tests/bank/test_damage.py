@@ -139,7 +139,7 @@ def test_metadata_that_selects_other_code_is_refused_before_zarr_sees_it(
     """Even where a forger has made every hash fit."""
     from svdbank.bank import metadata
 
-    (path,) = whole.glob("*/left/zarr.json")
+    (path,) = whole.glob("*/sigma/zarr.json")
     forged = json.loads(path.read_bytes()) | change
     with pytest.raises(svdbank.DamageError, match=message):
         metadata.checked_metadata(json.dumps(forged).encode(), where="zarr.json")
@@ -147,9 +147,9 @@ def test_metadata_that_selects_other_code_is_refused_before_zarr_sees_it(
     shutil.copytree(whole, bank)
     (bank / path.relative_to(whole)).write_text(json.dumps(forged))
     opened = svdbank.open(bank)
-    monkeypatch.setitem(opened._store.expected, f"{opened.index.families[0].spec.name}/left/zarr.json", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(opened._store.expected, f"{opened.index.families[0].spec.name}/sigma/zarr.json", None)  # type: ignore[arg-type]
     with pytest.raises(svdbank.DamageError, match=message):
-        opened[opened.names[0]].left(2)
+        opened[opened.names[0]].sigma(2)
 
 
 def test_a_link_in_a_bank_is_damage(whole: Path, tmp_path: Path) -> None:
@@ -201,15 +201,15 @@ def test_an_index_that_leaves_a_data_file_out_is_refused(whole: Path, tmp_path: 
 def test_metadata_that_claims_another_shape_than_the_index_is_refused(whole: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     shutil.copytree(whole, bank)
-    (path,) = bank.glob("*/left/zarr.json")
-    data = json.dumps(json.loads(path.read_bytes()) | {"shape": [10**12, 18, 24]}).encode()
+    (path,) = bank.glob("*/sigma/zarr.json")
+    data = json.dumps(json.loads(path.read_bytes()) | {"shape": [10**12, 18]}).encode()
     path.write_bytes(data)
     name = path.relative_to(bank).as_posix()
     record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     _forge_index(bank, lambda family: family["metadata"][name].update(record))
     opened = svdbank.open(bank)
     with pytest.raises(svdbank.DamageError, match="1000000000000"):
-        opened[opened.names[0]].left(2)
+        opened[opened.names[0]].sigma(2)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "index"])
