@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,11 +57,23 @@ class Weight:
         return self.matrix.device
 
     def panels(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
-        """Yield ``(columns, M[:, columns] widened)`` in order."""
+        """Yield ``(columns, M[:, columns] widened)`` in order. A panel is valid until the next one is asked for."""
         width = panel_width(self.k, self.n, self.panel_entries)
+        if width == self.n and dtype == torch.float64:
+            yield slice(0, self.n), self._widened
+            return
+        # One buffer for all panels: fresh pages cost as much as the conversion.
+        buffer = torch.empty_like(self.matrix[:, :width], dtype=dtype)
         for start in range(0, self.n, width):
             columns = slice(start, min(start + width, self.n))
-            yield columns, self.matrix[:, columns].to(dtype)
+            panel = buffer[:, : columns.stop - start]
+            panel.copy_(self.matrix[:, columns])
+            yield columns, panel
+
+    @cached_property
+    def _widened(self) -> Tensor:
+        """M in float64, kept, where it is a single panel: a solve reads it four to seven times."""
+        return self.matrix.to(torch.float64)
 
     def gram(self) -> Tensor:
         """``M Mᵀ`` (k, k) in float64, symmetric to the last bit: the lower triangle by tiles, then mirrored.
