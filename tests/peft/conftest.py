@@ -19,14 +19,6 @@ MINILM_TARGETS = ("all-linear", "word_embeddings")
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, bfloat16; made from the package once for all sessions, because that takes most of a minute."""
-    from svdbank.demonstration import smollm2_folder
-
-    return smollm2_folder(smollm2_cache())
-
-
-@pytest.fixture(scope="session")
 def smollm2_bank(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
     return svdbank.build(smollm2, tmp_path_factory.mktemp("smollm2") / "bank", rank=32, side="left")
 
