@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import svdbank
 from svdbank.bank import Bank
-from tests.peft.models import quiet, smollm2_cache, without_svd
+from tests.peft.models import quiet, without_svd
 
 #: Embeddings stand beside the linear weights, so that one bank serves every MiniLM test.
 MINILM_TARGETS = ("all-linear", "word_embeddings")
