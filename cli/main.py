@@ -20,6 +20,9 @@ VERBS = ("plan", "build", "info", "verify", "ls", "rm", "init", "env", "demo")
 
 INTERRUPTED = 130
 
+#: What a shell reports of a program that a closed pipe ended.
+BROKEN_PIPE = 141
+
 
 class _Verbs(click.Group):
     """Sub-commands imported when they are asked for."""
@@ -79,9 +82,9 @@ def run(arguments: list[str]) -> int:
         _complain(str(error), error.hint)
         return error.exit_code
     except BrokenPipeError:
-        # Whoever read our output has seen enough.
+        # Whoever read our output has seen enough; whether the work was finished, nobody can tell: not 0.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return BROKEN_PIPE
     except OSError as error:
         _debug()
         place = f"{error.filename}: " if error.filename else ""
@@ -90,6 +93,12 @@ def run(arguments: list[str]) -> int:
             errno.EACCES: "choose a folder you may write to with -o, or set SVDBANK_HOME",
         }.get(error.errno or 0)
         _complain(f"{place}{error.strerror or error}", hint)
+        return 1
+    except Exception as error:
+        _debug()
+        _complain(
+            f"unexpected {type(error).__name__}: {error}", "a defect of svdbank: SVDBANK_DEBUG=1 shows where; please report it"
+        )
         return 1
 
 

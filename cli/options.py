@@ -31,7 +31,7 @@ def with_output(command: Command) -> Command:
     """Add ``--json`` and ``-q``; the command receives an ``output``."""
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of text.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress and no talk; errors still show.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress and no talk; the result and errors still show.")
     @functools.wraps(command)
     def wrapped(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
         return command(*args, output=Output(json=as_json, quiet=quiet), **kwargs)

@@ -63,11 +63,11 @@ class Output:
         self.quiet = quiet
 
     def data(self, value: Any, human: Callable[[Any], str]) -> None:
-        """The result: one JSON document, or text for people."""
+        """The result: one JSON document, or text for people. ``--quiet`` does not silence it."""
         if self.json:
             self.line(value)
-        elif not self.quiet:
-            click.echo(human(value))
+        else:
+            click.echo(printable(human(value)))
 
     def line(self, value: Any) -> None:
         """One JSON document on one line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from svdbank.bank.layout import LOG, MANIFEST, FileRecord
 from svdbank.bank.reading import data_files
 from svdbank.basis import unresolved_ranks
 from svdbank.checkpoint import decomposable, open_checkpoint
-from svdbank.errors import DamageError
+from svdbank.errors import DamageError, WrongBaseError
 from svdbank.pipeline.locating import open as open_source
 from svdbank.specs import Progress, ProgressCallback, Struct
 
@@ -144,7 +145,7 @@ def verify(
     weight, compares its hash, and measures the residual of the stored basis (a few products, no SVD).
 
     Damage is in the report, not an exception; errors are those of :func:`svdbank.open` (a bank without manifest or with an unknown
-    format) and of opening the model.
+    format), of opening the model, and WrongBaseError for a model that the bank was not built from.
     """
     bank: Bank | None = None
     damage: list[Damage] = []
@@ -179,8 +180,22 @@ def verify(
         sound=not damage,
         next=None
         if not damage
-        else f"svdbank rm {path}, then svdbank build {bank.manifest.base.name if bank else 'MODEL'} -o {path}",
+        else f"svdbank rm {shlex.quote(path)}, then svdbank build MODEL -o {shlex.quote(path)}{_same_options(bank)}",
     )
+
+
+def _same_options(bank: Bank | None) -> str:
+    """The options that make a build repeat a bank, as far as they are not the defaults."""
+    if bank is None:
+        return ""
+    options = bank.manifest.options
+    given = {
+        "rank": (options.rank, 128),
+        "side": (options.side, "both"),
+        "dtype": (options.dtype, "float32"),
+        "principal": (options.principal, 0),
+    }
+    return "".join(f" --{name} {value}" for name, (value, default) in given.items() if value != default)
 
 
 def _recorded(bank: Bank) -> Iterator[tuple[str, FileRecord]]:
@@ -239,12 +254,17 @@ def _against_model(bank: Bank, model: str | os.PathLike[str], progress: Progress
             basis = bank[name]
             spec = specs.get(name)
             if spec is None or (spec.out_features, spec.in_features) != (basis.out_features, basis.in_features):
-                yield Damage(name, f"{checkpoint.name} has no such weight of {basis.out_features}x{basis.in_features}")
-                continue
+                raise WrongBaseError(
+                    f"{bank.path} was built from another model: {checkpoint.name} has no {name} of "
+                    f"{basis.out_features}x{basis.in_features}",
+                    hint=f"verify it against {bank.manifest.base.name}",
+                )
             weight, sha256 = checkpoint.read_hashed(spec)
             if sha256 != basis.source_sha256:
-                yield Damage(name, f"{checkpoint.name} has other bytes than those the bank was built from")
-                continue
+                raise WrongBaseError(
+                    f"{bank.path} was built from another model: {name} of {checkpoint.name} has other bytes",
+                    hint=f"verify it against {bank.manifest.base.name}",
+                )
             right = basis.right(basis.rank).mT if bank.side == "both" else None
             residual = residual_check(weight, basis.left(basis.rank).mT, right, basis.sigma(basis.rank))
             if not residual <= _STORED_RESIDUAL[bank.dtype]:

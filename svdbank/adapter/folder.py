@@ -143,6 +143,12 @@ def check_output(output: Path, *, force: bool) -> None:
         raise OptionError(f"{output} is not empty", hint="name another output, or replace the adapter there with --force")
     if not (output / CONFIG).is_file():
         raise OptionError(f"{output} is not empty and holds no adapter, so it is not replaced", hint="name another output")
+    strangers = sorted(path.name for path in output.iterdir() if path.name not in (CONFIG, WEIGHTS, CACHE, "README.md"))
+    if strangers:
+        raise OptionError(
+            f"{output} holds more than an adapter ({', '.join(strangers[:3])}), so it is not replaced",
+            hint="name another output, or move those away",
+        )
 
 
 def _put_in_place(temporary: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,7 +75,11 @@ def init(
     """
     if method.lower() not in METHODS:
         raise OptionError(f"{method!r} is not a method of this version: {', '.join(METHODS)}", hint="--method mica")
-    path = Path(output)
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise OptionError(f"alpha is a positive number, not {alpha}")
+    if not 0 <= dropout < 1:
+        raise OptionError(f"dropout is at least 0 and below 1, not {dropout}")
+    path = Path(output).expanduser().resolve()
     check_output(path, force=force)
     bank = model_or_bank if isinstance(model_or_bank, Bank) else _opened(model_or_bank)
     names = _selected(bank, targets)

@@ -29,8 +29,8 @@ def open_regular(path: Path, record: FileRecord | None) -> tuple[int, int]:
     """Descriptor and size of a bank's file. FileNotFoundError if it is not there; DamageError for a pipe, a link, another size."""
     try:
         descriptor = os.open(path, os.O_RDONLY | NO_LINKS_NO_WAITING)
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        raise FileNotFoundError(str(path)) from cause
     except OSError as cause:
         raise DamageError(f"{path}: {cause.strerror}") from cause
     status = os.fstat(descriptor)
@@ -43,6 +43,17 @@ def open_regular(path: Path, record: FileRecord | None) -> tuple[int, int]:
         os.close(descriptor)
         raise
     return descriptor, status.st_size
+
+
+def read_regular(path: Path, *, limit: int = 1 << 30) -> bytes:
+    """A whole small file (manifest, index, plan, record). FileNotFoundError if it is not there, DamageError for no regular file."""
+    descriptor, size = open_regular(path, None)
+    try:
+        if size > limit:
+            raise DamageError(f"{path}: {size} bytes where a small file belongs")
+        return read_exactly(descriptor, 0, size, path)
+    finally:
+        os.close(descriptor)
 
 
 def read_exactly(descriptor: int, start: int, count: int, path: Path) -> bytes:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from math import ceil
 from typing import Final, Literal
 
@@ -86,7 +87,10 @@ class Index(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """What makes a bank complete. ``files`` holds size and sha256 of the index, the plans and the root metadata."""
+    """What makes a bank complete. ``files`` holds size and sha256 of the index, the plans and the root metadata.
+
+    ``digest`` is the sha256 of the manifest's own bytes with these 64 digits as zeros.
+    """
 
     format: Literal[1]
     created_by: str
@@ -98,6 +102,16 @@ class Manifest(Struct, frozen=True):
     index: str
     plans: tuple[str, ...]
     files: dict[str, FileRecord]
+    digest: str
+
+
+#: Stands for the manifest's digest while that is computed.
+NO_DIGEST = "0" * 64
+
+
+def manifest_digest(data: bytes, digest: str) -> str:
+    """sha256 of a manifest's bytes in which ``digest`` is zeros."""
+    return hashlib.sha256(data.replace(digest.encode(), NO_DIGEST.encode(), 1)).hexdigest()
 
 
 def plan_name(generation: int) -> str:

@@ -18,15 +18,18 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svdbank.bank.chunks import read_vectors
+from svdbank.bank.chunks import read_regular, read_vectors
 from svdbank.bank.layout import (
+    CRC_BYTES,
     MANIFEST,
+    RANK_CHUNK,
     STORED,
     FamilyIndex,
     FileRecord,
     Index,
     Manifest,
     WeightRecord,
+    manifest_digest,
     shard_file,
     vector_arrays,
 )
@@ -208,10 +211,9 @@ class Bank:
         for family in {basis.family.name for basis in wanted}:
             members = {basis.row: basis.name for basis in wanted if basis.family.name == family}
             try:
-                rows = self._rows(family, array, sorted(members), rank)
+                found.update({members[row]: values for row, values in self._rows(family, array, sorted(members), rank)})
             except DamageError as damage:
                 raise DamageError(str(damage), hint=f"svdbank verify --data {self.path}") from damage
-            found.update({members[row]: values for row, values in rows})
         for basis in wanted:
             yield basis.name, found[basis.name]
 
@@ -291,8 +293,8 @@ def read_manifest(root: Path) -> Manifest:
     """The manifest of a published bank; errors as :func:`open_bank`."""
     path = root / MANIFEST
     try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        data = read_regular(path)
+    except FileNotFoundError:
         if (root / "plan.json").is_file():
             raise BankNotFoundError(
                 f"{root}: this bank's build has not finished", hint="run the same svdbank build again: it resumes"
@@ -300,10 +302,11 @@ def read_manifest(root: Path) -> Manifest:
         raise BankNotFoundError(
             f"{root}: no bank here", hint="svdbank ls shows the banks there are; svdbank build makes one"
         ) from None
-    except IsADirectoryError as cause:
-        raise DamageError(f"{path}: a folder where the manifest belongs") from cause
     _check_format(data, path)
-    return from_json(data, Manifest, where=str(path), error=DamageError)
+    manifest = from_json(data, Manifest, where=str(path), error=DamageError)
+    if manifest_digest(data, manifest.digest) != manifest.digest:
+        raise DamageError(f"{path}: not the manifest that was published", hint=f"svdbank rm {root}, then build it again")
+    return manifest
 
 
 class _Version(msgspec.Struct):
@@ -324,11 +327,9 @@ def _recorded_bytes(root: Path, manifest: Manifest, name: str) -> bytes:
     if record is None or "/" in name or "\\" in name:
         raise DamageError(f"{root / MANIFEST}: {name!r} is not among its files")
     try:
-        data = (root / name).read_bytes()
+        data = read_regular(root / name)
     except FileNotFoundError:
         raise DamageError(f"{root / name}: missing", hint=f"svdbank verify {root}") from None
-    except OSError as cause:
-        raise DamageError(f"{root / name}: {cause.strerror}", hint=f"svdbank verify {root}") from cause
     if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
         raise DamageError(f"{root / name}: not the bytes that were published", hint=f"svdbank verify {root}")
     return data
@@ -344,7 +345,8 @@ def _check_consistent(root: Path, manifest: Manifest, index: Index) -> None:
             raise DamageError(f"{root}: {spec.name!r} is not a family name")
         if tuple(weight.name for weight in family.weights) != spec.weights or not spec.weights:
             raise DamageError(f"{root}: the weights of {spec.name} disagree with its description")
-        if not 1 <= spec.rank <= min(spec.out_features, spec.in_features) or spec.weights_per_shard < 1:
+        full = min(spec.out_features, spec.in_features)
+        if not (1 <= spec.rank <= full and 0 <= spec.principal <= full and 1 <= spec.weights_per_shard <= len(spec.weights)):
             raise DamageError(f"{root}: {spec.name} claims rank {spec.rank} for {spec.out_features}x{spec.in_features}")
         if seen & set(spec.weights):
             raise DamageError(f"{root}: weights stand in two families")
@@ -354,6 +356,13 @@ def _check_consistent(root: Path, manifest: Manifest, index: Index) -> None:
             vector_arrays(spec, manifest.options.side), ceil(len(spec.weights) / spec.weights_per_shard)
         ):
             raise DamageError(f"{root}: the index does not record every data file of {spec.name}")
+        # Sizes follow from the shapes; an index that claims others would make a lookup allocate or divide by what it says.
+        itemsize = np.dtype(STORED[manifest.options.dtype][0]).itemsize
+        for array, (_, length) in vector_arrays(spec, manifest.options.side).items():
+            chunk_bytes = RANK_CHUNK * length * itemsize + CRC_BYTES
+            for record in family.files[array]:
+                if record.chunk_bytes != chunk_bytes or not len(record.chunks) * chunk_bytes < record.size:
+                    raise DamageError(f"{root}: the index claims chunks of {spec.name}/{array} that its shape does not have")
         seen |= set(spec.weights)
     if len(seen) != manifest.weights:
         raise DamageError(f"{root}: {len(seen)} weights in the index, {manifest.weights} in the manifest")

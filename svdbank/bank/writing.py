@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from svdbank import fsio
+from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import (
     FORMAT,
     MANIFEST,
+    NO_DIGEST,
     RANK_CHUNK,
     RECORDS,
     STORED,
@@ -29,6 +31,7 @@ from svdbank.bank.layout import (
     Index,
     Manifest,
     ShardRecord,
+    manifest_digest,
     plan_name,
     rank_extent,
     record_file,
@@ -70,8 +73,9 @@ class BankWriter:
     def begin(self) -> None:
         """Freeze the plan and create groups and arrays. Repeats harmlessly when a build is resumed."""
         fsio.make_dirs(self.root)
-        for path in self.root.rglob(f"*{fsio.TEMPORARY}"):
-            fsio.unlink(path)
+        for folder in (self.root, *(self.root / RECORDS).glob("*")):
+            for path in folder.glob(f".*{fsio.TEMPORARY}"):
+                fsio.unlink(path)
         if not (self.root / plan_name(self.generation)).exists():
             fsio.write_bytes(self.root / plan_name(self.generation), to_json(self.plan, indent=1))
         if self.generation == 0:
@@ -85,7 +89,7 @@ class BankWriter:
         """The record of a shard that is whole on disk, or None: not recorded, or its files are not the bytes recorded."""
         path = self.root / record_file(shard.family, shard.index)
         try:
-            record = from_json(path.read_bytes(), ShardRecord, where=str(path), error=DamageError)
+            record = from_json(read_regular(path), ShardRecord, where=str(path), error=DamageError)
         except (FileNotFoundError, DamageError):
             return None
         for array, expected in record.files.items():
@@ -110,19 +114,23 @@ class BankWriter:
         fsio.write_bytes(path, to_json(complete))
         return complete
 
-    def publish(self, *, base_digest: str, earlier: Index | None, earlier_plans: tuple[str, ...]) -> Manifest:
+    def publish(self, *, base_digest: str, earlier: Manifest | None, earlier_index: Index | None) -> Manifest:
         """Fold the records into coordinate arrays and the index, then write the manifest and drop the records."""
         families = [self._fold(family) for family in self.plan.families]
-        index = Index(families=(*(earlier.families if earlier else ()), *families))
+        index = Index(families=(*(earlier_index.families if earlier_index else ()), *families))
         data = to_json(index)
         # Named by its content: the manifest of the last publish keeps its index until the new manifest is in place.
         index_record = file_record(data, None)
         index_file = f"index-{index_record.sha256[:16]}.json"
         fsio.write_bytes(self.root / index_file, data)
-        plans = (*earlier_plans, plan_name(self.generation))
         named = {index_file: index_record}
+        if earlier is not None:
+            # As they were published: what has changed since is damage, not news.
+            named.update({name: earlier.files[name] for name in ("zarr.json", *earlier.plans)})
+        plans = (*(earlier.plans if earlier else ()), plan_name(self.generation))
         for name in ("zarr.json", *plans):
-            named[name] = file_record((self.root / name).read_bytes(), None)
+            if name not in named:
+                named[name] = file_record((self.root / name).read_bytes(), None)
         manifest = Manifest(
             format=FORMAT,
             created_by=_CREATED_BY,
@@ -134,7 +142,10 @@ class BankWriter:
             index=index_file,
             plans=plans,
             files=named,
+            digest=NO_DIGEST,
         )
+        data = to_json(manifest, indent=1)
+        manifest = msgspec.structs.replace(manifest, digest=manifest_digest(data, NO_DIGEST))
         fsio.write_bytes(self.root / MANIFEST, to_json(manifest, indent=1))
         clean(self.root, manifest)
         return manifest
@@ -225,7 +236,7 @@ def clean(root: Path, manifest: Manifest) -> None:
     for path in root.glob("index-*.json"):
         if path.name != manifest.index:
             fsio.unlink(path)
-    for path in root.glob(f"*{fsio.TEMPORARY}"):
+    for path in root.glob(f".*{fsio.TEMPORARY}"):
         fsio.unlink(path)
 
 

@@ -12,9 +12,10 @@ import torch
 
 from svdbank import fsio
 from svdbank.bank import Bank, clean, open_bank, read_manifest
+from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import LOG, MANIFEST, plan_name
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
-from svdbank.errors import BankError, OptionError, WrongBaseError
+from svdbank.errors import BankError, DamageError, OptionError, WrongBaseError
 from svdbank.pipeline.execution import Execution
 from svdbank.pipeline.locating import default_output
 from svdbank.pipeline.planning import available_cpus, bytes_to, checked_options, family_bytes, make_plan
@@ -29,6 +30,7 @@ from svdbank.specs import (
     WeightSpec,
     from_json,
 )
+from svdbank.verification import verify
 
 #: Written beside the vectors: index, metadata, coordinate arrays. Generous; for the check of free space.
 _OVERHEAD_PER_WEIGHT = 64 << 10
@@ -111,6 +113,7 @@ def build(
             if published is not None:
                 _refuse_other_options(root, published.options, options)
                 earlier = open_bank(root)
+                _refuse_damaged(root)
                 run.check_base(earlier, _known_weights(checkpoint, earlier, weights))
                 weights = [weight for weight in weights if weight.name not in earlier]
             generation = len(published.plans) if published else 0
@@ -122,7 +125,7 @@ def build(
                 if frozen.exists():
                     plan = _frozen_plan(frozen, plan)
                 _refuse_full_disk(root, plan)
-                run.execute(plan, weights, generation, earlier.index if earlier else None, published.plans if published else ())
+                run.execute(plan, weights, generation, earlier)
             bank = open_bank(root)
     summary = BuildReport(
         bank=str(root),
@@ -160,7 +163,7 @@ def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpe
 
 def _frozen_plan(path: Path, plan: Plan) -> Plan:
     """The plan of an unfinished build or extension, which is carried out as it stands; errors name what is now asked otherwise."""
-    frozen = from_json(path.read_bytes(), Plan, where=str(path), error=BankError)
+    frozen = from_json(read_regular(path), Plan, where=str(path), error=BankError)
     _refuse_other_options(path.parent, frozen.options, plan.options)
     if frozen.base.config_digest != plan.base.config_digest:
         raise WrongBaseError(
@@ -186,6 +189,14 @@ def _refuse_other_options(root: Path, theirs: BuildOptions, ours: BuildOptions) 
                 f"{root} is a bank with {field} {getattr(theirs, field)}; {getattr(ours, field)} was asked for",
                 hint=f"another {field} is another bank: choose another -o, or delete this one",
             )
+
+
+def _refuse_damaged(root: Path) -> None:
+    """A published bank is reused or extended only if its files are there, whole by size, with their metadata as published."""
+    report = verify(root)
+    if not report.sound:
+        first = report.damage[0]
+        raise DamageError(f"{root} is damaged: {first.file}: {first.what} ({len(report.damage)} in all)", hint=report.next)
 
 
 def _refuse_foreign_folder(root: Path) -> None:
@@ -216,6 +227,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as cause:
         raise OptionError(f"no device is called {name!r}", hint="auto, cpu, cuda, cuda:0 …") from cause
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"the solver runs on cpu and cuda, not on {name!r}", hint="auto, cpu, cuda, cuda:0 …")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(
             f"device {name!r} was asked for, but torch sees no CUDA device", hint="svdbank env shows what it sees"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdbank import fsio
-from svdbank.bank import Bank, BankWriter, Index, Manifest, ShardRecord, WeightRecord, base_digest
+from svdbank.bank import Bank, BankWriter, Manifest, ShardRecord, WeightRecord, base_digest
 from svdbank.bank.layout import LOG
 from svdbank.basis import Basis
 from svdbank.checkpoint import Checkpoint
@@ -52,9 +52,7 @@ class Execution:
             self._check_source(weight, bank[weight.name].source_sha256)
             self.progress(Progress("check base", done + 1, len(weights), "weights", weight.name))
 
-    def execute(
-        self, plan: Plan, weights: Sequence[WeightSpec], generation: int, earlier: Index | None, earlier_plans: tuple[str, ...]
-    ) -> Manifest:
+    def execute(self, plan: Plan, weights: Sequence[WeightSpec], generation: int, earlier: Bank | None) -> Manifest:
         """Carry a plan out, keeping the shards that are already whole, and publish."""
         specs = {weight.name: weight for weight in weights}
         families = {family.name: family for family in plan.families}
@@ -65,7 +63,7 @@ class Execution:
         writer = BankWriter(self.root, plan, generation=generation)
         writer.begin()
         self._log("start", versions={"torch": torch.__version__, "python": platform.python_version()}, device=str(self.device))
-        hashes = {} if earlier is None else {w.name: w.source_sha256 for family in earlier.families for w in family.weights}
+        hashes = {} if earlier is None else {name: earlier[name].source_sha256 for name in earlier}
         todo = []
         for work in shards:
             if (record := writer.record(work.shard)) is None:
@@ -85,7 +83,11 @@ class Execution:
                     self.solved += len(record.weights)
                     self.progress(Progress("decompose", self.reused + self.solved, total, "weights", record.weights[-1].name))
         self.progress(Progress("publish", 0, 1, "bank", str(self.root)))
-        manifest = writer.publish(base_digest=base_digest(hashes), earlier=earlier, earlier_plans=earlier_plans)
+        manifest = writer.publish(
+            base_digest=base_digest(hashes),
+            earlier=earlier.manifest if earlier else None,
+            earlier_index=earlier.index if earlier else None,
+        )
         self._log("published", solved=self.solved, reused=self.reused)
         self.progress(Progress("publish", 1, 1, "bank", str(self.root)))
         return manifest

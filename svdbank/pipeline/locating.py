@@ -8,10 +8,12 @@ from pathlib import Path
 
 from svdbank import fsio
 from svdbank.bank import Bank, Manifest, open_bank, read_manifest
+from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import MANIFEST
+from svdbank.bank.metadata import checked_metadata
 from svdbank.checkpoint import Checkpoint, open_checkpoint
-from svdbank.errors import BankError, BankNotFoundError
-from svdbank.specs import BuildOptions, Struct
+from svdbank.errors import BankError, BankNotFoundError, DamageError
+from svdbank.specs import BuildOptions, Plan, Struct, from_json
 
 
 class BankSummary(Struct, frozen=True):
@@ -31,7 +33,7 @@ class BankSummary(Struct, frozen=True):
 def home() -> Path:
     """Folder of svdbank's own files: ``SVDBANK_HOME``, else a folder in huggingface_hub's assets cache."""
     if own := os.environ.get("SVDBANK_HOME"):
-        return Path(own)
+        return Path(own).expanduser()
     from huggingface_hub.constants import HF_ASSETS_CACHE
 
     return Path(HF_ASSETS_CACHE) / "svdbank"
@@ -55,7 +57,7 @@ def open(source: str | os.PathLike[str]) -> Bank:
     Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
     Raises BankNotFoundError where there is none.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
         return open_bank(path)
     if path.exists():
@@ -65,12 +67,15 @@ def open(source: str | os.PathLike[str]) -> Bank:
             found = [_complete(folder) for folder in _folders(model_folder(checkpoint))]
     else:
         name, _, revision = str(source).removeprefix("hf://").partition("@")
+        commit = _commit(name, revision)
         found = [
             entry
             for folder in _folders(home() / "banks")
             if (entry := _complete(folder))
             and entry[1].base.name == name
-            and (not revision or (entry[1].base.revision or "").startswith(revision))
+            # A local model is found by its folder: its name alone could be that of another one.
+            and entry[1].base.revision is not None
+            and (not commit or entry[1].base.revision.startswith(commit))
         ]
     candidates = [entry for entry in found if entry is not None]
     if not candidates:
@@ -92,16 +97,46 @@ def ls() -> list[BankSummary]:
 
 
 def rm(path: str | os.PathLike[str]) -> int:
-    """Delete a bank folder, finished or not; returns the bytes freed. Raises BankNotFoundError for a folder that is no bank."""
-    root = Path(path)
-    if not (root / MANIFEST).is_file() and not (root / "plan.json").is_file():
-        raise BankNotFoundError(f"{root}: no bank here", hint="svdbank ls shows the banks there are")
+    """Delete a bank folder, finished, unfinished or damaged; returns the bytes freed.
+
+    Raises BankNotFoundError for a folder that is no bank or a link to one; nothing is touched then.
+    """
+    root = Path(path).expanduser()
+    if root.is_symlink() or not _is_bank(root):
+        why = "a link, which is not followed" if root.is_symlink() else "no bank here"
+        raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")
+    root = root.resolve()
     with fsio.locked(root):
-        freed = sum(file.stat().st_size for file in root.rglob("*") if file.is_file() and not file.is_symlink())
+        freed = sum(file.lstat().st_size for file in root.rglob("*") if file.is_file())
         # Without its manifest it is no bank, whatever of it a crash leaves.
         fsio.unlink(root / MANIFEST)
         fsio.remove_tree(root)
     return freed
+
+
+def _is_bank(root: Path) -> bool:
+    """True for a folder that svdbank made, however damaged: by its root metadata, or by a plan. Names of files alone prove nothing."""
+    try:
+        metadata = checked_metadata(read_regular(root / "zarr.json"), where=str(root))
+        if "svdbank" in metadata.attributes:
+            return True
+    except (DamageError, FileNotFoundError):
+        pass
+    try:
+        from_json(read_regular(root / "plan.json"), Plan, where=str(root), error=DamageError)
+    except (DamageError, FileNotFoundError):
+        return False
+    return True
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit that a branch or tag of a repository stood for when it was last seen; a commit stays as it is."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
+    if revision and ".." not in revision and reference.is_file():
+        return reference.read_text().strip()
+    return revision
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -127,18 +162,17 @@ def _richness(manifest: Manifest) -> tuple[float, bool, int]:
 
 
 def _summary(folder: Path) -> BankSummary | None:
-    from svdbank.specs import Plan, from_json
-
     try:
         manifest = read_manifest(folder)
     except BankNotFoundError:
         try:
-            plan = from_json((folder / "plan.json").read_bytes(), Plan, where=str(folder / "plan.json"), error=BankError)
-        except (BankError, OSError):
+            plan = from_json(read_regular(folder / "plan.json"), Plan, where=str(folder / "plan.json"), error=BankError)
+        except (BankError, FileNotFoundError):
             return None
         base, options, weights, nbytes = plan.base, plan.options, sum(len(f.weights) for f in plan.families), 0
     except BankError:
-        return None
+        # Damaged: shown, so that it can be removed.
+        return BankSummary(str(folder), "(damaged)", None, 0, "", "", 0, 0, False) if _is_bank(folder) else None
     else:
         base, options, weights, nbytes = manifest.base, manifest.options, manifest.weights, manifest.nbytes
     return BankSummary(

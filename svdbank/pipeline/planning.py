@@ -83,7 +83,9 @@ def plan(
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> PlanReport:
-    """What :func:`svdbank.build` with the same arguments would do. Reads headers only; writes nothing.
+    """What :func:`svdbank.build` with the same arguments would do in an empty place. Reads headers only; writes no bank.
+
+    What a bank at ``output`` already holds is not subtracted. A model on the Hub is downloaded into the Hugging Face cache first.
 
     Raises OptionError for options that cannot be meant or targets that match nothing, CheckpointError for a checkpoint that cannot
     be read.
@@ -227,7 +229,7 @@ def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int) -> int:
 def available_cpus() -> int:
     """Processors this process may use (its affinity, not the machine's count); ``SVDBANK_THREADS`` overrides."""
     asked = os.environ.get("SVDBANK_THREADS", "")
-    if asked.isdigit() and int(asked) > 0:
+    if asked.isdecimal() and asked.isascii() and int(asked) > 0:
         return int(asked)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.bank.layout import MANIFEST
+from svdbank.bank.layout import MANIFEST, NO_DIGEST, manifest_digest
 from tests.pipeline.small import tree, write_small_checkpoint
 
 
@@ -55,6 +56,39 @@ def test_every_harmed_file_is_found_and_named(harm: Callable[[Path], None], whol
                 # A manifest that no longer decodes, or claims another format: refused before anything is verified.
                 assert name == MANIFEST and MANIFEST in str(error)
         shutil.rmtree(bank)
+
+
+def test_every_flipped_byte_of_the_manifest_is_found(whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    original = (bank / MANIFEST).read_bytes()
+    for place in range(len(original)):
+        data = bytearray(original)
+        data[place] ^= 1
+        (bank / MANIFEST).write_bytes(data)
+        with contextlib.suppress(svdbank.BankError):  # another format version, said so
+            assert not svdbank.verify(bank).sound, place
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "index", "plan.json"])
+def test_a_pipe_in_place_of_a_small_file_hangs_nobody(name: str, whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    path = bank / (json.loads((bank / MANIFEST).read_bytes())["index"] if name == "index" else name)
+    path.unlink()
+    os.mkfifo(path)
+    assert not svdbank.verify(bank, data=True).sound
+
+
+@pytest.mark.parametrize("change", [{"weights_per_shard": 10**15}, {"principal": -1}, {"out_features": 10**13}])
+def test_an_index_whose_numbers_do_not_fit_is_refused_before_anything_is_allocated(
+    change: dict[str, int], whole: Path, tmp_path: Path
+) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    _forge_index(bank, lambda family: family["spec"].update(change))
+    with pytest.raises(svdbank.DamageError):
+        svdbank.open(bank)
 
 
 def test_structure_alone_finds_what_is_missing_or_of_another_size(whole: Path, tmp_path: Path) -> None:
@@ -187,7 +221,13 @@ def _forge_index(bank: Path, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.dumps(index).encode()
     (bank / manifest["index"]).write_bytes(data)
     manifest["files"][manifest["index"]] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (bank / MANIFEST).write_text(json.dumps(manifest))
+    _write_manifest(bank, manifest)
+
+
+def _write_manifest(bank: Path, manifest: dict[str, Any]) -> None:
+    manifest["digest"] = NO_DIGEST
+    data = json.dumps(manifest).encode()
+    (bank / MANIFEST).write_bytes(data.replace(NO_DIGEST.encode(), manifest_digest(data, NO_DIGEST).encode()))
 
 
 def test_an_index_that_leaves_a_data_file_out_is_refused(whole: Path, tmp_path: Path) -> None:

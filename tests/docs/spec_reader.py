@@ -79,7 +79,10 @@ class SpecBank:
         self.manifest = json.loads(manifest.read_bytes())
         if self.manifest.get("format") != 1:
             raise RefusedError(f"format {self.manifest.get('format')}")
-        exact(self.manifest, "format created_by base base_digest options weights nbytes index plans files", "manifest")
+        exact(self.manifest, "format created_by base base_digest options weights nbytes index plans files digest", "manifest")
+        digest = self.manifest["digest"]
+        if hashlib.sha256(manifest.read_bytes().replace(digest.encode(), b"0" * 64, 1)).hexdigest() != digest:
+            raise RefusedError("the manifest is not the one that was published")
         exact(self.manifest["base"], "name revision config_digest", "base")
         self.options = exact(self.manifest["options"], "rank side dtype solver principal", "options")
         name = self.manifest["index"]

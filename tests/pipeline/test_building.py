@@ -124,8 +124,8 @@ def test_a_base_with_one_changed_byte_is_refused_and_named(model: Path, tmp_path
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(svdbank.WrongBaseError, match=name):
         _build(model, bank)
-    report = svdbank.verify(bank, model=model)
-    assert [damage.file for damage in report.damage] == [name]
+    with pytest.raises(svdbank.WrongBaseError, match=name):
+        svdbank.verify(bank, model=model)
     # The same for a build that was stopped: reused shards are checked against the base too.
     (bank / MANIFEST).unlink()
     (bank / "records").mkdir()
@@ -185,9 +185,44 @@ def test_a_folder_that_is_no_bank_is_left_alone(model: Path, tmp_path: Path) -> 
     with pytest.raises(svdbank.OptionError, match=r"chapter-1\.tex"):
         _build(model, folder)
     assert [path.name for path in folder.iterdir()] == ["chapter-1.tex"]
+    # Names of files prove nothing: other tools write a manifest.json and a plan.json too.
+    (folder / "manifest.json").write_text('{"name": "my web app"}')
+    (folder / "plan.json").write_text("{}")
     with pytest.raises(svdbank.BankNotFoundError):
         svdbank.rm(folder)
     assert (folder / "chapter-1.tex").exists()
+
+
+def test_rm_does_not_follow_a_link_and_takes_a_damaged_bank(model: Path, tmp_path: Path) -> None:
+    _build(model, tmp_path / "bank")
+    (tmp_path / "link").symlink_to(tmp_path / "bank")
+    with pytest.raises(svdbank.BankNotFoundError, match="link"):
+        svdbank.rm(tmp_path / "link")
+    assert svdbank.verify(tmp_path / "bank", data=True).sound
+    (tmp_path / "bank" / MANIFEST).write_text("garbage")
+    assert svdbank.rm(tmp_path / "bank") > 0
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_damaged_bank_is_neither_reused_nor_extended(minilm: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    _build(minilm, bank, targets=("query",))
+    plan = bank / "plan.json"
+    original = plan.read_bytes()
+    plan.write_bytes(original.replace(b'"principal": 0', b'"principal": 1'))
+    with pytest.raises(svdbank.DamageError, match=r"plan\.json"):
+        _build(minilm, bank, targets=("query", "key"))
+    plan.write_bytes(original)
+    next(bank.glob("*/left/c/0/0/0")).unlink()
+    with pytest.raises(svdbank.DamageError, match="missing"):
+        _build(minilm, bank, targets=("query",))
+
+
+def test_temporary_files_of_others_are_left_alone(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bank" / ".git").mkdir(parents=True)
+    (tmp_path / "bank" / ".git" / "work.tmp").write_text("keep")
+    _build(model, tmp_path / "bank")
+    assert (tmp_path / "bank" / ".git" / "work.tmp").read_text() == "keep"
 
 
 def test_a_rank_beyond_a_weight_is_clamped_and_all_means_all(model: Path, tmp_path: Path) -> None:
