@@ -116,7 +116,7 @@ def init(
     )
     write_folder(path, settings, factors, cache, force=force)
     return InitReport(
-        adapter=str(path),
+        adapter=str(output),
         bank=str(bank.path),
         base=settings.base_model_name_or_path or base.name,
         method="mica",
