@@ -18,7 +18,8 @@ _SHOWN_SKIPS = 3
 @build_options
 @with_output
 def plan_command(model: str, bank: str | None, targets: tuple[str, ...], output: Output, **options: Any) -> None:
-    """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only.
+    """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only
+    (of a model on the Hub once it is in the Hugging Face cache: it is downloaded first).
 
     \b
     Examples:
