@@ -22,9 +22,10 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TensorSource(Struct, frozen=True):
-    """One tensor of a checkpoint file: where its bytes lie and how to read them.
+    """One tensor of a checkpoint file, or one slice of its leading dimension: where its bytes lie and how to read them.
 
-    ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …).
+    ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …). ``index`` is
+    the slice's, None for the whole tensor; ``shape`` is then that of the slice.
     """
 
     name: str
@@ -33,10 +34,26 @@ class TensorSource(Struct, frozen=True):
     shape: tuple[int, ...]
     begin: int
     end: int
+    index: int | None = None
 
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    def part(self, index: int) -> TensorSource:
+        """Slice ``index`` of the leading dimension, e.g. one expert of a stacked (experts, out, in) tensor.
+
+        Raises IndexError outside the dimension, ValueError for a slice of a slice or a dtype whose elements share bytes.
+        """
+        if self.index is not None or len(self.shape) < 2:
+            raise ValueError(f"{self.name!r} of shape {self.shape} has no leading dimension to take a slice of")
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"{self.name!r} has {self.shape[0]} slices, not {index + 1}")
+        step, rest = divmod(self.nbytes, self.shape[0])
+        if rest:
+            raise ValueError(f"{self.name!r}: slices of {self.dtype} do not begin at whole bytes")
+        begin = self.begin + index * step
+        return msgspec.structs.replace(self, shape=self.shape[1:], begin=begin, end=begin + step, index=index)
 
 
 class WeightSpec(Struct, frozen=True):

@@ -84,22 +84,31 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _matrix(self, spec: WeightSpec, digest: Any | None) -> Tensor:
+    def read_tensor(self, source: TensorSource, digest: Any | None = None, *, out: Tensor | None = None) -> Tensor:
+        """The values of ``source`` in its shape; ``digest`` (a hashlib object) is fed the stored bytes.
+
+        They are read straight into ``out`` where it is given: contiguous, of the same shape and dtype, on the CPU. Raises
+        CheckpointError if this checkpoint does not hold ``source``, or its bytes cannot be had.
+        """
         import torch
 
-        if len(spec.sources) != 1:
-            raise CheckpointError(f"{self.name}: {spec.name!r} is made of {len(spec.sources)} tensors; one is supported")
-        source = spec.sources[0]
-        if self.tensors.get(source.name) != source:
+        stored = self.tensors.get(source.name)
+        if stored is None or (stored if source.index is None else stored.part(source.index)) != source:
             raise CheckpointError(
-                f"{self.name}: the tensor {source.name!r} is not here as {spec.name!r} describes it",
+                f"{self.name}: the tensor {source.name!r} is not here as it was planned",
                 hint="this weight was planned from another checkpoint: plan again",
             )
         if source.dtype not in FLOATING:
             raise CheckpointError(f"{self.name}: {source.name!r} is stored as {source.dtype}; its values need dequantising")
-        buffer = torch.empty(source.nbytes, dtype=torch.uint8)
-        self._open[source.file].read_into(buffer.numpy().data, source.begin, digest)
-        stored = buffer.view(torch_dtype(source.dtype)).reshape(source.shape)
+        if out is None:
+            out = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
+        self._open[source.file].read_into(out.reshape(-1).view(torch.uint8).numpy().data, source.begin, digest)
+        return out
+
+    def _matrix(self, spec: WeightSpec, digest: Any | None) -> Tensor:
+        if len(spec.sources) != 1:
+            raise CheckpointError(f"{self.name}: {spec.name!r} is made of {len(spec.sources)} tensors; one is supported")
+        stored = self.read_tensor(spec.sources[0], digest)
         matrix = stored.mT if spec.operation == "transpose" else stored
         if tuple(matrix.shape) != (spec.out_features, spec.in_features):
             raise CheckpointError(

@@ -104,11 +104,27 @@ def test_a_file_that_changes_after_opening_is_an_error(tmp_path: Path, change: s
 def test_a_spec_of_another_checkpoint_is_refused(models: dict[str, Path]) -> None:
     with open_checkpoint(models["llama-untied"]) as one, open_checkpoint(models["llama-bf16"]) as other:
         specs, _ = decomposable(one)
-        with pytest.raises(CheckpointError, match="is not here as"):
+        with pytest.raises(CheckpointError, match="is not here as it was planned"):
             other.read(specs[0])
         wrong = msgspec.structs.replace(specs[0], out_features=3)
         with pytest.raises(CheckpointError, match="not \\(3, "):
             one.read(wrong)
+
+
+def test_a_slice_of_the_leading_dimension_is_read_alone_with_the_hash_of_its_bytes(tmp_path: Path) -> None:
+    stacked = torch.arange(24.0).reshape(4, 3, 2)
+    with open_checkpoint(tensors_file(tmp_path / "x.safetensors", {"z": torch.ones(3), "experts": stacked})) as checkpoint:
+        source = checkpoint.tensors["experts"]
+        assert torch.equal(checkpoint.read_tensor(source), stacked)
+        for expert in range(4):
+            digest, out = hashlib.sha256(), torch.empty(3, 2)
+            assert checkpoint.read_tensor(source.part(expert), digest, out=out) is out
+            assert torch.equal(out, stacked[expert])
+            assert digest.hexdigest() == hashlib.sha256(stacked[expert].numpy().tobytes()).hexdigest()
+        with pytest.raises(IndexError):
+            source.part(4)
+        with pytest.raises(CheckpointError, match="is not here as it was planned"):
+            checkpoint.read_tensor(msgspec.structs.replace(source.part(1), index=2))
 
 
 def test_the_cache_key_follows_the_weights_and_the_configuration_has_a_digest_of_its_own(tmp_path: Path) -> None:
