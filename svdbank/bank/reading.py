@@ -187,6 +187,20 @@ class Bank:
         """The ``rank`` smallest singular values of each weight, (rank,) float64, descending as the columns of :meth:`left`."""
         return {name: rows.flip(0) for name, rows in self._vectors("sigma", names, rank)}
 
+    def principal_left(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
+        """``U[:, :rank]`` of each weight, (out, rank), largest singular value first; for banks built with ``principal``."""
+        return {name: rows.mT for name, rows in self._vectors("principal_left", names, rank)}
+
+    def principal_right(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
+        """``V[:, :rank]`` of each weight, (in, rank), in the order of :meth:`principal_left`."""
+        if self.side != "both":
+            raise OptionError(f"{self.path} holds left vectors only", hint="build one with --side both")
+        return {name: rows.mT for name, rows in self._vectors("principal_right", names, rank)}
+
+    def principal_sigma(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
+        """The ``rank`` largest singular values of each weight, (rank,) float64, descending."""
+        return dict(self._vectors("principal_sigma", names, rank))
+
     def probes(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Values sampled from each weight, float64, at :func:`svdbank.probe.probe_indices`."""
         return dict(self._read("probe", names, None))
@@ -197,11 +211,15 @@ class Bank:
 
     def _vectors(self, array: str, names: Iterable[str], rank: int) -> Iterator[tuple[str, Tensor]]:
         names = list(names)
+        principal = array.startswith("principal")
         for name in names:
-            stored, limit = self[name].rank, min(self[name].out_features, self[name].in_features)
+            spec = self[name].family
+            stored, limit = spec.principal if principal else spec.rank, min(spec.out_features, spec.in_features)
             if not 1 <= rank <= stored:
-                hint = f"its weight allows no more than {limit}" if rank > limit else f"build a bank with --rank {rank}"
-                raise OptionError(f"{self.path}: rank {rank} of {name} is outside 1..{stored}, the ranks stored", hint=hint)
+                wanted = f"build a bank with --{'principal' if principal else 'rank'} {rank}"
+                hint = f"its weight allows no more than {limit}" if rank > limit else wanted
+                kind = "principal rank" if principal else "rank"
+                raise OptionError(f"{self.path}: {kind} {rank} of {name} is outside 1..{stored}, the ranks stored", hint=hint)
         return self._read(array, names, rank)
 
     def _read(self, array: str, names: Iterable[str], rank: int | None) -> Iterator[tuple[str, Tensor]]:
@@ -253,7 +271,8 @@ class Bank:
         if path not in self._small:
             name, _, kind = path.rpartition("/")
             family = self._families[name].spec
-            columns = family.rank if kind == "sigma" else min(PROBE_SIZE, family.out_features * family.in_features)
+            probe = min(PROBE_SIZE, family.out_features * family.in_features)
+            columns = {"sigma": family.rank, "principal_sigma": family.principal}.get(kind, probe)
             try:
                 array = zarr.open_array(self._store, path=path, mode="r", zarr_format=3)
                 if (array.shape, array.dtype.name) != ((len(family.weights), columns), "float64"):
