@@ -7,6 +7,7 @@ error before anything is used.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Literal, TypeVar
 
 import msgspec
@@ -21,11 +22,43 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every description: immutable, comparable, strict when decoded."""
 
 
+class Quantisation(Struct, frozen=True):
+    """How the stored codes of a tensor become its values: each is multiplied by the scale of its block.
+
+    Attributes
+    ----------
+    scheme
+        ``fp8``, ``compressed-tensors`` or ``mxfp4``, the ``quant_method`` of the model's configuration.
+    codes
+        safetensors' dtype name of what is stored; ``F4`` for two e2m1 codes in each stored byte.
+    shape
+        (…, rows, columns) of the codes. With ``transposed`` the tensor's shape is (…, columns, rows).
+    block
+        Rows and columns that share a scale; those at the lower and right edge may be smaller.
+    scales
+        The tensor of scales, (…, ⌈rows/block⌉, ⌈columns/block⌉) or a single one.
+    """
+
+    scheme: Literal["fp8", "compressed-tensors", "mxfp4"]
+    codes: str
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    scales: TensorSource
+    transposed: bool = False
+
+    def part(self, index: int) -> Quantisation:
+        """What :meth:`TensorSource.part` needs for slice ``index`` of the leading dimension."""
+        scales = self.scales.part(index) if len(self.scales.shape) == len(self.shape) else self.scales
+        return msgspec.structs.replace(self, shape=self.shape[1:], scales=scales)
+
+
 class TensorSource(Struct, frozen=True):
-    """One tensor of a checkpoint file, or one slice of its leading dimension: where its bytes lie and how to read them.
+    """One tensor of a checkpoint file, or one piece of its leading dimension: where its bytes lie and how to read them.
 
     ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …). ``index`` is
-    the slice's, None for the whole tensor; ``shape`` is then that of the slice.
+    the piece's, None for the whole tensor; ``shape`` is then that of the piece, which is a slice, or with ``blocks`` one of that many
+    equal blocks of rows. With ``quantisation`` the bytes are codes; ``dtype``
+    and ``shape`` are those of the values that reading gives.
     """
 
     name: str
@@ -35,10 +68,34 @@ class TensorSource(Struct, frozen=True):
     begin: int
     end: int
     index: int | None = None
+    blocks: int | None = None
+    quantisation: Quantisation | None = None
+
+    @property
+    def pieces(self) -> tuple[tuple[str, int, int], ...]:
+        """(file, begin, end) of every byte range that reading needs, in the order in which they are hashed: codes, then scales."""
+        own = (self.file, self.begin, self.end)
+        return (own,) if self.quantisation is None else (own, *self.quantisation.scales.pieces)
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        """Bytes to read."""
+        return sum(end - begin for _, begin, end in self.pieces)
+
+    @property
+    def loaded_nbytes(self) -> int:
+        """Bytes of the values in memory."""
+        if self.quantisation is None:
+            return self.end - self.begin
+        return prod(self.shape) * {"F32": 4, "F16": 2, "BF16": 2}[self.dtype]
+
+    @property
+    def stored_as(self) -> str:
+        """``dtype``; for quantised values how they are made, e.g. ``BF16 = F8_E4M3 * F32[128x128]``."""
+        if self.quantisation is None:
+            return self.dtype
+        rows, columns = self.quantisation.block
+        return f"{self.dtype} = {self.quantisation.codes} * {self.quantisation.scales.dtype}[{rows}x{columns}]"
 
     def part(self, index: int) -> TensorSource:
         """Slice ``index`` of the leading dimension, e.g. one expert of a stacked (experts, out, in) tensor.
@@ -49,11 +106,39 @@ class TensorSource(Struct, frozen=True):
             raise ValueError(f"{self.name!r} of shape {self.shape} has no leading dimension to take a slice of")
         if not 0 <= index < self.shape[0]:
             raise IndexError(f"{self.name!r} has {self.shape[0]} slices, not {index + 1}")
-        step, rest = divmod(self.nbytes, self.shape[0])
+        step, rest = divmod(self.end - self.begin, self.shape[0])
         if rest:
             raise ValueError(f"{self.name!r}: slices of {self.dtype} do not begin at whole bytes")
         begin = self.begin + index * step
-        return msgspec.structs.replace(self, shape=self.shape[1:], begin=begin, end=begin + step, index=index)
+        return msgspec.structs.replace(
+            self,
+            shape=self.shape[1:],
+            begin=begin,
+            end=begin + step,
+            index=index,
+            quantisation=None if self.quantisation is None else self.quantisation.part(index),
+        )
+
+    def block(self, index: int, blocks: int) -> TensorSource:
+        """Block ``index`` of ``blocks`` equal blocks of rows, e.g. the queries of a fused (3·hidden, hidden) matrix.
+
+        Raises ValueError where rows or bytes do not divide, and for quantised values, whose scales need not divide.
+        """
+        step, rest = divmod(self.end - self.begin, blocks)
+        if self.index is not None or self.quantisation is not None or rest or self.shape[0] % blocks or not 0 <= index < blocks:
+            raise ValueError(f"{self.name!r} of shape {self.shape} has no block {index} of {blocks}")
+        shape = (self.shape[0] // blocks, *self.shape[1:])
+        begin = self.begin + index * step
+        return msgspec.structs.replace(self, shape=shape, begin=begin, end=begin + step, index=index, blocks=blocks)
+
+    def is_of(self, whole: TensorSource) -> bool:
+        """True when this is ``whole``, or one of its pieces."""
+        try:
+            if self.index is None:
+                return self == whole
+            return self == (whole.part(self.index) if self.blocks is None else whole.block(self.index, self.blocks))
+        except (ValueError, IndexError):
+            return False
 
 
 class WeightSpec(Struct, frozen=True):
@@ -62,9 +147,10 @@ class WeightSpec(Struct, frozen=True):
     Attributes
     ----------
     name
-        Key in the bank, e.g. ``model.layers.0.self_attn.q_proj.weight``.
+        Key in the bank: ``model.layers.0.self_attn.q_proj.weight``, or ``model.layers.0.mlp.experts.gate_up_proj.7`` for an expert of
+        a stacked parameter.
     module
-        Dotted path of the module that owns it.
+        Dotted path of the module that owns it; for an expert of a stacked parameter, of that parameter.
     kind
         ``linear``, ``embedding`` or ``head``.
     family
@@ -72,9 +158,10 @@ class WeightSpec(Struct, frozen=True):
     out_features, in_features
         Shape of the matrix decomposed, after ``operation``.
     dtype
-        safetensors' dtype name of the stored bytes.
+        safetensors' dtype name of the stored bytes; for quantised weights :attr:`TensorSource.stored_as`.
     operation
-        How the matrix comes from its sources: ``as_is`` or ``transpose``.
+        How the matrix comes from its sources: ``as_is``, ``transpose``, or ``concat`` for the rows of several under each other. Each
+        source is a tensor, or a slice or block of one.
     layer, expert
         Index in the model where the name has one.
     """
@@ -87,7 +174,7 @@ class WeightSpec(Struct, frozen=True):
     in_features: int
     dtype: str
     sources: tuple[TensorSource, ...]
-    operation: Literal["as_is", "transpose"] = "as_is"
+    operation: Literal["as_is", "transpose", "concat"] = "as_is"
     layer: int | None = None
     expert: int | None = None
 
@@ -100,6 +187,11 @@ class WeightSpec(Struct, frozen=True):
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(source.nbytes for source in self.sources)
+
+    @property
+    def loaded_nbytes(self) -> int:
+        """Bytes of the matrix in memory."""
+        return sum(source.loaded_nbytes for source in self.sources)
 
 
 class Skip(Struct, frozen=True):

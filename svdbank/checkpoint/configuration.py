@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +22,22 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What ``config.json`` says about the weights; a key that is absent is None or empty."""
+    """What ``config.json`` says about the weights; a key that is absent is None or empty.
+
+    ``parts`` are the model types of nested configurations by their key, e.g. ``{"text_config": "llama"}``.
+    """
 
     model_type: str
     architectures: tuple[str, ...]
     vocab_size: int | None
     tied: bool | None
     quantisation: dict[str, Any] | None
+    parts: dict[str, str]
 
 
 def facts(config: dict[str, Any], where: str = "config.json") -> ModelFacts:
     """Read the allow-listed keys; CheckpointError when one has a type it cannot have."""
-    quantisation = _typed(config, "quantization_config", dict, where)
-    text: dict[str, Any] = next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict)), {})
-    if quantisation is None:
-        quantisation = _typed(text, "quantization_config", dict, where)
+    text = text_part(config)
     tied = _typed(config, "tie_word_embeddings", bool, where)
     vocab = _typed(config, "vocab_size", int, where)
     architectures = _typed(config, "architectures", list, where) or []
@@ -46,8 +48,28 @@ def facts(config: dict[str, Any], where: str = "config.json") -> ModelFacts:
         architectures=tuple(architectures),
         vocab_size=vocab if vocab is not None else _typed(text, "vocab_size", int, where),
         tied=tied if tied is not None else _typed(text, "tie_word_embeddings", bool, where),
-        quantisation=quantisation,
+        quantisation=quantisation_of(config, where),
+        parts=_part_types(config),
     )
+
+
+def _part_types(config: Mapping[str, Any]) -> dict[str, str]:
+    nested = ((key, value.get("model_type")) for key, value in config.items() if isinstance(value, dict))
+    return {key: kind for key, kind in nested if isinstance(kind, str)}
+
+
+def quantisation_of(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any] | None:
+    """``quantization_config`` of the model or of its language part; None for a model that is not quantised."""
+    for part in (config, text_part(config)):
+        found: dict[str, Any] | None = _typed(part, "quantization_config", dict, where)
+        if found is not None:
+            return found
+    return None
+
+
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested configuration of a multimodal model's language part; empty when there is none."""
+    return next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict)), {})
 
 
 def digest(config: dict[str, Any]) -> str:
@@ -64,7 +86,7 @@ def _stable(value: Any) -> Any:
     return value
 
 
-def _typed(config: dict[str, Any], key: str, kind: type, where: str) -> Any:
+def _typed(config: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     value = config.get(key)
     if value is None:
         return None
