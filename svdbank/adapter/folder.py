@@ -28,6 +28,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CACHE = "svdbank.json"
 
+#: What ``train`` leaves beside an adapter: its options and its figures.
+TRAINING_CONFIG, TRAINING_FIGURES = "training.toml", "training.json"
+_OURS = frozenset({CONFIG, WEIGHTS, CACHE, "README.md", TRAINING_CONFIG, TRAINING_FIGURES})
+
 #: What PEFT puts before a module path in the keys of a saved adapter.
 _ROOT = "base_model.model."
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
@@ -125,7 +129,7 @@ def write_folder(
         fsio.write_new(temporary / CACHE, to_json(cache, indent=2))
         fsio.write_new(temporary / "README.md", card(settings, cache).encode())
         fsio.fsync_dir(temporary)
-        _put_in_place(temporary, output)
+        publish(temporary, output)
     finally:
         if temporary.exists():
             fsio.remove_tree(temporary)
@@ -143,7 +147,7 @@ def check_output(output: Path, *, force: bool) -> None:
         raise OptionError(f"{output} is not empty", hint="name another output, or replace the adapter there with --force")
     if not (output / CONFIG).is_file():
         raise OptionError(f"{output} is not empty and holds no adapter, so it is not replaced", hint="name another output")
-    strangers = sorted(path.name for path in output.iterdir() if path.name not in (CONFIG, WEIGHTS, CACHE, "README.md"))
+    strangers = sorted(path.name for path in output.iterdir() if path.name not in _OURS)
     if strangers:
         raise OptionError(
             f"{output} holds more than an adapter ({', '.join(strangers[:3])}), so it is not replaced",
@@ -151,8 +155,8 @@ def check_output(output: Path, *, force: bool) -> None:
         )
 
 
-def _put_in_place(temporary: Path, output: Path) -> None:
-    """Rename over an absent or empty folder; what was there before is moved aside first, so no moment shows half an adapter."""
+def publish(temporary: Path, output: Path) -> None:
+    """Rename a finished folder over an absent or empty one; what was there before is moved aside first: no moment shows half an adapter."""
     aside = None
     if output.exists() and any(output.iterdir()):
         aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.old{fsio.TEMPORARY}")
