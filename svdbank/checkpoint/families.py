@@ -65,6 +65,8 @@ def with_families(specs: Sequence[WeightSpec]) -> list[WeightSpec]:
         key = keys[spec.name]
         slug = slugs[key]
         _, layer, expert = numbers[spec.name]
+        if spec.expert is not None:
+            expert = spec.expert
         family = slug if len(sharing[slug]) == 1 else f"{slug}-{_short_hash(key)}"
         named.append(_replace(spec, family, layer, expert))
 

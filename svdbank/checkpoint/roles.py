@@ -1,25 +1,21 @@
-"""What a tensor is, from its name, its shape and a few facts of the configuration.
+"""What a parameter is, from its name, its shape and a few facts of the configuration.
 
 The aim is the set that PEFT's ``all-linear`` selects on the loaded model: every ``nn.Linear`` and ``Conv1D`` except the output
-embedding.
+embedding, and the matrices of experts, which are linear weights too although transformers keeps them as stacked parameters.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from svdbank.checkpoint.configuration import ModelFacts
+from svdbank.checkpoint.correspondence import Parameter, architecture_of, is_listed
 from svdbank.checkpoint.dtypes import FLOATING
-from svdbank.specs import TensorSource
 
 Kind = Literal["linear", "embedding", "head", "router"]
-
-#: Architectures whose blocks use transformers' Conv1D, which stores (in, out), and the names of those modules.
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 #: Last name components of token embeddings, the ones an output head can be tied to; preferred first.
 TOKEN_EMBEDDINGS = (
@@ -54,62 +50,53 @@ _HEAD_ENDS = ("lm_head.decoder", "predictions.decoder", "pred_layer.proj")
 _NUMBERED = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
 _HEAD_HINT = re.compile(r"head|out|decoder|predictions|logits|unembed", re.IGNORECASE)
 
-#: Where a tied output head hangs in the loaded model, where it is not ``lm_head``.
-_TIED_HEADS = {
-    "albert": "predictions.decoder",
-    "bert": "cls.predictions.decoder",
-    "ernie": "cls.predictions.decoder",
-    "fnet": "cls.predictions.decoder",
-    "roc_bert": "cls.predictions.decoder",
-    "roformer": "cls.predictions.decoder",
-    "visual_bert": "cls.predictions.decoder",
-    "camembert": "lm_head.decoder",
-    "data2vec-text": "lm_head.decoder",
-    "roberta": "lm_head.decoder",
-    "roberta-prelayernorm": "lm_head.decoder",
-    "xlm-roberta": "lm_head.decoder",
-    "xlm-roberta-xl": "lm_head.decoder",
-    "distilbert": "vocab_projector",
-    "electra": "generator_lm_head",
-    "modernbert": "decoder",
-    "whisper": "proj_out",
-}
 _WITH_HEAD = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
 
 
 @dataclass(frozen=True)
 class Role:
-    """A matrix that can be decomposed: its module, what that is, and whether it is stored transposed."""
+    """A matrix that can be decomposed: its module (of an expert its stacked parameter), what that is, whether it is stored (in, out)."""
 
     module: str
     kind: Kind
     transposed: bool
 
 
-def role_of(source: TensorSource, about: ModelFacts, experts_under: Collection[str]) -> Role | str:
-    """The role of a tensor, or the reason why it has none.
+def role_of(parameter: Parameter, about: ModelFacts, experts_under: Collection[str]) -> Role | str:
+    """The role of a parameter, or the reason why it has none.
 
     ``experts_under`` holds the module paths that have an ``experts`` child: a ``gate`` or ``router`` beside it is a router, which
     transformers keeps as a bare parameter.
     """
-    module, dot, last = source.name.rpartition(".")
-    dimensions = len(source.shape)
-    if dimensions < 2:
+    module, dot, last = parameter.name.rpartition(".")
+    shape = parameter.shape
+    if len(shape) < 2:
         return "a vector (norm, bias or scale): only matrices are decomposed"
-    if dimensions > 2:
-        return f"{dimensions}-D (a convolution, buffer or stacked weights): only matrices are decomposed"
+    if len(shape) > 2:
+        return _why_not_flat(parameter, about)
+    unreadable = next((source.dtype for source in parameter.sources if source.dtype not in FLOATING), None)
+    if parameter.expert is not None:
+        return (
+            f"stored as {unreadable}: codes, not values" if unreadable else Role(parameter.name, "linear", parameter.transposed)
+        )
     if not dot or last != "weight":
         return "not a module's weight (a buffer or free parameter)"
-    if source.dtype not in FLOATING:
-        return f"stored as {source.dtype}: codes, not values"
-    if 0 in source.shape:
+    if unreadable:
+        return f"stored as {unreadable}: codes, not values"
+    if 0 in shape:
         return "empty"
     parent, _, own = module.rpartition(".")
     if _NORM.fullmatch(own):
         return "a norm"
-    kind = _kind(module, parent, own, source.shape, about, experts_under)
-    conv1d = about.model_type in CONV1D_MODELS and own in CONV1D_NAMES
-    return Role(module, kind, transposed=conv1d or kind == "embedding")
+    kind = _kind(module, parent, own, shape, about, experts_under)
+    return Role(module, kind, transposed=parameter.transposed or kind == "embedding")
+
+
+def _why_not_flat(parameter: Parameter, about: ModelFacts) -> str:
+    dimensions = len(parameter.shape)
+    if dimensions == 3 and "expert" in parameter.name and not is_listed(about):
+        return f"3-D: stacked experts, of which only the architectures in docs/architectures.md are understood, not {about.model_type!r}"
+    return f"{dimensions}-D (a convolution, buffer or stacked weights): only matrices are decomposed"
 
 
 def _kind(
@@ -127,24 +114,25 @@ def _kind(
     return "linear"
 
 
-def tied_head(about: ModelFacts, roles: dict[str, Role], shapes: dict[str, tuple[int, ...]]) -> tuple[str, str] | None:
-    """(module of the head, tensor of its embedding) when the head shares the embedding's tensor and has none of its own.
+def tied_head(about: ModelFacts, matrices: Iterable[tuple[Role, Parameter]]) -> tuple[str, Parameter] | None:
+    """(module of the head, its embedding's parameter) when the head shares the embedding's tensor and has none of its own.
 
-    ``roles`` and ``shapes`` are by tensor name. Without ``tie_word_embeddings`` in the configuration, a language model that
-    brings no head is a tied one: it could not be loaded otherwise.
+    Without ``tie_word_embeddings`` in the configuration, a language model that brings no head is a tied one: it could not be loaded
+    otherwise.
     """
-    if about.tied is False or any(role.kind == "head" for role in roles.values()):
+    matrices = list(matrices)
+    if about.tied is False or any(role.kind == "head" for role, _ in matrices):
         return None
     if about.tied is None and not any(_WITH_HEAD.search(name) for name in about.architectures):
         return None
     if about.architectures and not any(_WITH_HEAD.search(name) for name in about.architectures):
         return None
     ranked = []
-    for tensor, role in roles.items():
+    for number, (role, parameter) in enumerate(matrices):
         own = role.module.rpartition(".")[2]
         if role.kind == "embedding" and own in TOKEN_EMBEDDINGS:
-            of_vocabulary = about.vocab_size is None or shapes[tensor][0] == about.vocab_size
-            ranked.append((not of_vocabulary, TOKEN_EMBEDDINGS.index(own), role.module.count("."), tensor))
+            of_vocabulary = about.vocab_size is None or parameter.shape[0] == about.vocab_size
+            ranked.append((not of_vocabulary, TOKEN_EMBEDDINGS.index(own), role.module.count("."), number))
     if not ranked:
         return None
-    return _TIED_HEADS.get(about.model_type, "lm_head"), min(ranked)[3]
+    return architecture_of(about).head, matrices[min(ranked)[3]][1]

@@ -6,13 +6,14 @@ import difflib
 from collections import Counter
 from collections.abc import Sequence
 
-from svdbank.checkpoint.configuration import ModelFacts, facts
+from svdbank.checkpoint.configuration import facts
+from svdbank.checkpoint.correspondence import Parameter, correspondence
 from svdbank.checkpoint.families import natural, with_families
 from svdbank.checkpoint.roles import Kind, Role, role_of, tied_head
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.checkpoint.targets import ALL_LINEAR, Targets, parse_targets
-from svdbank.errors import CheckpointError, OptionError
-from svdbank.specs import Skip, TensorSource, WeightSpec
+from svdbank.errors import OptionError
+from svdbank.specs import Skip, WeightSpec
 
 _ON_REQUEST: dict[Kind, str] = {
     "embedding": "an embedding: decomposed when targeted by name",
@@ -29,67 +30,59 @@ def decomposable(checkpoint: Checkpoint, targets: Sequence[str] = (ALL_LINEAR,))
     ``all-linear``: they then add to it.
 
     Specs are sorted by (family, layer, expert, name); (out, in) is the orientation of PEFT's own SVD, so an embedding is
-    (hidden, vocabulary). Raises OptionError if a target matches nothing that can be decomposed, CheckpointError if the
-    checkpoint is quantised.
+    (hidden, vocabulary). Raises OptionError if a target matches nothing that can be decomposed, CheckpointError if
+    ``config.json`` has a key of the wrong type.
     """
     wanted = parse_targets(targets)
     about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
-    _refuse_quantised(checkpoint, about)
-    experts_under = {name.partition(".experts.")[0] for name in checkpoint.tensors if ".experts." in name}
-    roles: dict[str, Role] = {}
-    reasons: dict[str, str] = {}
-    for name, source in checkpoint.tensors.items():
-        role = role_of(source, about, experts_under)
+    found = correspondence(checkpoint.tensors, about)
+    experts_under = {name.partition(".experts.")[0] for name in found.names.values() if ".experts." in name}
+    matrices: list[tuple[Role, Parameter]] = []
+    reasons = dict(found.incomplete)
+    for parameter in found.parameters:
+        role = role_of(parameter, about, experts_under)
         if isinstance(role, Role):
-            roles[name] = role
+            matrices.append((role, parameter))
         else:
-            reasons[name] = role
-    kinds = {role.module: role.kind for role in roles.values()}
-    candidates = [_spec(role, checkpoint.tensors[name]) for name, role in roles.items()]
-    tied = tied_head(about, roles, {name: checkpoint.tensors[name].shape for name in roles})
+            reasons.update((source.name, role) for source in parameter.sources)
+    candidates = [_spec(role, parameter) for role, parameter in matrices]
+    kinds = {role.module: role.kind for role, _ in matrices}
+    tied = tied_head(about, matrices)
     if tied is not None:
-        module, tensor = tied
+        module, embedding = tied
         kinds[module] = "head"
-        candidates.append(_spec(Role(module, "head", transposed=False), checkpoint.tensors[tensor]))
+        candidates.append(_spec(Role(module, "head", transposed=False), embedding))
     candidates = with_families(candidates)
     chosen = [
         spec for spec in candidates if (wanted.all_linear and kinds[spec.module] == "linear") or wanted.named(spec.module)
     ]
-    _refuse_unmatched(checkpoint, wanted, targets, candidates, chosen, reasons)
+    unfit = {found.names[name]: reason for name, reason in reasons.items()}
+    _refuse_unmatched(checkpoint, wanted, targets, candidates, chosen, unfit)
     used = {source.name for spec in chosen for source in spec.sources}
-    for name, role in roles.items():
-        if name not in used:
-            reasons[name] = _ON_REQUEST.get(role.kind, "not targeted") if wanted.all_linear else "not targeted"
+    for role, parameter in matrices:
+        for source in parameter.sources:
+            if source.name not in used:
+                reasons[source.name] = _ON_REQUEST.get(role.kind, "not targeted") if wanted.all_linear else "not targeted"
     skips = [
         Skip(name=name, shape=checkpoint.tensors[name].shape, reason=reasons[name]) for name in sorted(reasons, key=natural)
     ]
     return chosen, skips
 
 
-def _spec(role: Role, source: TensorSource) -> WeightSpec:
-    rows, columns = source.shape
+def _spec(role: Role, parameter: Parameter) -> WeightSpec:
+    rows, columns = parameter.shape
+    expert = parameter.expert
     return WeightSpec(
-        name=f"{role.module}.weight",
+        name=f"{role.module}.weight" if expert is None else f"{role.module}.{expert}",
         module=role.module,
         kind="linear" if role.kind == "router" else role.kind,
         family="",
         out_features=columns if role.transposed else rows,
         in_features=rows if role.transposed else columns,
-        dtype=source.dtype,
-        sources=(source,),
-        operation="transpose" if role.transposed else "as_is",
-    )
-
-
-def _refuse_quantised(checkpoint: Checkpoint, about: ModelFacts) -> None:
-    if about.quantisation is None:
-        return
-    scheme = about.quantisation.get("quant_method")
-    scheme = scheme if isinstance(scheme, str) and scheme else "no scheme named"
-    raise CheckpointError(
-        f"{checkpoint.name}: the weights are quantised (quantization_config: {scheme[:60]!r}); their minor subspace is largely "
-        "quantisation noise",
-        hint="name the full-precision repository this one was made from",
+        dtype=parameter.sources[0].stored_as,
+        sources=parameter.sources,
+        operation="transpose" if role.transposed else "as_is" if len(parameter.sources) == 1 else "concat",
+        expert=expert,
     )
 
 
@@ -101,7 +94,7 @@ def _refuse_unmatched(
     chosen: list[WeightSpec],
     reasons: dict[str, str],
 ) -> None:
-    """OptionError if a target, each by itself, selects nothing: silence would look like success."""
+    """OptionError if a target, each by itself, selects nothing: silence would look like success. ``reasons`` by name in the model."""
     each = [Targets(False, (name,), None) for name in wanted.names]
     if wanted.pattern is not None:
         each.append(wanted)
@@ -109,7 +102,7 @@ def _refuse_unmatched(
         if any(one.named(spec.module) for spec in chosen):
             continue
         shown = one.names[0] if one.names else targets[0] if not isinstance(targets, str) else targets
-        unfit = [name for name in reasons if one.named(name.rpartition(".")[0])]
+        unfit = [name for name in reasons if one.named(name) or one.named(name.rpartition(".")[0])]
         if unfit:
             name = max(unfit, key=lambda name: name.endswith(".weight"))
             raise OptionError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from svdbank.checkpoint.assembly import assemble
 from svdbank.checkpoint.configuration import digest
 from svdbank.checkpoint.documents import parse_object
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
@@ -65,12 +66,12 @@ class Checkpoint:
 
         Raises CheckpointError if the file changed, ended early or does not hold this tensor.
         """
-        return self._matrix(spec, None)
+        return assemble(self.read_tensor, spec)
 
     def read_hashed(self, spec: WeightSpec) -> tuple[Tensor, str]:
         """As :meth:`read`, with the sha256 hex of the stored bytes of its sources, in their order."""
         digest = hashlib.sha256()
-        matrix = self._matrix(spec, digest)
+        matrix = assemble(self.read_tensor, spec, digest)
         return matrix, digest.hexdigest()
 
     def close(self) -> None:
@@ -93,7 +94,7 @@ class Checkpoint:
         import torch
 
         stored = self.tensors.get(source.name)
-        if stored is None or (stored if source.index is None else stored.part(source.index)) != source:
+        if stored is None or not source.is_of(stored):
             raise CheckpointError(
                 f"{self.name}: the tensor {source.name!r} is not here as it was planned",
                 hint="this weight was planned from another checkpoint: plan again",
@@ -104,17 +105,6 @@ class Checkpoint:
             out = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
         self._open[source.file].read_into(out.reshape(-1).view(torch.uint8).numpy().data, source.begin, digest)
         return out
-
-    def _matrix(self, spec: WeightSpec, digest: Any | None) -> Tensor:
-        if len(spec.sources) != 1:
-            raise CheckpointError(f"{self.name}: {spec.name!r} is made of {len(spec.sources)} tensors; one is supported")
-        stored = self.read_tensor(spec.sources[0], digest)
-        matrix = stored.mT if spec.operation == "transpose" else stored
-        if tuple(matrix.shape) != (spec.out_features, spec.in_features):
-            raise CheckpointError(
-                f"{self.name}: {spec.name!r} is {tuple(matrix.shape)}, not {(spec.out_features, spec.in_features)}"
-            )
-        return matrix
 
 
 def open_checkpoint(model: str | os.PathLike[str], *, progress: Progress | None = None) -> Checkpoint:
