@@ -24,7 +24,7 @@ tags:
 
 # {cache.method.upper()} adapter, rank {cache.rank}
 
-A fresh adapter for {_escaped(base)}, over {len(cache.weights)} weights. `B` holds the {cache.rank} most minor left singular vectors of each
+A fresh adapter for {escaped(base)}, over {len(cache.weights)} weights. `B` holds the {cache.rank} most minor left singular vectors of each
 weight and stays frozen; `A` is zero and is what training changes.
 Written by [svdbank](https://pypi.org/project/svdbank/) from a bank, so no decomposition is needed to load it:
 
@@ -40,6 +40,6 @@ Base digest of these weights: `{cache.base_digest}`
 """
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text from outside as inert Markdown."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|&~-])", r"\\\1", " ".join(text.split()))
