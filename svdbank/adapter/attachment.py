@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from svdbank.adapter.methods import RESIDUAL_METHODS, Method, count_floored, initial_factors, mica_factors
 from svdbank.adapter.recognition import differing, is_readable, sample
 from svdbank.bank.reading import Bank
 from svdbank.errors import BankError, OptionError, WrongBaseError
@@ -28,10 +29,11 @@ class UnverifiedBaseWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Target:
-    """One module that wants a basis: its path in the model, its weight as it lies in memory, and the rank asked for.
+    """One weight that wants a basis: its path in the model, its values as they lie in memory, and the rank asked for.
 
     ``weight`` is (out, in), or (in, out) where ``transposed`` (embeddings, Transformers' ``Conv1D``). The two ``features`` are the
-    logical shape, also where the tensor in memory is packed, sharded or absent.
+    logical shape, also where the tensor in memory is packed, sharded or absent. ``scale`` is PEFT's α/r or α/√r. One expert of a fused
+    (experts, …) parameter is a target of its own, with that parameter's path as its module.
     """
 
     module: str
@@ -40,6 +42,13 @@ class Target:
     out_features: int
     in_features: int
     rank: int
+    scale: float = 1.0
+    expert: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The module for people."""
+        return self.module if self.expert is None else f"{self.module}[{self.expert}]"
 
 
 class Attachment(Struct, frozen=True):
@@ -52,11 +61,18 @@ class Attachment(Struct, frozen=True):
     bank
         Where the bank lies.
     weights
-        Names in the bank, one a module, in the model's order.
+        Names in the bank, in the model's order: one a module, one an expert of fused ones.
     unverified
         Those whose values could not be compared with the bank's probe.
     seconds
         Time by step: ``surgery`` (PEFT replacing modules), ``recognise``, ``read``, ``copy``.
+    method
+        ``mica``, ``milora`` or ``pissa``.
+    rounding
+        What storing ``W − s B A`` in the base's dtype lost, ``‖fl(W') − W'‖ / ‖W‖`` in the Frobenius norm, the largest of all weights;
+        0 for MiCA, which leaves the base alone.
+    floored
+        Singular values that were raised to the floor of :data:`svdbank.adapter.methods.SIGMA_FLOOR`, over all weights.
     """
 
     adapter: str
@@ -64,6 +80,9 @@ class Attachment(Struct, frozen=True):
     weights: tuple[str, ...]
     unverified: tuple[str, ...]
     seconds: dict[str, float]
+    method: Method = "mica"
+    rounding: float = 0.0
+    floored: int = 0
 
     @property
     def state(self) -> Literal["verified", "unverified"]:
@@ -73,41 +92,44 @@ class Attachment(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Lookup:
-    """Bases for a list of targets: ``left[i]`` is (out, rank) in the bank's dtype, on the CPU, for ``targets[i]``."""
+    """Fresh factors for a list of targets: ``factors[i]`` is A (rank, in) and B (out, rank) of ``targets[i]``, float32, on the CPU."""
 
     names: tuple[str, ...]
-    left: tuple[Tensor, ...]
+    factors: tuple[tuple[Tensor, Tensor], ...]
     unverified: tuple[str, ...]
+    floored: int
     seconds: dict[str, float]
 
 
-def look_up(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> Lookup:
-    """Find, recognise and read the left bases of ``targets``; nothing is read before every check has passed.
+def look_up(bank: Bank, targets: Sequence[Target], *, method: Method = "mica", prefix: str = "") -> Lookup:
+    """Find, recognise and read what ``method`` starts ``targets`` from; nothing is read before every check has passed.
 
     ``prefix`` is the model's ``base_model_prefix``: a name is looked up as it is, else with the prefix added or removed, because a
     checkpoint saved from ``BertModel`` names its weights without the ``bert.`` that ``BertForMaskedLM`` has.
 
-    Raises :class:`BankError` for weights the bank lacks or holds at a lower rank, :class:`OptionError` for a rank above
-    ``min(out, in)``, :class:`WrongBaseError` where shape or values differ.
+    Raises :class:`BankError` for weights the bank lacks or holds at a lower rank, and for a side that the method needs and the bank
+    lacks; :class:`OptionError` for a rank above ``min(out, in)``; :class:`WrongBaseError` where shape or values differ.
     """
     begun = time.perf_counter()
-    names = match(bank, [target.module for target in targets], prefix=prefix)
+    check_sides(bank, method)
+    names = match(bank, targets, prefix=prefix)
     _check_shapes(bank, names, targets)
-    _check_ranks(bank, names, targets)
+    for name, target in zip(names, targets, strict=True):
+        check_rank(bank, name, target.rank, method=method)
     unverified = recognise(bank, names, targets)
     recognised = time.perf_counter()
-    left = read_left(bank, names, [target.rank for target in targets])
+    factors, floored = read_factors(bank, names, targets, method)
     done = time.perf_counter()
-    return Lookup(names, left, unverified, {"recognise": recognised - begun, "read": done - recognised})
+    return Lookup(names, factors, unverified, floored, {"recognise": recognised - begun, "read": done - recognised})
 
 
-def match(bank: Bank, modules: Sequence[str], *, prefix: str = "") -> tuple[str, ...]:
-    """Bank names for module paths of a model, in the same order. Raises :class:`BankError` for those the bank lacks."""
-    by_module = modules_of(bank)
-    found = [_find(by_module, module, prefix) for module in modules]
-    missing = [module for module, name in zip(modules, found, strict=True) if name is None]
+def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[str, ...]:
+    """Bank names of the targets, in the same order. Raises :class:`BankError` for those the bank lacks."""
+    held = modules_of(bank)
+    found = [_find(bank, held, target, prefix) for target in targets]
+    missing = [target.label for target, name in zip(targets, found, strict=True) if name is None]
     if missing:
-        leaves = sorted({module.rpartition(".")[2] for module in missing})
+        leaves = sorted({label.partition("[")[0].rpartition(".")[2] for label in missing})
         raise BankError(
             f"{bank.path}: the bank holds no basis for {_some(missing)}",
             hint="svdbank build MODEL " + " ".join(f"--targets {leaf}" for leaf in leaves) + " adds them to the bank",
@@ -115,16 +137,36 @@ def match(bank: Bank, modules: Sequence[str], *, prefix: str = "") -> tuple[str,
     return tuple(name for name in found if name is not None)
 
 
-def modules_of(bank: Bank) -> Mapping[str, str]:
-    """Module path → name in the bank, for all weights of a bank."""
-    return {bank[name].module: name for name in bank.names}
+def modules_of(bank: Bank) -> Mapping[str, Sequence[str]]:
+    """Module path → names in the bank: one, or those of the experts where the module is a fused parameter."""
+    held: dict[str, list[str]] = defaultdict(list)
+    for name in bank.names:
+        held[bank[name].module].append(name)
+    return held
 
 
-def _find(by_module: Mapping[str, str], module: str, prefix: str) -> str | None:
-    candidates = [module]
+def _find(bank: Bank, held: Mapping[str, Sequence[str]], target: Target, prefix: str) -> str | None:
+    candidates = [target.module]
     if prefix:
-        candidates += [f"{prefix}.{module}", module.removeprefix(f"{prefix}.")]
-    return next((by_module[candidate] for candidate in candidates if candidate in by_module), None)
+        candidates += [f"{prefix}.{target.module}", target.module.removeprefix(f"{prefix}.")]
+    names = next((held[candidate] for candidate in candidates if candidate in held), ())
+    if target.expert is None:
+        return names[0] if len(names) == 1 else None
+    return next((name for name in names if bank[name].record.expert == target.expert), None)
+
+
+def check_sides(bank: Bank, method: Method) -> None:
+    """Raise :class:`BankError` where the bank stores less than ``method`` needs."""
+    if method in RESIDUAL_METHODS and bank.side != "both":
+        raise BankError(
+            f"{bank.path}: {method} needs left and right vectors, and this bank holds left ones only",
+            hint="svdbank build MODEL --side both",
+        )
+    if method == "pissa" and not bank.manifest.options.principal:
+        raise BankError(
+            f"{bank.path}: pissa starts from the largest singular values, and this bank holds the smallest only",
+            hint="svdbank build MODEL --side both --principal RANK",
+        )
 
 
 def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> None:
@@ -138,12 +180,7 @@ def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -
         raise WrongBaseError(f"{bank.path}: this bank describes another model; {_some(wrong)}", hint=_REBUILD)
 
 
-def _check_ranks(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> None:
-    for name, target in zip(names, targets, strict=True):
-        check_rank(bank, name, target.rank)
-
-
-def check_rank(bank: Bank, name: str, rank: int) -> None:
+def check_rank(bank: Bank, name: str, rank: int, *, method: Method = "mica") -> None:
     """Raise where ``rank`` is above what the weight allows (:class:`OptionError`) or the bank stores (:class:`BankError`)."""
     basis = bank[name]
     full = min(basis.out_features, basis.in_features)
@@ -152,10 +189,13 @@ def check_rank(bank: Bank, name: str, rank: int) -> None:
             f"rank {rank} is outside 1..{full}, what {name} of shape ({basis.out_features}, {basis.in_features}) allows",
             hint=f"ask for rank {full} or less, or give this module its own rank",
         )
-    if rank > basis.rank:
+    stored, end, option = basis.rank, "", "--rank"
+    if method == "pissa":
+        stored, end, option = basis.family.principal, "largest ", "--side both --principal"
+    if rank > stored:
         raise BankError(
-            f"{bank.path}: rank {rank} was asked for, but the bank stores {basis.rank} of the {full} triplets of {name}",
-            hint=f"svdbank build MODEL --rank {rank}",
+            f"{bank.path}: rank {rank} was asked for, but the bank stores {stored} of the {full} {end}triplets of {name}",
+            hint=f"svdbank build MODEL {option} {rank}",
         )
 
 
@@ -179,12 +219,38 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
     return tuple(name for i, name in enumerate(names) if i not in known)
 
 
+def read_factors(
+    bank: Bank, names: Sequence[str], targets: Sequence[Target], method: Method
+) -> tuple[tuple[tuple[Tensor, Tensor], ...], int]:
+    """What ``method`` puts into A (rank, in) and B (out, rank) of each target, float32; and how many singular values were floored."""
+    ranks = [target.rank for target in targets]
+    if method == "mica":
+        lefts = read_left(bank, names, ranks)
+        return tuple(mica_factors(left, target.in_features) for left, target in zip(lefts, targets, strict=True)), 0
+    pissa = method == "pissa"
+    lefts = _read(bank.principal_left if pissa else bank.left, names, ranks)
+    rights = _read(bank.principal_right if pissa else bank.right, names, ranks)
+    sigmas = _read(bank.principal_sigma if pissa else bank.sigma, names, ranks)
+    factors, floored = [], 0
+    for name, target, left, sigma, right in zip(names, targets, lefts, sigmas, rights, strict=True):
+        largest = bank[name].certificate.sigma_max
+        factors.append(initial_factors(method, left, sigma, right, target.scale, sigma_max=largest))
+        floored += count_floored(sigma, largest)
+    return tuple(factors), floored
+
+
 def read_left(bank: Bank, names: Sequence[str], ranks: Sequence[int]) -> tuple[Tensor, ...]:
     """Left bases (out, rank) in the order of ``names``, with one bulk read for each distinct rank."""
+    return _read(bank.left, names, ranks)
+
+
+def _read(
+    array: Callable[[Iterable[str], int], Mapping[str, Tensor]], names: Sequence[str], ranks: Sequence[int]
+) -> tuple[Tensor, ...]:
     by_rank: dict[int, list[str]] = defaultdict(list)
     for name, rank in zip(names, ranks, strict=True):
         by_rank[rank].append(name)
-    read = {rank: bank.left(list(dict.fromkeys(group)), rank) for rank, group in by_rank.items()}
+    read = {rank: array(list(dict.fromkeys(group)), rank) for rank, group in by_rank.items()}
     return tuple(read[rank][name] for name, rank in zip(names, ranks, strict=True))
 
 

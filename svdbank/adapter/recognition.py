@@ -68,3 +68,27 @@ def _same(loaded: Tensor, stored: Tensor) -> bool:
     if torch.equal(stored.to(loaded.dtype), loaded):
         return True
     return any(torch.equal(stored.to(between).to(loaded.dtype), loaded) for between in (torch.bfloat16, torch.float16))
+
+
+#: Share of B's energy that may lie outside the bank's directions: the square of bfloat16's unit roundoff, to which PEFT rounds factors.
+#: A sibling's minor subspace (an instruct model's) misses by 1e-2 and more, another machine's bank of the same base by 1e-12.
+OUTSIDE = 2.0**-18
+
+
+def lies_in(B: Tensor, left: Tensor) -> bool:
+    """Whether B (out, r) holds orthonormal directions of a band of r columns of ``left`` (out, R ≥ r), the same ones or a rotation.
+
+    Columns that are ``left``'s last r under some cast are recognised without arithmetic.
+    """
+    rank = B.shape[1]
+    if B.shape[0] != left.shape[0] or rank > left.shape[1]:
+        return False
+    if rank == left.shape[1] and _same(B, left.double()):
+        return True
+    wide, frame = B.double(), left.double()
+    coordinates = frame.mT @ wide  # (R, r)
+    energy = coordinates.square().sum(dim=1)
+    total = wide.square().sum()
+    # The band of r neighbouring directions that holds most; an adapter of a later domain lies in one that does not begin at 0.
+    inside = energy.unfold(0, rank, 1).sum(dim=1).max()
+    return bool(inside >= (1 - OUTSIDE) * total) and bool(total > 0)

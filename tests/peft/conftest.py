@@ -25,7 +25,8 @@ def smollm2_bank(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Ban
 
 @pytest.fixture(scope="session")
 def minilm_bank(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    return svdbank.build(minilm, tmp_path_factory.mktemp("minilm") / "bank", rank=32, side="left", targets=MINILM_TARGETS)
+    place = tmp_path_factory.mktemp("minilm") / "bank"
+    return svdbank.build(minilm, place, rank=32, side="both", principal=8, targets=MINILM_TARGETS)
 
 
 @pytest.fixture

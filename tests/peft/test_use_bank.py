@@ -26,7 +26,9 @@ PLACES = [
     (LoraLayer, "mica_init"),
     (Embedding, "mica_init"),
     (BaseTuner, "inject_adapter"),
+    (BaseTuner, "_cast_adapter_dtype"),
     (LoraModel, "add_weighted_adapter"),
+    (PeftAdapterMixin, "add_adapter"),
     (PeftAdapterMixin, "load_adapter"),
 ]
 

@@ -1,0 +1,141 @@
+"""What a user calls on a model: attach, load, ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from svdbank.adapter.attachment import Attachment
+from svdbank.adapter.folder import read_folder
+from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
+from svdbank.bank.reading import Bank
+from svdbank.errors import BankError, OptionError, WrongBaseError, missing_extra
+from svdbank.peft.configuration import method_of, normalise
+from svdbank.peft.injection import Source, attachments
+from svdbank.peft.layers import plain
+from svdbank.peft.routing import reroute, use_bank
+from svdbank.pipeline import locating
+
+
+def get_peft_model(
+    model: nn.Module, config: Any, *, bank: Bank | str | Path, adapter_name: str = "default", **options: Any
+) -> Any:
+    """``peft.get_peft_model`` with a lookup in ``bank`` instead of one SVD a weight; returns PEFT's own ``PeftModel``.
+
+    ``config`` is a ``LoraConfig`` with ``init_lora_weights`` one of
+
+    ``"mica"``
+        ``B`` (out, r) holds the bank's r most minor left vectors and is frozen for good; ``A`` is zero.
+    ``"milora"``, ``"pissa"``
+        ``A`` and ``B`` hold the r smallest, or largest, triplets, and the base's weights become ``W − s B A`` in place: the model's
+        output is the same up to that one rounding, which :class:`Attachment` reports. The base then belongs to this adapter.
+
+    in any capitalisation (PEFT's own code freezes MiCA's ``B`` only for the lower-case spelling, so it is normalised). ``options`` go to
+    PEFT. Factors are float32; with ``autocast_adapter_dtype=False`` they get the weight's dtype.
+
+    Raises :class:`WrongBaseError` when the model is not the bank's, :class:`BankError` for weights, ranks or sides the bank lacks,
+    :class:`OptionError` for a config that takes nothing from a bank or a combination that has no meaning. The model is then as it was
+    before the call.
+    """
+    peft = _peft()
+    if method_of(config) is None:
+        raise OptionError(
+            f"init_lora_weights={getattr(config, 'init_lora_weights', None)!r} takes nothing from a bank",
+            hint=f"LoraConfig(init_lora_weights=…) with one of {', '.join(METHODS)}, or call peft.get_peft_model",
+        )
+    normalise(config)
+    with use_bank(bank):
+        return peft.get_peft_model(model, config, adapter_name=adapter_name, **options)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    bank: Bank | str | Path | None = None,
+    adapter_name: str = "default",
+    is_trainable: bool = True,
+    **options: Any,
+) -> Any:
+    """Load a saved adapter folder without any SVD, MiCA's ``B`` frozen; returns the ``PeftModel``.
+
+    ``model`` is a base model, or a ``PeftModel`` that gets one more adapter. With a ``bank`` the base is recognised as in
+    :func:`get_peft_model`, an adapter that records another base digest is refused, and so is a MiCA adapter whose ``B`` is not of this
+    bank. A MiLoRA or PiSSA folder needs the bank: the base becomes the same ``W − s B₀ A₀`` that the adapter was trained on.
+    ``options`` go to ``PeftModel.from_pretrained`` or ``PeftModel.load_adapter``.
+
+    Raises :class:`CheckpointError` for a folder that is no adapter or lacks factors of targeted modules, and what
+    :func:`get_peft_model` raises. A plain LoRA folder loads as in PEFT.
+    """
+    peft = _peft()
+    saved = read_folder(folder)
+    opened = None if bank is None else bank if isinstance(bank, Bank) else locating.open(bank)
+    if opened is not None and saved.cache is not None:
+        _check_digest(opened, saved.cache.base_digest, saved.cache.weights, folder)
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    method = method_of(config)
+    if method is not None:
+        normalise(config)
+    if method in RESIDUAL_METHODS and opened is None:
+        raise OptionError(
+            f"{folder}: a {method} adapter belongs to the base without its first triplets, which only a bank can take out",
+            hint="load_adapter(model, folder, bank=…), or svdbank export --to lora for the unchanged base",
+        )
+    added = _added_prefix(model, saved.factors)
+    if added:
+        options.setdefault("key_mapping", {"^": added})
+    source = Source(opened, saved={added + module: pair for module, pair in saved.factors.items()}, folder=str(folder))
+    with reroute(source):
+        if isinstance(model, peft.PeftModel):
+            # It reads the config by itself, with whatever spelling is on disk: the injection normalises it.
+            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **options)
+            return model
+        return peft.PeftModel.from_pretrained(
+            model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **options
+        )
+
+
+def attachment(model: nn.Module, adapter_name: str = "default") -> Attachment:
+    """What attaching ``adapter_name`` found and did: the weights, whether each was verified, the time by step.
+
+    Raises :class:`OptionError` where no bank was attached under that name.
+    """
+    found = attachments(model)
+    if adapter_name not in found:
+        raise OptionError(f"no bank was attached under the adapter name {adapter_name!r}")
+    return found[adapter_name]
+
+
+def _added_prefix(model: nn.Module, saved: Iterable[str]) -> str:
+    """``"bert."`` where the adapter of a bare ``BertModel`` meets a ``BertForMaskedLM``, else nothing."""
+    wrapped: Any = model
+    root: nn.Module = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    prefix = str(getattr(root, "base_model_prefix", "") or "")
+    paths = {plain(name) for name, _ in root.named_modules()}
+    modules = [plain(module) for module in saved]
+    if prefix and not any(module in paths for module in modules) and all(f"{prefix}.{module}" in paths for module in modules):
+        return f"{prefix}."
+    return ""
+
+
+def _check_digest(bank: Bank, digest: str, weights: tuple[str, ...], folder: str | Path) -> None:
+    lacking = [name for name in weights if name not in bank]
+    if lacking:
+        raise BankError(f"{bank.path}: the bank lacks {len(lacking)} weights of the adapter {folder}, first {lacking[0]}")
+    if bank.base_digest(weights) != digest:
+        raise WrongBaseError(
+            f"{folder}: this adapter was made on other weights than those of {bank.path}",
+            hint="open the bank of the adapter's base",
+        )
+
+
+def _peft() -> Any:
+    try:
+        import peft
+        import transformers  # noqa: F401 - PEFT's classes need it, and so do the patches
+    except ImportError as cause:
+        raise missing_extra("peft", "peft") from cause
+    return peft

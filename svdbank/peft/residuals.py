@@ -1,0 +1,53 @@
+"""What MiLoRA and PiSSA leave of the base: ``W' = W − s B₀ A₀``, in place, rounded once to the base's dtype."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from svdbank.adapter.attachment import Target
+from svdbank.adapter.methods import Method, residual
+from svdbank.adapter.recognition import is_readable
+from svdbank.errors import OptionError
+from svdbank.peft import sharding
+from svdbank.peft.layers import Slot
+
+
+def check(root: nn.Module, layers: Sequence[Slot], method: Method) -> None:
+    """Refuse (:class:`OptionError`) weights whose values are not here to be changed, and those that another module uses too."""
+    targets = [target for layer in layers for target in layer.targets]
+    absent = [target.label for target in targets if not (is_readable(target) or sharding.is_sharded(target.weight))]
+    if absent:
+        raise OptionError(
+            f"{method} takes the adapter's part out of the base's weights, and those of {len(absent)} modules are quantised, offloaded "
+            f"or not loaded, first {absent[0]}",
+            hint="load the base whole and unquantised, or use mica, which leaves the base alone",
+        )
+    owners = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
+    tied = [target.label for target in targets if owners[id(target.weight)] > 1]
+    if tied:
+        raise OptionError(
+            f"{method} changes the weight of {tied[0]}, which another module shares (tied embedding and head)",
+            hint="leave it out with target_modules or exclude_modules",
+        )
+
+
+def subtract(target: Target, A: Tensor, B: Tensor) -> float:
+    """Take ``s B A`` out of the weight; returns ``‖fl(W') − W'‖ / ‖W‖``, what storing it in the base's dtype lost.
+
+    Of a sharded weight each rank takes its part out of its own slice, and the figure is that slice's.
+    """
+    stored = target.weight.detach()
+    local, rows, columns = sharding.local_part(stored, transposed=target.transposed)
+    weight = local.mT if target.transposed else local  # (out, in)
+    A, B = A[:, columns].to(weight.device), B[rows].to(weight.device)
+    rest = residual(weight, A, B, target.scale)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    exact = torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=-target.scale)
+    scale = float(torch.linalg.vector_norm(weight, dtype=wide))
+    lost = float(torch.linalg.vector_norm(rest.to(wide) - exact))
+    weight.copy_(rest)
+    return lost / scale if scale else 0.0

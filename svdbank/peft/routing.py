@@ -1,0 +1,182 @@
+"""The places where PEFT and Transformers are rerouted while a bank is in use.
+
+Scope of :func:`use_bank`: their classes are patched while at least one block is open in the process, but a patch acts only in
+the thread (and asyncio task) that opened the block; elsewhere they behave as always. Blocks nest, the innermost bank counts, and
+leaving the last one restores them, also after an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from svdbank.bank.reading import Bank
+from svdbank.errors import BankError, missing_extra
+from svdbank.peft.configuration import method_of
+from svdbank.peft.injection import Source, inject
+from svdbank.peft.layers import slots
+from svdbank.pipeline import locating
+
+
+@contextlib.contextmanager
+def use_bank(bank: Bank | str | Path) -> Iterator[Bank]:
+    """Inside this block, PEFT's initialisation looks its values up in ``bank``: for trainers that call PEFT themselves.
+
+    Covers ``get_peft_model``, ``add_adapter``, ``PeftModel.from_pretrained``, ``load_adapter``, ``add_weighted_adapter`` and
+    Transformers' ``model.add_adapter`` and ``model.load_adapter`` (which otherwise leaves ``B`` training), for configs with
+    ``init_lora_weights`` "mica", "milora" or "pissa". Others are not touched. See the module's text for threads. Yields the opened bank.
+    """
+    opened = bank if isinstance(bank, Bank) else locating.open(bank)
+    with reroute(Source(opened)):
+        yield opened
+
+
+_source: ContextVar[Source | None] = ContextVar("svdbank_source", default=None)
+_lock = threading.Lock()
+_open_blocks = 0
+_undo: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def reroute(source: Source) -> Iterator[None]:
+    """Take values from ``source`` inside this block and this thread."""
+    global _open_blocks
+    with _lock:
+        if _open_blocks == 0:
+            _patch()
+        _open_blocks += 1
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+        with _lock:
+            _open_blocks -= 1
+            if _open_blocks == 0:
+                while _undo:
+                    _undo.pop()()
+
+
+def _patch() -> None:
+    """Wrap the places where PEFT makes layers and decides their dtype, and those where Transformers forgets what PEFT knows."""
+    try:
+        from peft.tuners.lora.layer import Embedding, LoraLayer
+        from peft.tuners.lora.model import LoraModel
+        from peft.tuners.tuners_utils import BaseTuner
+        from transformers.integrations.peft import PeftAdapterMixin
+    except ImportError as cause:
+        raise missing_extra("peft", "peft") from cause
+
+    _wrap(LoraLayer, "mica_init", _mica_init)
+    _wrap(Embedding, "mica_init", _mica_init)
+    _wrap(BaseTuner, "inject_adapter", _inject_adapter)
+    _wrap(BaseTuner, "_cast_adapter_dtype", _cast_adapter_dtype)
+    _wrap(LoraModel, "add_weighted_adapter", _add_weighted_adapter)
+    _wrap(PeftAdapterMixin, "add_adapter", _transformers_add_adapter)
+    _wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
+
+
+def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        source = _source.get()
+        return original(self, *args, **kwargs) if source is None else ours(source, original, self, *args, **kwargs)
+
+    def undo() -> None:
+        # Somebody may have wrapped ours since; then it stays in their chain and, with no block open, passes everything through.
+        if owner.__dict__.get(name) is wrapper:
+            setattr(owner, name, original)
+
+    setattr(owner, name, wrapper)
+    _undo.append(undo)
+
+
+def _mica_init(source: Source, original: Callable[..., Any], layer: Any, adapter_name: str) -> None:
+    raise BankError("a MiCA layer is being created outside a model, so its weight has no name to look up in the bank")
+
+
+def _inject_adapter(
+    source: Source,
+    original: Callable[..., Any],
+    tuner: Any,
+    model: Any,
+    adapter_name: str,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    state_dict: Any = None,
+) -> None:
+    if method_of(tuner.peft_config[adapter_name]) is None:
+        original(tuner, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+    else:
+        inject(source, original, tuner, model, adapter_name, state_dict)
+
+
+def _cast_adapter_dtype(
+    source: Source, original: Callable[..., Any], tuner: Any, adapter_name: str, autocast_adapter_dtype: bool = True
+) -> None:
+    """PEFT makes factors in the base's dtype and widens them; ours are made wide, so that no digit of the bank's is lost."""
+    original(tuner, adapter_name, autocast_adapter_dtype)
+    if not autocast_adapter_dtype and method_of(tuner.peft_config[adapter_name]) is not None:
+        _narrow(tuner.model, adapter_name)
+
+
+def _narrow(root: nn.Module, adapter_name: str) -> None:
+    for slot in slots(root, adapter_name):
+        slot.narrow()
+
+
+def _add_weighted_adapter(source: Source, original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT overwrites the combined adapter's factors straight away, so nothing needs to be looked up, at whatever rank."""
+    token = _source.set(Source(None, overwritten=True))
+    try:
+        return original(tuner, *args, **kwargs)
+    finally:
+        _source.reset(token)
+
+
+def _transformers_add_adapter(
+    source: Source, original: Callable[..., Any], model: Any, adapter_config: Any, adapter_name: str | None = None
+) -> Any:
+    with _as_it_was(model):
+        result = original(model, adapter_config, adapter_name)
+    if method_of(adapter_config) is not None:
+        _narrow(model, adapter_name or "default")
+    return result
+
+
+def _transformers_load_adapter(source: Source, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers puts new parameters in place of PEFT's, and those train; PEFT's layers still know which ones must not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with _as_it_was(model):
+        result = original(model, *args, **kwargs)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module._freeze_non_trainable_peft_weights()
+    return result
+
+
+@contextlib.contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Transformers notes an adapter on the model before it is made: take the notes back where making it failed."""
+    kept = {name: model.__dict__[name] for name in ("_hf_peft_config_loaded", "peft_config") if name in model.__dict__}
+    configs = dict(kept.get("peft_config", {}))
+    try:
+        yield
+    except BaseException:
+        for name in ("_hf_peft_config_loaded", "peft_config"):
+            model.__dict__.pop(name, None)
+        if "peft_config" in kept:
+            kept["peft_config"].clear()
+            kept["peft_config"].update(configs)
+        model.__dict__.update(kept)
+        raise
