@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from svdbank_cli.options import build_options, with_output
-from svdbank_cli.output import Output, duration, size
+from svdbank_cli.output import Output, dequantised, duration, size
 
 
 @click.command("build")
@@ -58,6 +58,8 @@ def _text(report: Any) -> str:
         f"largest residual ‖Wv − σu‖/‖W‖  {report.largest_residual:.1e}",
         f"{size(report.nbytes)} in {report.bank}",
     ]
+    if report.quantised:
+        lines.insert(1, dequantised(report.quantised))
     if report.fallbacks:
-        lines.insert(2, f"{len(report.fallbacks)} weights needed a second method (svdbank info shows which)")
+        lines.insert(len(lines) - 1, f"{len(report.fallbacks)} weights needed a second method (svdbank info shows which)")
     return "\n".join(lines)

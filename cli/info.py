@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, size, table
+from svdbank_cli.output import Output, dequantised, size, table
 
 
 @click.command("info")
@@ -48,6 +48,7 @@ def _text(info: Any) -> str:
         f"holds       {info.weights} weights, rank {info.rank}, side {info.side}, {info.dtype}, {size(info.nbytes)}, format {info.format}",
         f"base        {info.base_digest[:16]}",
         f"solved by   {solved}",
+        *([f"quantised   {dequantised(info.quantised)}"] if info.quantised else []),
         "",
         table(("family", "weights", "out x in", "rank", "residual", "orthogonality", "condition", "unresolved"), rows),
         "",

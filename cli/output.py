@@ -85,6 +85,12 @@ class Output:
         return ProgressView(self, json_lines=lines and self.json)
 
 
+def dequantised(formats: dict[str, int]) -> str:
+    """What to say of weights stored as codes and scales, counted by format."""
+    codes = sorted({text.partition(" = ")[2].partition(" ")[0] for text in formats})
+    return f"{sum(formats.values())} weights are stored as {', '.join(codes)} codes: the bank describes the dequantised values"
+
+
 class ProgressView:
     """Shows progress: a bar on a terminal, else a line every few seconds, or JSON lines."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from svdbank_cli.options import build_options, with_output
-from svdbank_cli.output import Output, duration, size, table
+from svdbank_cli.output import Output, dequantised, duration, size, table
 
 _SHOWN_SKIPS = 3
 
@@ -64,6 +64,8 @@ def _text(report: Any) -> str:
         f"memory    at most {size(report.peak_bytes)} with {report.jobs} at a time",
         f"time      about {duration(report.seconds)} (from one small solve, timed now)",
     ]
+    if report.quantised:
+        lines.append(f"quantised {dequantised(report.quantised)}")
     for reason, count in reasons.most_common():
         names = ", ".join(examples[reason][:_SHOWN_SKIPS]) + (", …" if count > _SHOWN_SKIPS else "")
         lines.append(f"skipped   {count}: {reason} ({names})")

@@ -6,7 +6,8 @@ error before anything is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Literal, TypeVar
 
@@ -189,9 +190,19 @@ class WeightSpec(Struct, frozen=True):
         return sum(source.nbytes for source in self.sources)
 
     @property
+    def quantised(self) -> bool:
+        """Whether the matrix is made of codes and scales."""
+        return any(source.quantisation is not None for source in self.sources)
+
+    @property
     def loaded_nbytes(self) -> int:
         """Bytes of the matrix in memory."""
         return sum(source.loaded_nbytes for source in self.sources)
+
+
+def quantised_formats(dtypes: Iterable[str]) -> dict[str, int]:
+    """How many weights are made of codes and scales, by :attr:`TensorSource.stored_as`; ``dtypes`` are those of specs or records."""
+    return dict(sorted(Counter(dtype for dtype in dtypes if " = " in dtype).items()))
 
 
 class Skip(Struct, frozen=True):

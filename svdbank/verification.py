@@ -16,7 +16,7 @@ from svdbank.basis import unresolved_ranks
 from svdbank.checkpoint import decomposable, open_checkpoint
 from svdbank.errors import DamageError, WrongBaseError
 from svdbank.pipeline.locating import open as open_source
-from svdbank.specs import Progress, ProgressCallback, Struct
+from svdbank.specs import Progress, ProgressCallback, Struct, quantised_formats
 
 #: Worst residual, over ‖W‖_F, of a basis cast to the storage dtype: entries off by 2⁻²⁵, 2⁻¹², 2⁻⁹ of themselves move a product by at
 #: most that much of ‖W‖; the rest is room.
@@ -41,7 +41,10 @@ class FamilyInfo(Struct, frozen=True):
 
 
 class BankInfo(Struct, frozen=True):
-    """What a bank holds. ``unresolved`` counts (weight, rank) pairs whose subspace the data do not define to 1e-6."""
+    """What a bank holds. ``unresolved`` counts (weight, rank) pairs whose subspace the data do not define to 1e-6.
+
+    ``quantised`` counts the weights that the base stores as codes and scales, by format; the bank describes their values.
+    """
 
     path: str
     model: str
@@ -57,6 +60,7 @@ class BankInfo(Struct, frozen=True):
     paths: dict[str, int]
     fallbacks: dict[str, tuple[str, ...]]
     unresolved: int
+    quantised: dict[str, int]
 
 
 class Damage(Struct, frozen=True):
@@ -129,6 +133,7 @@ def info(source: str | os.PathLike[str]) -> BankInfo:
         paths=paths,
         fallbacks=fallbacks,
         unresolved=sum(family.unresolved for family in families),
+        quantised=quantised_formats(bank[name].dtype for name in bank),
     )
 
 

@@ -69,7 +69,7 @@ class StoredBasis:
 
     @property
     def dtype(self) -> str:
-        """safetensors' dtype name of the base's stored bytes."""
+        """safetensors' dtype name of the base's stored bytes; of quantised weights how values come of codes and scales."""
         return self.record.dtype
 
     @property

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-#: Values dequantised at a time: 16 MiB in float32, about twice that with what is in between.
-PANEL = 4 << 20
+#: Bytes of codes read at a time: enough to hide the latency of a request.
+READ = 4 << 20
+#: Values dequantised at a time: 4 MiB in float32, with what is in between three times that.
+PANEL = 1 << 20
 
 #: The sixteen values of an e2m1 code (OCP Microscaling Formats 1.0, section 5.3.3), by code.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -33,9 +35,9 @@ Fill = Callable[[memoryview, int], None]
 def dequantise(source: TensorSource, fill: Fill, scales: Tensor, out: Tensor | None = None) -> Tensor:
     """The values of a quantised ``source``, in its dtype and shape; ``scales`` are the raw bytes of its scales (uint8).
 
-    ``fill`` is called once for each panel of rows, in the order of the bytes. Memory: the result and one panel. Where codes are
-    stored transposed and no ``out`` is given, the result is a transposed view. Raises CheckpointError for scales that are not
-    finite.
+    ``fill`` is called in the order of the bytes, for whole rows of at most :data:`READ` bytes. Memory: the result, one such buffer
+    and one panel. Where codes are stored transposed and no ``out`` is given, the result is a transposed view. Raises
+    CheckpointError for scales that are not finite.
     """
     import torch
 
@@ -59,19 +61,21 @@ def dequantise(source: TensorSource, fill: Fill, scales: Tensor, out: Tensor | N
     begin = 0
     for number, values in enumerate(slices):
         own = factors[number if len(factors) > 1 else 0]
-        for start, stop in _panels(rows, columns):
-            codes = torch.empty(stop - start, row_bytes, dtype=torch.uint8)
+        for first, last in _steps(0, rows, READ // row_bytes):
+            codes = torch.empty(last - first, row_bytes, dtype=torch.uint8)
             fill(codes.numpy().reshape(-1).data, begin)
             begin += codes.numel()
-            panel = _unpacked(codes) if how.codes == "F4" else codes.view(_fp8(how.codes)).to(torch.float32)
-            del codes
-            values[start:stop] = _scaled(panel, own, how, start)
+            for start, stop in _steps(first, last, PANEL // columns):
+                some = codes[start - first : stop - first]
+                panel = _unpacked(some) if how.codes == "F4" else some.view(_fp8(how.codes)).to(torch.float32)
+                values[start:stop] = _scaled(panel, own, how, start)
     return out
 
 
-def _panels(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(1, PANEL // columns)
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+def _steps(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    """``begin … end`` in pieces of ``step``, at least one."""
+    step = max(1, step)
+    return ((at, min(at + step, end)) for at in range(begin, end, step))
 
 
 def _scaled(panel: Tensor, factors: Tensor, how: Quantisation, start: int) -> Tensor:
