@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svdbank.solver.triangles import mirror
+
 #: Columns of a block: wide enough for GEMM's rate, narrow enough that the unblocked part stays small (measured: 256 of 128, 256, 512).
 BLOCK = 256
 #: Rounds of refinement of a solve with a factor below float64; each gains the factor's digits less those that κ costs.
@@ -40,28 +42,37 @@ def factorise(matrix: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Factor:
-    """``lower`` (k, k) with ``L Lᵀ ≈ gram``; ``gram`` in float64 refines the solves where L is held in less."""
+    """``L Lᵀ ≈ gram - shift I``: ``both`` (k, k) holds L in its lower triangle and Lᵀ in its upper one.
 
-    lower: Tensor
+    A substitution that reads the factor along its rows takes two thirds of the time of one along its columns. ``gram`` in
+    float64 refines the solves where L is held in less.
+    """
+
+    both: Tensor
     gram: Tensor
+    shift: float = 0.0
 
     def solve(self, columns: Tensor) -> Tensor:
-        """``G⁻¹ X`` for X (k, s) in float64."""
-        if self.lower.dtype == torch.float64:
-            return self._solve_once(columns)
-        solution = self._solve_once(columns)
+        """``(G - shift I)⁻¹ X`` for X (k, s) in float64."""
+        if self.both.dtype == torch.float64:
+            return self.solve_once(columns)
+        solution = self.solve_once(columns)
         for _ in range(REFINEMENTS):
-            solution += self._solve_once(columns - self.gram @ solution)
+            solution += self.solve_once(columns + self.shift * solution - self.gram @ solution)
         return solution
 
-    def _solve_once(self, columns: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(self.lower, columns.to(self.lower.dtype), upper=False)
-        solution: Tensor = torch.linalg.solve_triangular(self.lower.mT, half, upper=True)
+    def solve_once(self, columns: Tensor) -> Tensor:
+        """The same to the precision that the factor is held in."""
+        half = torch.linalg.solve_triangular(self.both, columns.to(self.both.dtype), upper=False)
+        solution: Tensor = torch.linalg.solve_triangular(self.both, half, upper=True)
         return solution.to(torch.float64)
 
 
 def factor(gram: Tensor, dtype: torch.dtype, *, shift: float = 0.0) -> Factor | None:
-    """Cholesky factor of ``gram + shift I`` (k, k, float64, kept) in ``dtype``; None where it is not positive definite."""
-    lower = gram.to(dtype, copy=True)
-    lower.diagonal().add_(shift)
-    return Factor(lower, gram) if factorise(lower) else None
+    """Cholesky factor of ``gram - shift I`` (k, k, float64, kept) in ``dtype``; None where it is not positive definite."""
+    both = gram.to(dtype, copy=True)
+    both.diagonal().sub_(shift)
+    if not factorise(both):
+        return None
+    mirror(both)
+    return Factor(both, gram, shift)

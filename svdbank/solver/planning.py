@@ -6,13 +6,15 @@ from svdbank.errors import OptionError
 from svdbank.solver.cholesky import BLOCK
 from svdbank.solver.lanczos import shape_for
 from svdbank.solver.ritz import buffer_size
-from svdbank.solver.weight import TILE, panel_width
+from svdbank.solver.triangles import TILE
+from svdbank.solver.weight import panel_width
 
 #: Names a caller may force; ``auto`` follows :func:`choose_path`.
 PATHS = ("shift-invert", "dense", "lq", "svd")
-#: Short side from which the iteration can pay at all, and its least ratio to the rank. Measured on LLM-like weights: at k = 12 R the
-#: two paths take equal time, at 16 R the iteration is 1.7 times faster, at 8 R it is 1.5 times slower.
-ITERATE_FROM = 768
+#: Short side from which the iteration can pay at all, and its least ratio to the rank. Measured on LLM-like weights twice as long as
+#: wide, on one thread and on two: up to k = 1024 the dense path is faster or equal at every rank, at 1536 they meet at k = 12 R, at 2048 and
+#: 12 R the iteration is 1.3 to 1.4 times faster, at 8 R slower or equal.
+ITERATE_FROM = 1280
 ITERATE_RATIO = 12
 
 
@@ -38,7 +40,7 @@ def flops(out_features: int, in_features: int, rank: int, path: str) -> float:
     thin = 2.0 * k * n * (size + 2 * rank) + 8.0 * n * size**2
     gram = (1 + min(1.0, TILE / k)) * k * k * n
     if path == "shift-invert":
-        columns = 10.0 * rank + 150.0
+        columns = 8.0 * rank + 100.0
         iteration = columns * (2.0 * k * k + 8.0 * k * 4 * size) + 3 * 9.0 * (5 * size) ** 3
         return gram + 2 * k**3 / 3 + iteration + thin
     if path == "dense":

@@ -1,8 +1,7 @@
 """Fast path: block Lanczos on the inverse of the float64 Gram matrix, applied by its Cholesky factor.
 
-Inverting first maps the few huge directions of a trained weight to almost nothing, and spreads the crowded small end apart. The shift
-is zero: one placed just below λ_min saves a quarter of the products of a rectangular weight, less than the second factorisation
-that finding it costs (dev/solver-log.md).
+Inverting first maps the few huge directions of a trained weight to almost nothing, and spreads the crowded small end apart; a shift
+just below it (:mod:`svdbank.solver.shift`) spreads it further.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from svdbank.solver.cholesky import factor
 from svdbank.solver.contract import Candidate, Failure
 from svdbank.solver.lanczos import Ritz, Shape, largest, shape_for
 from svdbank.solver.ritz import buffer_size, rayleigh_ritz
+from svdbank.solver.shift import place_shift
 from svdbank.solver.weight import Weight
 
 #: Seed of the start blocks: own generators, never the global one, so that the same weight gives the same bytes.
@@ -42,7 +42,12 @@ def solve_shift_invert(weight: Weight, rank: int, principal: int) -> Candidate |
         return top
     sigma_max = top.values[0].clamp_min(0).sqrt()
     # Enough to factorise an exactly singular Gram matrix, too little to slow the iteration.
-    lower = factor(gram, weight.precision.factor, shift=32 * weight.rounding * top.values[0].item())
+    nudge = -32 * weight.rounding * top.values[0].item()
+    dtype = weight.precision.factor
+    shift = place_shift(gram, weight.n, nudge, generator()) if dtype == torch.float64 else nudge
+    lower = factor(gram, dtype, shift=shift)
+    if lower is None and shift > nudge:
+        shift, lower = nudge, factor(gram, dtype, shift=nudge)
     if lower is None:
         return Failure("the Gram matrix is not positive definite at working precision")
 
@@ -50,11 +55,13 @@ def solve_shift_invert(weight: Weight, rank: int, principal: int) -> Candidate |
         theta, error = values[:rank], residuals[:rank]
         if not bool(theta[-1] > 0):
             return math.inf
-        # ‖M v − σ u‖ = ‖G r‖ σ for the iteration's residual r of the pair (1/σ², u); all r point into ``following``.
-        stretch = torch.linalg.matrix_norm(following @ gram, ord=2)
-        predicted = (error * stretch / theta.sqrt()).max() / (sigma_max * STOP_RESIDUAL)
-        # dσ = σ³ dθ / 2. A gap that the data do not resolve is not waited for.
-        unresolved = 2 * 100 * EPSILON / UNRESOLVED * sigma_max * theta[-1] ** 1.5
+        # With λ = shift + 1/θ and the iteration's residual r of a pair, ‖M v − σ u‖ = ‖(G − shift) r‖ / (θ σ); all r point into
+        # ``following``.
+        sigma = (shift + 1 / theta).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        stretch = torch.linalg.matrix_norm(following @ gram - shift * following, ord=2)
+        predicted = (error * stretch / (theta * sigma)).max() / (sigma_max * STOP_RESIDUAL)
+        # dσ = dθ / (2 σ θ²). A gap that the data do not resolve is not waited for.
+        unresolved = 2 * 100 * EPSILON / UNRESOLVED * sigma_max * sigma[-1] * theta[-1] ** 2
         angle = error.max() / (STOP_ANGLE * torch.maximum(theta[-1] - values[rank], unresolved))
         # Vectors 10,000 times better than asked, or as good as the projection can tell, need no more steps: what their residual
         # still lacks, the projection with M corrects, or the gates find.
@@ -86,7 +93,7 @@ def _start(k: int, block: int, device: torch.device) -> Tensor:
 def _top(gram: Tensor, wanted: int, *, loose: bool) -> Ritz | Failure:
     """Largest eigenpairs of ``gram``. ``loose``: only λ_max as the scale of the gates, to 1 % and mostly far better."""
     k = gram.shape[0]
-    shape = Shape(8, 64, 24) if loose and k > 128 else shape_for(k, wanted + buffer_size(k, wanted))
+    shape = Shape(8, 32, 16) if loose and k > 128 else shape_for(k, wanted + buffer_size(k, wanted))
     if shape is None:
         return Failure(f"principal {wanted} leaves no room for an iteration in {k} dimensions")
 

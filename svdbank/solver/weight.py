@@ -12,11 +12,10 @@ from torch import Tensor
 
 from svdbank.basis import EPSILON
 from svdbank.solver.contract import Block
+from svdbank.solver.triangles import lower_tiles, mirror
 
 #: float64 entries of a widened panel: 128 MiB.
 PANEL_ENTRIES = 2**24
-#: Side of the diagonal tiles of the Gram matrix, which alone do double work: torch has no syrk.
-TILE = 512
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,7 @@ class Weight:
             for row, column in tiles:
                 result[row, column].addmm_(panel[row], panel[column].mT)
         result = result.to(torch.float64)
-        for row, column in tiles:
-            tile = result[row, column]
-            if row == column:
-                tile.copy_(torch.tril(tile) + torch.tril(tile, -1).mT)
-            else:
-                result[column, row] = tile.mT
+        mirror(result)
         return result
 
     def times(self, long: Tensor) -> Tensor:
@@ -131,11 +125,3 @@ class Weight:
 def panel_width(k: int, n: int, entries: int = PANEL_ENTRIES) -> int:
     """Columns of a panel: as many as fit ``entries``, at least 64."""
     return min(n, max(64, entries // k))
-
-
-def lower_tiles(start: int, stop: int) -> list[tuple[slice, slice]]:
-    """The lower triangle of rows ``start`` to ``stop`` in (rows, columns) tiles, halved recursively: few, large and nearly square."""
-    if stop - start <= TILE:
-        return [(slice(start, stop), slice(start, stop))]
-    middle = (start + stop) // 2
-    return [(slice(middle, stop), slice(start, middle)), *lower_tiles(start, middle), *lower_tiles(middle, stop)]

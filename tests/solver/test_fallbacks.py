@@ -140,7 +140,7 @@ def test_blocked_cholesky_is_cholesky(size: int) -> None:
     found = factor(gram, torch.float64)
     assert found is not None
     # Backward error of Cholesky: a small multiple of k ε.
-    lower = found.lower.tril()
+    lower = found.both.tril()
     assert (lower @ lower.mT - gram).abs().max() <= 1e-14 * size * gram.abs().max()
     spoiled = gram.clone()
     spoiled[-1, -1] = -1.0

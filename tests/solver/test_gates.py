@@ -140,7 +140,7 @@ def test_a_shift_above_the_smallest_eigenvalue_is_refused_by_the_factorisation(m
     weight = llm_like(150, 400)
     middle = torch.linalg.svdvals(weight.double())[-5].item() ** 2
     factor = shift_invert.factor
-    monkeypatch.setattr(shift_invert, "factor", lambda gram, dtype, *, shift: factor(gram, dtype, shift=-middle))
+    monkeypatch.setattr(shift_invert, "factor", lambda gram, dtype, *, shift: factor(gram, dtype, shift=middle))
     basis = minor_basis(weight, RANK, solver="shift-invert")
     assert basis.certificate.path == "lq"
     assert "not positive definite" in basis.certificate.tried[0]
