@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from svdbank.basis import Certificate as Certificate
     from svdbank.demonstration import demo as demo
     from svdbank.environment import env as env
+    from svdbank.evaluation import eval as eval
     from svdbank.pipeline.building import build as build
     from svdbank.pipeline.locating import ls as ls
     from svdbank.pipeline.locating import open as open
     from svdbank.pipeline.locating import rm as rm
     from svdbank.pipeline.planning import plan as plan
     from svdbank.specs import Progress as Progress
+    from svdbank.training import train as train
     from svdbank.verification import info as info
     from svdbank.verification import verify as verify
 
@@ -53,12 +55,14 @@ _LAZY = {
     "build": "svdbank.pipeline.building",
     "demo": "svdbank.demonstration",
     "env": "svdbank.environment",
+    "eval": "svdbank.evaluation",
     "info": "svdbank.verification",
     "init": "svdbank.adapter.initialisation",
     "ls": "svdbank.pipeline.locating",
     "open": "svdbank.pipeline.locating",
     "plan": "svdbank.pipeline.planning",
     "rm": "svdbank.pipeline.locating",
+    "train": "svdbank.training",
     "verify": "svdbank.verification",
 }
 

@@ -1,0 +1,220 @@
+"""How a run gets its adapter, and how the adapter leaves it: attach, rehearse without weights, write a PEFT folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from svdbank import fsio
+from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache, read_folder
+from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
+from svdbank.bank import Bank
+from svdbank.errors import BankError, OptionError, missing_extra
+from svdbank.loading import Source, quiet_transformers
+from svdbank.specs import to_json
+from svdbank.training.options import TrainOptions
+
+#: The trained adapter's name in PEFT. Those beneath are called ``beneath-0``, ``beneath-1``, …
+NAME = "default"
+
+Band = tuple[int, int]
+
+
+def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:
+    """The model as a ``PeftModel``: the new adapter trainable, those of ``on_top_of`` frozen and acting. Raises what the bank raises."""
+    peft = _peft()
+    from svdbank.peft import get_peft_model, load_adapter
+
+    torch.manual_seed(options.seed)
+    if options.method == "lora":
+        wrapped = peft.get_peft_model(model, _config(options))
+    else:
+        assert bank is not None
+        wrapped = get_peft_model(model, _config(options), bank=bank)
+        band = free_band(options)
+        if band[0]:
+            _move_to_band(wrapped, bank, band)
+    beneath = []
+    for i, folder in enumerate(options.on_top_of):
+        beneath.append(f"beneath-{i}")
+        load_adapter(wrapped, folder, bank=bank, adapter_name=beneath[-1], is_trainable=False)
+    if beneath:
+        activate(wrapped)
+        # A checkpoint holds what changes: the adapters beneath are where they came from.
+        wrapped.save_pretrained = functools.partial(wrapped.save_pretrained, selected_adapters=[NAME])
+    return wrapped
+
+
+def activate(model: Any) -> None:
+    """Let every adapter act and only the new one train: PEFT makes trainable whatever it activates."""
+    if len(model.peft_config) == 1:
+        return
+    model.base_model.set_adapter([NAME, *(name for name in model.peft_config if name != NAME)])
+    for name, parameter in model.named_parameters():
+        if ".beneath-" in name:
+            parameter.requires_grad_(False)
+
+
+def rehearse(options: TrainOptions, source: Source, bank: Bank | None) -> None:
+    """Attach to the model without its weights, so that a target that matches nothing or a rank too large is said at once."""
+    transformers = _transformers()
+    if bank is not None:
+        stop = free_band(options)[1]
+        short = [name for name in bank.names if bank[name].kind == "linear" and stop > bank[name].rank]
+        if options.on_top_of and short:
+            raise BankError(
+                f"{bank.path}: the next free band is {stop - options.rank}:{stop}, and the bank holds {bank[short[0]].rank} directions of "
+                f"{short[0]}",
+                hint=f"svdbank build {options.model} --rank {stop}, or a lower -r",
+            )
+    if options.method in RESIDUAL_METHODS or options.on_top_of:
+        return  # these need the values of weights
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(source.config)
+        try:
+            attach(model, options, bank)
+        except ValueError as cause:
+            if isinstance(cause, OptionError) or "arget modules" not in str(cause):
+                raise
+            raise OptionError(
+                f"{options.model}: {', '.join(map(repr, options.targets))} matches no module of this model",
+                hint="--targets all-linear",
+            ) from cause
+
+
+def free_band(options: TrainOptions) -> Band:
+    """The ``rank`` directions next to those that the adapters beneath stand on; ``[0, rank)`` where there are none."""
+    start = max((_band(folder)[1] for folder in options.on_top_of), default=0)
+    return start, start + options.rank
+
+
+def initial_factors(model: Any, options: TrainOptions) -> dict[str, Tensor]:
+    """A and B as a residual method begins with them, by the key they have in a saved adapter; empty for the others."""
+    if options.method not in RESIDUAL_METHODS:
+        return {}
+    from peft import get_peft_model_state_dict
+
+    return {key: value.detach().cpu().clone() for key, value in get_peft_model_state_dict(model).items()}
+
+
+def write_adapter(
+    model: Any, folder: Path, options: TrainOptions, bank: Bank | None, initial: dict[str, Tensor], card: str
+) -> None:
+    """Save the trained adapter into a new folder as PEFT does, made to fit the unchanged base, with svdbank's own record."""
+    model.save_pretrained(str(folder), selected_adapters=[NAME])
+    if initial:
+        _restore(folder, initial)
+    elif bank is not None:
+        from svdbank.peft import attachment
+
+        weights = tuple(attachment(model, NAME).weights)
+        cache = AdapterCache(
+            format=1,
+            method=options.method,
+            band=free_band(options),
+            rank=options.rank,
+            base=bank.manifest.base.name,
+            base_digest=bank.base_digest(weights),
+            bank_format=bank.manifest.format,
+            weights=weights,
+        )
+        fsio.write_bytes(folder / CACHE, to_json(cache, indent=2))
+    fsio.write_bytes(folder / "README.md", card.encode())
+
+
+def trainable_parameters(model: Any) -> int:
+    """How many numbers training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _config(options: TrainOptions) -> Any:
+    targets: Any = options.targets[0] if len(options.targets) == 1 else list(options.targets)
+    return _peft().LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank if options.alpha is None else options.alpha,
+        lora_dropout=options.dropout,
+        use_rslora=options.rslora,
+        target_modules=targets,
+        init_lora_weights=True if options.method == "lora" else options.method,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _move_to_band(model: Any, bank: Bank, band: Band) -> None:
+    """Put the bank's directions of ``band`` into every B, which holds the most minor ones."""
+    from svdbank.peft import attachment
+
+    start, stop = band
+    names = attachment(model, NAME).weights
+    left = bank.left(names, stop)
+    modules = dict(model.get_base_model().named_modules())
+    with torch.no_grad():
+        for name in names:
+            B = modules[bank[name].module].lora_B[NAME].weight
+            B.copy_(left[name][:, : stop - start])  # PEFT's order: the last column is the most minor one
+
+
+def _band(folder: str) -> Band:
+    saved = read_folder(folder)
+    if saved.cache is None:
+        raise OptionError(
+            f"{folder}: which directions of the bank this adapter stands on is not recorded",
+            hint="name an adapter that svdbank init or svdbank train wrote with the method mica",
+        )
+    return saved.cache.band
+
+
+def _restore(folder: Path, initial: dict[str, Tensor]) -> None:
+    """Make an adapter of the residual base ``W − s B₀A₀`` one of W, by rank 2r (see ``restored``)."""
+    trained = safetensors.torch.load_file(folder / WEIGHTS)
+    for key in [key for key in trained if ".lora_A." in key]:
+        other = key.replace(".lora_A.", ".lora_B.")
+        trained[key], trained[other] = restored(trained[key], trained[other], initial[key], initial[other])
+    config = json.loads((folder / CONFIG).read_bytes())
+    config |= {
+        "r": 2 * config["r"],
+        "lora_alpha": restored_alpha(config["lora_alpha"], rslora=config["use_rslora"]),
+        "init_lora_weights": True,
+    }
+    fsio.write_bytes(folder / WEIGHTS, safetensors.torch.save(trained, metadata={"format": "pt"}))
+    fsio.write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def check_beneath(folders: Sequence[str]) -> None:
+    """Refuse adapters beneath that cannot be read, or that stand on the same directions as another."""
+    taken: list[tuple[Band, str]] = []
+    for folder in folders:
+        start, stop = _band(folder)
+        for (other_start, other_stop), other in taken:
+            if start < other_stop and other_start < stop:
+                raise OptionError(
+                    f"{folder} and {other} stand on the same directions of the bank, {max(start, other_start)}:{min(stop, other_stop)}",
+                    hint="train the second on top of the first, or merge them",
+                )
+        taken.append(((start, stop), folder))
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as cause:
+        raise missing_extra("peft", "peft") from cause
+    return peft
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as cause:
+        raise missing_extra("transformers", "peft") from cause
+    return transformers

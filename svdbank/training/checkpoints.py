@@ -1,0 +1,114 @@
+"""Checkpoints of a run that may be killed at any moment: one counts only with its seal, which lists every file and its hash.
+
+The Trainer writes a checkpoint file by file into its final folder. A run killed meanwhile leaves a folder that looks like one; what
+was not sealed is removed before the run goes on from the newest sealed one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svdbank import fsio
+from svdbank.errors import CheckpointError, OptionError
+from svdbank.specs import Struct, from_json, to_json
+
+SEAL = "svdbank-seal.json"
+RECORD = "run.json"
+
+
+class Seal(Struct, frozen=True):
+    """Every file of a checkpoint with its sha256, written after all of them were fsynced."""
+
+    files: dict[str, str]
+
+
+class RunRecord(Struct, frozen=True):
+    """What has to be the same for a run to go on: the options as TOML, and what the data and the base were."""
+
+    options: str
+    data_digest: str
+    processes: int
+
+
+def folder_of(output: Path) -> Path:
+    """Where the checkpoints of a run lie until its adapter is written: beside the adapter."""
+    return output.with_name(f"{output.name}.checkpoints")
+
+
+def seal(checkpoint: Path) -> None:
+    """Make every file durable, then say so."""
+    fsio.fsync_tree(checkpoint)
+    fsio.write_bytes(checkpoint / SEAL, to_json(Seal(_hashes(checkpoint))))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is sealed and still holds, file by file, what was sealed."""
+    try:
+        sealed = from_json((checkpoint / SEAL).read_bytes(), Seal, where=str(checkpoint), error=CheckpointError)
+    except (OSError, CheckpointError):
+        return False
+    return sealed.files == _hashes(checkpoint)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; those that are not whole are left out."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit() and path.is_dir()]
+    ordered = sorted(found, key=step_of, reverse=True)
+    return next((path for path in ordered if is_whole(path)), None)
+
+
+def remove_others(folder: Path, keep: Path | None) -> None:
+    """Remove every checkpoint but one: later ones were never finished, and would be written into."""
+    for path in folder.glob("checkpoint-*"):
+        if path != keep:
+            fsio.remove_tree(path)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps made before this checkpoint."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def begin(folder: Path, record: RunRecord, *, force: bool = False) -> None:
+    """Start a run's folder, or recognise this very run in it.
+
+    Raises :class:`OptionError` where another run lies there: other options, other data, another number of processes; ``force`` removes
+    that one.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise OptionError(
+                f"{folder} exists and is no folder of checkpoints", hint="name another output with -o, or move it away"
+            )
+        fsio.make_dirs(folder)
+        fsio.write_bytes(path, to_json(record))
+        return
+    before = from_json(path.read_bytes(), RunRecord, where=str(path), error=CheckpointError)
+    if before == record:
+        return
+    if force:
+        fsio.remove_tree(folder)
+        begin(folder, record)
+        return
+    ours, theirs = record.options.splitlines(), before.options.splitlines()
+    differing = sorted({line.partition(" =")[0] for line in {*ours} ^ {*theirs}})
+    why = (
+        f"other {', '.join(differing)}"
+        if differing
+        else "other text: the files changed since"
+        if before.data_digest != record.data_digest
+        else f"{before.processes} processes instead of {record.processes}"
+    )
+    raise OptionError(
+        f"{folder} holds an unfinished run with {why}",
+        hint=f"run it as it was begun to go on, or begin anew with --force, which removes {folder.name}",
+    )
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    return {
+        path.relative_to(checkpoint).as_posix(): fsio.sha256_file(path)
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }

@@ -1,0 +1,60 @@
+"""The small model, its bank and legal text, made once a session."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import svdbank
+from svdbank.bank import Bank
+from tests.training.models import cut_smollm2, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cut_smollm2(smollm2, tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="session")
+def small_bank(small: Path) -> Bank:
+    """In the cache of this session, where train finds it."""
+    return svdbank.build(small, rank=32, principal=8)
+
+
+@pytest.fixture(scope="session")
+def legal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginnings of 20 licences as JSON lines: some 90 blocks of 32 tokens."""
+    from svdbank.demonstration import licence_texts
+
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "legal.jsonl", [text[:500] for text in licence_texts()[:20]])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_texts_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What datasets keeps of the tests' texts stays out of the user's cache."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread: the matrices are small, and sums of floats come out the same in another process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _deprecations_of_others() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield

@@ -1,0 +1,47 @@
+"""A small real language model: the first two layers of SmolLM2 with the first 4096 tokens of its vocabulary, and real texts for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.peft.models import quiet
+
+#: Tokens kept. A byte-level BPE numbers its tokens in the order of its merges, so a prefix of the vocabulary is a tokenizer.
+VOCABULARY = 4096
+
+
+def cut_smollm2(source: Path, folder: Path, *, layers: int = 2) -> Path:
+    """SmolLM2 cut to its first layers and tokens, as an ordinary model folder."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+        model.resize_token_embeddings(VOCABULARY)
+        model.save_pretrained(folder)
+    cut_tokenizer(source, folder)
+    return folder
+
+
+def cut_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer with the first tokens and the merges that make them."""
+    document = json.loads((source / "tokenizer.json").read_text())
+    model = document["model"]
+    model["vocab"] = {token: index for token, index in model["vocab"].items() if index < VOCABULARY}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    model["merges"] = [pair for pair in pairs if "".join(pair) in model["vocab"]]
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < VOCABULARY]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    shutil.copy(source / "tokenizer_config.json", folder)
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path

@@ -1,0 +1,171 @@
+"""A run killed by SIGKILL goes on and ends where an undisturbed one ends, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import svdbank
+from svdbank.bank import Bank
+from svdbank.errors import OptionError
+from svdbank.training import checkpoints
+
+#: Two passes over the blocks, so that kills and checkpoints fall before, on and after the end of a pass.
+STEPS = 16
+
+
+def options(legal: Path) -> dict[str, Any]:
+    return {
+        "data": (str(legal),),
+        "rank": 4,
+        "length": 32,
+        "batch_size": 4,
+        "steps": STEPS,
+        "log_steps": 3,
+        "save_steps": 3,
+        "dropout": 0.1,
+        "held_out_blocks": 4,
+        "held_out": 0.1,
+    }
+
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def killed_at(step: int, model: Path, output: Path, wanted: dict[str, Any]) -> None:
+    """Run the command and kill its process as soon as it reports that step."""
+    arguments = [str(model), "-o", str(output), "--json"]
+    for name, value in wanted.items():
+        arguments += ["--" + name.replace("_", "-"), value[0] if isinstance(value, tuple) else str(value)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "svdbank_cli.main", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        report = json.loads(line)
+        if report.get("stage") == "training" and report["done"] >= step:
+            process.send_signal(signal.SIGKILL)
+            break
+    else:
+        pytest.fail(f"ended before step {step}: {process.stderr.read()}")
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: Path, small_bank: Bank, legal: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.set_num_threads(1)
+    return svdbank.train(small, output=tmp_path_factory.mktemp("whole") / "adapter", **options(legal))
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
+    undisturbed: Any, small: Path, legal: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    step = random.Random(2026).randrange(5, STEPS)
+    killed_at(step, small, output, options(legal))
+    folder = checkpoints.folder_of(output)
+    assert not output.exists() and folder.is_dir()
+    report = svdbank.train(small, output=output, **options(legal))
+    # Saved every 3 steps, and a step is reported before the checkpoint that it may bring is written.
+    assert report.resumed_from in ((step - 1) // 3 * 3, step // 3 * 3)
+    assert same(weights(output), weights(undisturbed.adapter))
+    assert report.held_out == undisturbed.held_out
+    assert report.curve == undisturbed.curve
+    assert not folder.exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 9, 11, 12, 13, 15, 16])
+def test_it_does_not_matter_when_it_is_killed(undisturbed: Any, small: Path, legal: Path, tmp_path: Path, step: int) -> None:
+    killed_at(step, small, tmp_path / "adapter", options(legal))
+    svdbank.train(small, output=tmp_path / "adapter", **options(legal))
+    assert same(weights(tmp_path / "adapter"), weights(undisturbed.adapter))
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def unfinished(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> Path:
+    """An output whose run was stopped after step 8, with checkpoints of steps 3 and 6."""
+    output = tmp_path / "adapter"
+
+    def stop(progress: svdbank.Progress) -> None:
+        if progress.stage == "training" and progress.done == 8:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        svdbank.train(small, output=output, progress=stop, **options(legal))
+    found = sorted(path.name for path in checkpoints.folder_of(output).glob("checkpoint-*"))
+    assert found == ["checkpoint-3", "checkpoint-6"]
+    return output
+
+
+def test_a_checkpoint_without_every_byte_is_not_taken_for_whole(
+    undisturbed: Any, small: Path, legal: Path, unfinished: Path
+) -> None:
+    newest = checkpoints.folder_of(unfinished) / "checkpoint-6"
+    assert checkpoints.is_whole(newest)
+    for name in sorted(path.name for path in newest.iterdir()):
+        for damage in (torn, removed):
+            copy = newest.with_name("checkpoint-7")
+            shutil.copytree(newest, copy)
+            damage(copy / name)
+            assert not checkpoints.is_whole(copy), (name, damage.__name__)
+            assert checkpoints.last_whole(newest.parent) == newest
+            shutil.rmtree(copy)
+    # The Trainer writes into checkpoint-9 when it comes there: what a kill left must be gone by then.
+    shutil.copytree(newest, newest.with_name("checkpoint-9"))
+    torn(newest.with_name("checkpoint-9") / "optimizer.pt")
+    torn(newest / "adapter_model.safetensors")
+    report = svdbank.train(small, output=unfinished, **options(legal))
+    assert report.resumed_from == 3
+    assert same(weights(unfinished), weights(undisturbed.adapter))
+
+
+def torn(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def removed(file: Path) -> None:
+    file.unlink()
+
+
+def test_a_run_does_not_go_on_with_other_options_or_other_text(
+    small: Path, legal: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    wanted = options(legal)
+    with pytest.raises(OptionError, match="unfinished run with other learning_rate, rank"):
+        svdbank.train(small, output=unfinished, **wanted | {"rank": 8, "learning_rate": 1e-3})
+    text = legal.read_text()
+    try:
+        legal.write_text(text.replace("software", "hardware"))
+        with pytest.raises(OptionError, match="other text: the files changed since"):
+            svdbank.train(small, output=unfinished, **wanted)
+    finally:
+        legal.write_text(text)
+    report = svdbank.train(small, output=unfinished, force=True, **wanted | {"steps": 2})
+    assert report.resumed_from is None and report.steps == 2
