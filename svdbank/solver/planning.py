@@ -11,9 +11,9 @@ from svdbank.solver.weight import panel_width
 
 #: Names a caller may force; ``auto`` follows :func:`choose_path`.
 PATHS = ("shift-invert", "dense", "lq", "svd")
-#: Short side from which the iteration can pay at all, and its least ratio to the rank. Measured on LLM-like weights twice as long as
-#: wide, on one thread and on two: up to k = 1024 the dense path is faster or equal at every rank, at 1536 they meet at k = 12 R, at 2048 and
-#: 12 R the iteration is 1.3 to 1.4 times faster, at 8 R slower or equal.
+#: Short side from which the iteration can pay at all, and its least ratio to the rank. Measured on LLM-like weights twice as long
+#: as wide, on one thread and on two: up to k = 1024 the dense path is faster or equal at every rank, at 1536 they meet at k = 12 R, at
+#: 2048 and 12 R the iteration is 1.3 to 1.4 times faster, at 8 R slower or equal.
 ITERATE_FROM = 1280
 ITERATE_RATIO = 12
 

@@ -34,6 +34,6 @@ def place_shift(gram: Tensor, length: int, fallback: float, generator: torch.Gen
     for _ in range(STEPS - 1):
         image = rough.solve_once(basis[-BLOCK:].mT).mT.contiguous()
         basis = torch.cat([basis, orthogonalise(image, basis, generator)[1]])
-    ritz = torch.linalg.eigvalsh(basis @ (gram @ basis.mT))
-    edge, spread = ritz[0].item(), (ritz[2 * BLOCK - 1] - ritz[0]).item()
+    ritz: list[float] = torch.linalg.eigvalsh(basis @ (gram @ basis.mT)).tolist()
+    edge, spread = ritz[0], ritz[2 * BLOCK - 1] - ritz[0]
     return max(edge - MARGIN * spread, fallback)
