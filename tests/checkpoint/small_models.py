@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +18,17 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+
+#: What turns ``LLAMA`` into a mixture of experts; types read the names they know.
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "intermediate_size": 40}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
 }
 
 
@@ -46,14 +60,93 @@ def configurations() -> dict[str, tuple[type[nn.Module], object]]:
         ),
         "vit": (t.ViTForImageClassification, t.ViTConfig(image_size=32, patch_size=8, **small)),
         "siglip": (t.SiglipVisionModel, t.SiglipVisionConfig(image_size=32, patch_size=8, **small)),
+        "mixtral": (t.MixtralForCausalLM, t.MixtralConfig(**LLAMA | MOE | {"num_hidden_layers": 2})),
+        "qwen3-moe": (t.Qwen3MoeForCausalLM, t.Qwen3MoeConfig(**LLAMA | MOE | {"num_hidden_layers": 2, "head_dim": 16})),
+        "deepseek-v3": (t.DeepseekV3ForCausalLM, t.DeepseekV3Config(**LLAMA | MOE | DEEPSEEK)),
+        "gpt-oss": (t.GptOssForCausalLM, t.GptOssConfig(**LLAMA | MOE | {"num_hidden_layers": 2, "head_dim": 16})),
+        "llama4": (t.Llama4ForConditionalGeneration, t.Llama4Config(text_config=LLAMA4_TEXT, vision_config=LLAMA4_VISION)),
+        "llava": (t.LlavaForConditionalGeneration, llava({**LLAMA, "model_type": "llama"})),
+        "llava-base": (t.LlavaModel, llava({**LLAMA, "model_type": "llama"})),
+        "llava-of-experts": (t.LlavaForConditionalGeneration, llava({**LLAMA, **MOE, "model_type": "mixtral"})),
+        "gemma3-vision": (
+            t.Gemma3ForConditionalGeneration,
+            t.Gemma3Config(
+                text_config={**LLAMA, "head_dim": 16},
+                vision_config={**VISION, "model_type": "siglip_vision_model"},
+                mm_tokens_per_image=4,
+                image_token_index=1100,
+            ),
+        ),
+        "nomic-bert": (t.NomicBertForMaskedLM, t.NomicBertConfig(vocab_size=1200, **small)),
     }
+
+
+#: Models whose experts are stacked parameters, and which of these are stored (experts, in, out).
+WITH_EXPERTS = ("deepseek-v3", "gpt-oss", "llama4", "llava-of-experts", "mixtral", "qwen3-moe")
+STACKED_IN_OUT = ("gpt-oss", "llama4")
+
+DEEPSEEK = {
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+}
+LLAMA4_TEXT = {
+    **LLAMA,
+    **MOE,
+    "num_hidden_layers": 2,
+    "intermediate_size_mlp": 160,
+    "interleave_moe_layer_step": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+LLAMA4_VISION = {
+    **VISION,
+    "num_hidden_layers": 1,
+    "vision_output_dim": 48,
+    "projector_input_dim": 32,
+    "projector_output_dim": 48,
+}
+
+
+def llava(text: dict[str, Any]) -> transformers.LlavaConfig:
+    """A CLIP tower before a language model."""
+    return transformers.LlavaConfig(
+        text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"}, image_token_index=1100
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and remarks."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 def load(name: str) -> nn.Module:
     """The model of that name with seeded weights; the same values each time."""
     kind, configuration = configurations()[name]
     torch.manual_seed(0)
-    return kind(configuration).eval()
+    model = kind(configuration).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # some begin at zero, which no trained weight is
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def build(root: Path) -> dict[str, Path]:
