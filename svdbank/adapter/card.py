@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,37 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder", is_trainable=Tru
 `low_cpu_mem_usage=True` is what keeps PEFT from running one SVD a weight, whose result it would then overwrite.
 
 Base digest of these weights: `{cache.base_digest}`
+"""
+
+
+def composed_card(settings: LoraSettings, cache: AdapterCache, names: Sequence[str]) -> str:
+    """README.md of an adapter that svdbank computed from others or converted."""
+    base = settings.base_model_name_or_path or cache.base or "unknown"
+    kept = ""
+    if len(names) > 1:
+        kept = f"""
+It is the sum of {", ".join(escaped(name) for name in names)}. `components.safetensors` keeps them apart, for
+`svdbank stack --scale` and `--drop`; PEFT ignores that file.
+"""
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: peft
+tags:
+- lora
+- svdbank
+---
+
+# Adapter of rank {cache.rank}
+
+For {escaped(base)}. Every scale is folded into `A` (α = r), so loaders that know a single α/r are right.
+{kept}
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+Written by [svdbank](https://pypi.org/project/svdbank/).
 """
 
 

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -55,7 +56,12 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
     inference_mode: bool = True
 
@@ -63,7 +69,18 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
 class AdapterCache(Struct, frozen=True):
     """What svdbank knows about an adapter it wrote. ``band`` is half-open, 0 = the most minor direction of the bank.
 
-    ``base_digest`` covers the adapter's own weights only, so extending the bank does not change it.
+    Attributes
+    ----------
+    band, rank
+        Hull of the bands of all weights, and the largest rank. ``band`` is (0, 0) for an adapter that has no place in the bank.
+    base, base_digest
+        Name of the base, and the digest over the adapter's own weights, so that extending the bank does not change it; empty where unknown.
+    weights
+        Names in the bank.
+    sources
+        By the adapter's own name of a weight: its name in the bank, and the sha256 of the base's stored bytes.
+    components
+        By name, then by weight: the bands, most minor first; none for factors of their own.
     """
 
     format: Literal[1]
@@ -74,6 +91,8 @@ class AdapterCache(Struct, frozen=True):
     base_digest: str
     bank_format: int
     weights: tuple[str, ...]
+    sources: dict[str, tuple[str, str]] = msgspec.field(default_factory=dict)
+    components: dict[str, dict[str, tuple[tuple[int, int], ...]]] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,12 +113,18 @@ class AdapterFolder:
     factors: dict[str, Factors]
     cache: AdapterCache | None
 
+    def rank(self, module: str) -> int:
+        """The rank that the config gives a module, with PEFT's patterns applied."""
+        return int(_by_pattern(self.settings.rank_pattern, module, self.settings.r))
+
+    def alpha(self, module: str) -> float:
+        """The α that the config gives a module, with PEFT's patterns applied."""
+        return _by_pattern(self.settings.alpha_pattern, module, self.settings.lora_alpha)
+
     def scale(self, module: str) -> float:
         """α/r, or α/√r with rsLoRA, with PEFT's per-module patterns applied."""
-        settings = self.settings
-        rank = _by_pattern(settings.rank_pattern, module, settings.r)
-        alpha = _by_pattern(settings.alpha_pattern, module, settings.lora_alpha)
-        return alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
+        rank, alpha = self.rank(module), self.alpha(module)
+        return alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
@@ -111,10 +136,18 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> flo
 
 
 def write_folder(
-    output: Path, settings: LoraSettings, factors: Mapping[str, Factors], cache: AdapterCache, *, force: bool = False
+    output: Path,
+    settings: LoraSettings,
+    factors: Mapping[str, Factors],
+    cache: AdapterCache,
+    *,
+    readme: str | None = None,
+    extra: Mapping[str, bytes] = MappingProxyType({}),
+    force: bool = False,
 ) -> None:
     """Write an adapter folder so that it appears whole or not at all: a sibling folder, fsynced, then renamed.
 
+    ``readme`` is the model card, by default that of a fresh MiCA adapter; ``extra`` holds further files by name, for svdbank alone.
     Raises :class:`OptionError` where ``output`` exists and is not an empty folder, unless ``force``, which replaces an adapter folder
     (and nothing else).
     """
@@ -127,7 +160,9 @@ def write_folder(
         fsio.write_new(temporary / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         fsio.write_new(temporary / CONFIG, to_json(settings, indent=2))
         fsio.write_new(temporary / CACHE, to_json(cache, indent=2))
-        fsio.write_new(temporary / "README.md", card(settings, cache).encode())
+        fsio.write_new(temporary / "README.md", (card(settings, cache) if readme is None else readme).encode())
+        for name, data in extra.items():
+            fsio.write_new(temporary / name, data)
         fsio.fsync_dir(temporary)
         publish(temporary, output)
     finally:
@@ -192,6 +227,18 @@ def read_folder(path: str | Path) -> AdapterFolder:
     return AdapterFolder(folder, settings, _read_factors(folder, settings), cache)
 
 
+def _is_stacked(module: str, settings: LoraSettings) -> bool:
+    """Whether a module of a folder stands for parameters (experts) that PEFT's ``target_parameters`` names."""
+    owner = bare(module)
+    owners = [parameter.rpartition(".")[0] for parameter in settings.target_parameters or ()]
+    return any(owner == own or owner.endswith(f".{own}") for own in owners if own)
+
+
+def bare(module: str) -> str:
+    """A module path without the ``base_layer`` by which PEFT nests wrappers of several parameters of one module."""
+    return ".".join(part for part in module.split(".") if part != "base_layer")
+
+
 def read_settings(folder: Path) -> LoraSettings:
     """``adapter_config.json`` alone. Raises :class:`CheckpointError`."""
     try:
@@ -232,6 +279,8 @@ def _read_factors(folder: Path, settings: LoraSettings) -> dict[str, Factors]:
             raise CheckpointError(f"{folder / WEIGHTS}: {module} has only its {', '.join(pair)} factor")
         A, B = pair["A"], pair["B"]
         rank = _by_pattern(settings.rank_pattern, module, settings.r)
+        if settings.target_parameters and A.ndim == 2 and _is_stacked(module, settings):
+            rank = A.shape[0]  # experts times a rank whose pattern names the parameter: split_experts looks at it
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not rank {rank:g} as {CONFIG} says"

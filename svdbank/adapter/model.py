@@ -1,0 +1,347 @@
+"""The adapter as a value: named components for each weight, with exact algebra.
+
+Everything a component says is in :mod:`svdbank.adapter.components`; this module carries the arithmetic over all weights of a model and
+keeps the bases apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+from torch import Tensor
+
+from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled, singular_values, truncated
+from svdbank.adapter.folder import LoraSettings
+from svdbank.adapter.naming import bank_names
+from svdbank.adapter.recovery import projected, share_in
+from svdbank.bank.reading import Bank
+from svdbank.errors import BankError, OptionError, WrongBaseError
+
+Kind = Literal["linear", "embedding", "expert"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A weight of the base: its name in the bank, and the sha256 of its stored bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedWeight:
+    """What an adapter adds to one weight (out, in): its components by name.
+
+    ``source`` identifies the base's weight where that is known. ``experts`` is how many experts the parameter has of which this is one.
+    """
+
+    out_features: int
+    in_features: int
+    components: Mapping[str, Component]
+    kind: Kind = "linear"
+    source: Source | None = None
+    experts: int = 0
+
+    def total(self) -> Component:
+        """The sum of the components, as one: what PEFT sees."""
+        return combined([(1.0, component) for component in self.components.values()])
+
+    def delta(self) -> Tensor:
+        """``ΔW`` (out, in), float32, from a product in float64."""
+        A, B = self.total().factors
+        return (B.double() @ A.double()).float()
+
+    @property
+    def in_bank(self) -> bool:
+        """True when every component stands on directions of a bank."""
+        return all(isinstance(component, InBank) for component in self.components.values())
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which model an adapter belongs to: ``name`` and ``revision`` are for people; None where the folder does not say."""
+
+    name: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A set of small changes to the weights of one base model. Immutable: every operation gives a new one.
+
+    Attributes
+    ----------
+    weights
+        By the module's path in the model; an expert's weight is ``<path of the parameter>.<number>``.
+    base
+        The base model.
+    method
+        What the adapter was made as: ``mica``, ``milora``, ``pissa`` or ``lora``.
+    settings
+        The config it was read with: task type, dropout and the like are written again, ranks and scales follow from the components.
+    notes
+        What a reader should know, in sentences: a cache that contradicts its tensors, a base that could not be compared.
+    """
+
+    weights: Mapping[str, AdaptedWeight]
+    base: BaseIdentity = BaseIdentity()
+    method: str = "lora"
+    settings: LoraSettings = field(default_factory=lambda: LoraSettings(r=1, lora_alpha=1))
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the components, in the order they came."""
+        return tuple(dict.fromkeys(name for weight in self.weights.values() for name in weight.components))
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of any weight, as bounded by the components."""
+        return max((weight.total().max_rank for weight in self.weights.values()), default=0)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.method}: {len(self.weights)} weights, rank {self.rank}, {' + '.join(self.names) or 'empty'})"
+
+    def delta(self, module: str) -> Tensor:
+        """``ΔW`` (out, in) of one weight, float32. Raises :class:`OptionError` for a weight that the adapter does not touch."""
+        return self._weight(module).delta()
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """``A`` (k, in) and ``B`` (out, k), float32, with ``ΔW = B A``: every scale is in A."""
+        return self._weight(module).total().factors
+
+    def _weight(self, module: str) -> AdaptedWeight:
+        try:
+            return self.weights[module]
+        except KeyError:
+            raise OptionError(f"the adapter does not touch {module!r}", hint="Adapter.weights lists what it touches") from None
+
+    # Linear combinations
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """The sum. Components of the same name add up; others stay apart, so that they can be dropped or scaled later."""
+        return combination([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        return combination([(1.0, self), (-1.0, other)])
+
+    def __neg__(self) -> Adapter:
+        return -1.0 * self
+
+    def __mul__(self, factor: float) -> Adapter:
+        if not isinstance(factor, int | float) or not math.isfinite(factor):
+            raise OptionError(f"an adapter is scaled by a finite number, not {factor!r}")
+        return self._each(lambda _, component: scaled(component, factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Adapter:
+        return self * (1.0 / divisor)
+
+    def scaled(self, name: str, factor: float) -> Adapter:
+        """One component multiplied by ``factor``, the others as they are."""
+        self._check(name)
+        if not math.isfinite(factor):
+            raise OptionError(f"a component is scaled by a finite number, not {factor!r}")
+        return self._each(lambda own, component: scaled(component, factor) if own == name else component)
+
+    def drop(self, name: str) -> Adapter:
+        """Without one component; weights that only it touched are left out. Raises :class:`OptionError` for the last one."""
+        self._check(name)
+        if self.names == (name,):
+            raise OptionError(
+                f"{name!r} is the only component: nothing would be left", hint=f"there are: {', '.join(self.names)}"
+            )
+        return self._chosen(lambda own: own != name)
+
+    def only(self, name: str) -> Adapter:
+        """One component alone."""
+        self._check(name)
+        return self._chosen(lambda own: own == name)
+
+    def named(self, name: str) -> Adapter:
+        """All components of a weight added up into one called ``name``: what a merge is, and what can no longer be taken apart."""
+        return self._weights({key: replace(w, components={name: w.total()}) for key, w in self.weights.items()})
+
+    # Measures
+
+    def inner(self, other: Adapter) -> float:
+        """``⟨ΔW₁, ΔW₂⟩`` summed over the weights that both touch, from coefficients or factors alone."""
+        _check_bases([self, other])
+        shared = [key for key in self.weights if key in other.weights]
+        return math.fsum(inner(self.weights[key].total(), other.weights[key].total()) for key in shared)
+
+    def norm(self) -> float:
+        """Frobenius norm over all weights."""
+        return math.sqrt(max(0.0, self.inner(self)))
+
+    def cosine(self, other: Adapter) -> float:
+        """``⟨a, b⟩ / (‖a‖ ‖b‖)``; 0 where one of them is zero."""
+        size = self.norm() * other.norm()
+        return self.inner(other) / size if size else 0.0
+
+    def spectrum(self) -> dict[str, Tensor]:
+        """Singular values of each ``ΔW``, float64, descending."""
+        return {key: singular_values(weight.total()) for key, weight in self.weights.items()}
+
+    def truncate(self, rank: int) -> Adapter:
+        """The best approximation of rank ``rank`` of every weight (Eckart–Young, by an SVD of a small matrix).
+
+        Its squared error in a weight is the sum of the squares of the singular values left out (:meth:`spectrum`). The components of a
+        weight that is cut become one, named after all of them.
+        """
+        if rank < 1:
+            raise OptionError(f"rank {rank} is not positive", hint="drop the adapter instead")
+        cut = {}
+        for key, weight in self.weights.items():
+            total = weight.total()
+            if total.max_rank > rank:
+                weight = replace(weight, components={"+".join(weight.components): truncated(total, rank)})
+            cut[key] = weight
+        return self._weights(cut)
+
+    def share_in(self, bank: Bank) -> dict[str, float]:
+        """Share of ``‖ΔW‖²`` of each weight that lies in the directions which ``bank`` stores; 1 where ``ΔW`` is zero.
+
+        Raises :class:`BankError` for weights that the bank lacks.
+        """
+        lefts = _directions(bank, self.weights)
+        return {key: share_in(left, self.weights[key].total()) for key, left in lefts.items()}
+
+    def rebase(self, bank: Bank, *, minimum_share: float = 1 - 1e-6, force: bool = False) -> Adapter:
+        """Carried over to the directions of another bank, ``C' = U'ᵀ ΔW``: of another machine, or of a changed base.
+
+        Each component stays in its bands where they keep ``minimum_share`` of its ``‖ΔW‖²``, else it is projected on all that the bank
+        stores. The share kept is in the notes. Raises :class:`OptionError` where a weight keeps less than ``minimum_share``, unless
+        ``force``; :class:`BankError` for weights that the bank lacks.
+        """
+        names = bank_names(bank, list(self.weights))
+        lefts = _directions(bank, self.weights)
+        shares = {key: share_in(left, self.weights[key].total()) for key, left in lefts.items()}
+        worst = min(shares, key=shares.__getitem__)
+        if shares[worst] < minimum_share and not force:
+            raise OptionError(
+                f"{bank.path}: its directions hold {shares[worst]:.6f} of {worst}, not {minimum_share:.6f}",
+                hint="build that bank with a larger --rank, or force it and lose the rest",
+            )
+        weights = {
+            key: replace(
+                weight,
+                components={name: projected(c, lefts[key], minimum_share) for name, c in weight.components.items()},
+                source=Source(names[key], bank[names[key]].source_sha256),
+            )
+            for key, weight in self.weights.items()
+        }
+        note = f"carried over to {bank.path.name}: the least share kept is {shares[worst]:.6f}, of {worst}"
+        base = BaseIdentity(bank.manifest.base.name, bank.manifest.base.revision)
+        return replace(self, weights=weights, base=base, notes=(*self.notes, note))
+
+    def bands(self, module: str) -> tuple[tuple[int, int], ...]:
+        """The bands of the bank that the adapter uses in one weight, ascending; of components that are in a bank."""
+        components = self._weight(module).components.values()
+        return bands_of(index for c in components if isinstance(c, InBank) for index in c.indices)
+
+    # What is behind it
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise OptionError(f"there is no component {name!r}", hint=f"there are: {', '.join(self.names)}")
+
+    def _each(self, change: Callable[[str, Component], Component]) -> Adapter:
+        return self._weights(
+            {
+                key: replace(weight, components={name: change(name, c) for name, c in weight.components.items()})
+                for key, weight in self.weights.items()
+            }
+        )
+
+    def _chosen(self, wanted: Callable[[str], bool]) -> Adapter:
+        chosen = {}
+        for key, weight in self.weights.items():
+            components = {name: c for name, c in weight.components.items() if wanted(name)}
+            if components:
+                chosen[key] = replace(weight, components=components)
+        return self._weights(chosen)
+
+    def _weights(self, weights: Mapping[str, AdaptedWeight]) -> Adapter:
+        return replace(self, weights=weights)
+
+
+def _directions(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
+    """All left vectors (R, out) that a bank stores of each weight, most minor first."""
+    names = bank_names(bank, list(weights))
+    missing = [key for key in weights if key not in names]
+    if missing:
+        raise BankError(
+            f"{bank.path}: the bank lacks {len(missing)} weights of the adapter, first {missing[0]}",
+            hint="svdbank build MODEL --targets … adds them",
+        )
+    for key, weight in weights.items():
+        basis = bank[names[key]]
+        if (basis.out_features, basis.in_features) != (weight.out_features, weight.in_features):
+            raise WrongBaseError(f"{bank.path}: {names[key]} has another shape than {key} of the adapter")
+    lefts = {}
+    for rank in {bank[name].rank for name in names.values()}:
+        read = bank.left([name for name in names.values() if bank[name].rank == rank], rank)
+        lefts.update({key: read[name].mT.flip(0) for key, name in names.items() if name in read})
+    return lefts
+
+
+def combination(terms: Sequence[tuple[float, Adapter]], *, name: str | None = None) -> Adapter:
+    """``Σ wᵢ aᵢ`` in one pass. With ``name``, every weight's components become one of that name; else equal names add up.
+
+    Ranks, alphas, bands and sets of weights may differ. Raises :class:`WrongBaseError` for adapters of different bases and
+    :class:`OptionError` for none.
+    """
+    if not terms:
+        raise OptionError("a combination of no adapters")
+    _check_bases([adapter for _, adapter in terms])
+    keys = dict.fromkeys(key for _, adapter in terms for key in adapter.weights)
+    weights = {key: _combined_weight(list(_terms_of(key, terms)), name) for key in keys}
+    first = terms[0][1]
+    methods = {adapter.method for _, adapter in terms}
+    notes = tuple(dict.fromkeys(note for _, adapter in terms for note in adapter.notes))
+    return replace(first, weights=weights, notes=notes, method=first.method if len(methods) == 1 else "lora")
+
+
+def _terms_of(key: str, terms: Sequence[tuple[float, Adapter]]) -> Iterator[tuple[float, AdaptedWeight]]:
+    for factor, adapter in terms:
+        if key in adapter.weights:
+            yield factor, adapter.weights[key]
+
+
+def _combined_weight(terms: list[tuple[float, AdaptedWeight]], name: str | None) -> AdaptedWeight:
+    grouped: dict[str, list[tuple[float, Component]]] = {}
+    for factor, weight in terms:
+        for own, component in weight.components.items():
+            grouped.setdefault(name or own, []).append((factor, component))
+    first = terms[0][1]
+    source = next((weight.source for _, weight in terms if weight.source), None)
+    return replace(first, components={own: combined(parts) for own, parts in grouped.items()}, source=source)
+
+
+def _check_bases(adapters: Sequence[Adapter]) -> None:
+    """Raise :class:`WrongBaseError` where one weight has two shapes or two hashes."""
+    seen: dict[str, AdaptedWeight] = {}
+    for adapter in adapters:
+        for key, weight in adapter.weights.items():
+            other = seen.setdefault(key, weight)
+            if (weight.out_features, weight.in_features) != (other.out_features, other.in_features):
+                raise WrongBaseError(
+                    f"{key} is ({weight.out_features}, {weight.in_features}) in one adapter and "
+                    f"({other.out_features}, {other.in_features}) in another: they belong to different models"
+                )
+            if weight.source and other.source and weight.source.sha256 != other.source.sha256:
+                raise WrongBaseError(
+                    f"these adapters were made on different bases: {key} had other bytes",
+                    hint="adapter.rebase(bank) carries one over",
+                )
+            if weight.source and not other.source:
+                seen[key] = weight
