@@ -69,8 +69,8 @@ class Attachment(Struct, frozen=True):
     method
         ``mica``, ``milora`` or ``pissa``.
     rounding
-        What storing ``W − s B A`` in the base's dtype lost, ``‖fl(W') − W'‖ / ‖W‖`` in the Frobenius norm, the largest of all weights;
-        0 for MiCA, which leaves the base alone.
+        What storing ``W' = W − s B A`` in the base's dtype lost: ``‖fl(W') − W'‖ / ‖W‖`` in the Frobenius norm over up to 64 rows of a
+        weight, the largest of all weights; 0 for MiCA, which leaves the base alone.
     floored
         Singular values that were raised to the floor of :data:`svdbank.adapter.methods.SIGMA_FLOOR`, over all weights.
     """
