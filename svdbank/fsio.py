@@ -60,6 +60,26 @@ def write_new(path: Path, data: bytes | memoryview) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """A file that does not exist yet, written piece by piece and fsynced at the end. Yields the function that appends a piece."""
+    _about_to("create", path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    def append_piece(data: bytes | memoryview) -> None:
+        _about_to("write", path)
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+    try:
+        yield append_piece
+        _about_to("fsync", path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write or replace a file so that a crash leaves the old one or the new one, whole: temporary, fsync, rename, fsync folder."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
@@ -158,6 +178,16 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """True where two paths, or their nearest existing parents, lie on the same file system."""
+    devices = []
+    for path in (one, other):
+        while not path.exists():
+            path = path.parent
+        devices.append(path.stat().st_dev)
+    return devices[0] == devices[1]
 
 
 class _Owner(msgspec.Struct):

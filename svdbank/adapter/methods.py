@@ -94,8 +94,8 @@ def residual(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 def added(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``W + s B A`` of shape (out, in), summed in float32 (float64 for a float64 weight) and rounded once to the weight's dtype."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A, B = A.to(weight.device, wide), B.to(weight.device, wide)
-    return torch.addmm(weight.to(wide), B, A, alpha=scale).to(weight.dtype)
+    total = weight.to(wide, copy=True)  # the one wide copy: weights can be gigabytes
+    return total.addmm_(B.to(total), A.to(total), alpha=scale).to(weight.dtype)
 
 
 def restored(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
