@@ -190,11 +190,6 @@ class WeightSpec(Struct, frozen=True):
         return sum(source.nbytes for source in self.sources)
 
     @property
-    def quantised(self) -> bool:
-        """Whether the matrix is made of codes and scales."""
-        return any(source.quantisation is not None for source in self.sources)
-
-    @property
     def loaded_nbytes(self) -> int:
         """Bytes of the matrix in memory."""
         return sum(source.loaded_nbytes for source in self.sources)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from svdbank.checkpoint.architectures import ARCHITECTURES, UNKNOWN, Architecture, Blocks, Experts, Stack
 from svdbank.checkpoint.configuration import ModelFacts
+from svdbank.checkpoint.dtypes import FLOATING
 from svdbank.specs import TensorSource
 
 #: Slices a stacked tensor may have; the largest models have some hundreds of experts a layer.
@@ -78,6 +79,9 @@ def correspondence(tensors: Mapping[str, TensorSource], about: ModelFacts) -> Co
             for expert in range(source.shape[0]):
                 parameters.append(Parameter(name, (source.part(expert),), expert, stack.transposed))
         elif (blocks := _blocks_of(name, source, rows)) is not None:
+            if source.quantisation is not None:
+                incomplete[stored] = f"quantised, and loaded as {len(blocks.modules)} modules: its scales are not taken apart"
+                continue
             path = name.removesuffix(f"{blocks.stored}.weight")
             for block, module in enumerate(blocks.modules):
                 parameters.append(Parameter(f"{path}{module}.weight", (source.block(block, len(blocks.modules)),)))
@@ -157,13 +161,13 @@ def _rules(tables: Iterable[tuple[Experts, ...]]) -> Iterator[Experts]:
 
 
 def _stack_of(name: str, source: TensorSource, rows: tuple[Architecture, ...]) -> Stack | None:
-    if len(source.shape) != 3 or source.shape[0] > MAX_EXPERTS or 0 in source.shape:
+    if len(source.shape) != 3 or source.shape[0] > MAX_EXPERTS or 0 in source.shape or source.dtype not in FLOATING:
         return None
     return next((stack for row in rows for stack in row.stacks if name.endswith("." + stack.parameter)), None)
 
 
 def _blocks_of(name: str, source: TensorSource, rows: tuple[Architecture, ...]) -> Blocks | None:
-    if len(source.shape) != 2:
+    if len(source.shape) != 2 or 0 in source.shape or source.dtype not in FLOATING:
         return None
     for row in rows:
         for blocks in row.blocks:

@@ -18,7 +18,7 @@ MAX_CARD = 100_000
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_FOREIGN = (".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_FOREIGN = (".h5", ".msgpack", ".onnx", ".npz")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def _none_or_many(top: list[str], candidates: list[str], where: str) -> Checkpoi
             f"{where}: only pickle weights ({pickles[0]}); svdbank reads safetensors, because loading a pickle can run code",
             hint=f"if you trust where it comes from, convert it once: {conversion(where)}",
         )
+    if quantised := [name for name in top if name.endswith(".gguf")]:
+        return gguf(where, quantised[0])
     foreign = [name for name in top if name.endswith(_FOREIGN)]
     if foreign:
         return CheckpointError(
@@ -75,6 +77,15 @@ def _none_or_many(top: list[str], candidates: list[str], where: str) -> Checkpoi
         )
     return CheckpointError(
         f"{where}: no *.safetensors file there", hint="name a model folder, a .safetensors file or org/name on the Hub"
+    )
+
+
+def gguf(where: str, name: str) -> CheckpointError:
+    """The error for GGUF, which mostly holds weights quantised after training."""
+    return CheckpointError(
+        f"{where}: no safetensors weights; {name} is GGUF, made for inference and mostly quantised after training, which leaves "
+        "the minor singular directions to rounding noise",
+        hint="name the full-precision repository or folder that it was made from, in safetensors",
     )
 
 

@@ -113,7 +113,7 @@ def _refuse_compressed(about: _CompressedTensors, where: str, made_from: str | N
         assert group.weights is not None
         stored = group.format or about.format
         if group.weights.type.lower() != "float" or group.weights.num_bits < 8:
-            raise _afterwards(where, f"compressed-tensors ({stored[:40]})", group.weights.num_bits, made_from)
+            raise _afterwards(where, f"compressed-tensors, {stored[:40]}", group.weights.num_bits, made_from)
         if stored not in ("float-quantized", "naive-quantized"):
             raise _unreadable(where, f"compressed-tensors in the format {stored[:40]!r}", made_from)
         if group.weights.num_bits != 8 or not group.weights.symmetric:
@@ -122,8 +122,6 @@ def _refuse_compressed(about: _CompressedTensors, where: str, made_from: str | N
             raise _unreadable(where, f"compressed-tensors with strategy {group.weights.strategy[:40]!r}", made_from)
         if (group.weights.strategy == "block") != (group.weights.block_structure is not None):
             raise _unreadable(where, "compressed-tensors in which strategy and block_structure disagree", made_from)
-    if not groups:
-        raise _unreadable(where, "compressed-tensors without a group that says how weights are stored", made_from)
 
 
 def with_values(
@@ -282,7 +280,12 @@ def _bits(quantisation: Mapping[str, Any]) -> int | None:
         return 4
     if quantisation.get("load_in_8bit"):
         return 8
-    return next((bits for key in _BITS if type(bits := quantisation.get(key)) is int and 0 < bits < 17), None)
+    nested = quantisation
+    for key in ("quant_config", "weight_quant_params"):  # where HQQ has them
+        inner = nested.get(key)
+        nested = inner if isinstance(inner, dict) else nested
+    found = (part.get(key) for part in (quantisation, nested) for key in _BITS)
+    return next((bits for bits in found if type(bits) is int and 0 < bits < 17), None)
 
 
 def _afterwards(where: str, method: str, bits: int | None, made_from: str | None) -> CheckpointError:
