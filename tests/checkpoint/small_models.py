@@ -56,7 +56,7 @@ def configurations() -> dict[str, tuple[type[nn.Module], object]]:
         "roberta-masked": (t.RobertaForMaskedLM, t.RobertaConfig(vocab_size=1200, **small)),
         "t5": (
             t.T5ForConditionalGeneration,
-            t.T5Config(vocab_size=1200, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
+            t.T5Config(vocab_size=1200, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0),
         ),
         "vit": (t.ViTForImageClassification, t.ViTConfig(image_size=32, patch_size=8, **small)),
         "siglip": (t.SiglipVisionModel, t.SiglipVisionConfig(image_size=32, patch_size=8, **small)),
