@@ -1,9 +1,11 @@
-"""Attaching MiCA from a bank against PEFT's own initialisation, on SmolLM2-135M (210 linear weights).
+"""Attaching MiCA from a bank against PEFT's own initialisation, all linear weights, rank 16.
 
-As library calls in one process, with the time split; and process against process, imports included: building a whole bank (rank 128,
-both sides) against a script that only runs PEFT's initialisation at rank 16.
+On a model of half a billion parameters (the shapes of Qwen2.5-0.5B: 24 layers, 168 weights, d 896, ff 4864, 14 heads, 2 of them for
+keys and values; synthetic weights, few tokens) and on SmolLM2-135M (210 weights): as library calls in one process, with the time split.
+On SmolLM2 also process against process, imports included: building a whole bank (rank 128, both sides) against a script that only runs
+PEFT's initialisation.
 
-    python -m benchmarks.attach [--repeat N] [--threads N] [--skip-processes]
+    python -m benchmarks.attach [--repeat N] [--threads N] [--only half-billion|smollm2] [--skip-processes]
 
 Prints a table and, last, one line of JSON.
 """
@@ -84,27 +86,66 @@ def _wall(command: list[str]) -> float:
     return time.perf_counter() - begun
 
 
-def measure(*, repeat: int = 5, with_processes: bool = True) -> dict[str, Any]:
-    """All figures, with what they were measured on."""
-    import peft
+def half_billion(folder: Path) -> None:
+    """Write a checkpoint of Qwen2.5-0.5B's shapes, but for a small vocabulary, in bfloat16; the spectrum is that of ``llm_like``."""
     import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
+    from benchmarks.solver_cases import llm_like
+
+    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    config = Qwen2Config(vocab_size=1024, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for seed, parameter in enumerate(model.parameters()):
+            if parameter.ndim == 2 and parameter.shape[0] > 1:
+                parameter.copy_(llm_like(*parameter.shape, seed=seed))
+            else:
+                parameter.fill_(1.0)
+    model.save_pretrained(folder)
+
+
+def on_half_billion(place: Path, *, repeat: int) -> dict[str, Any]:
+    """Library calls on the half-billion model; its bank is built first, at the rank asked for, left vectors only."""
+    import svdbank
+
+    half_billion(place / "half-billion")
+    begun = time.perf_counter()
+    bank = svdbank.build(place / "half-billion", place / "half-billion.bank", rank=RANK, side="left")
+    seconds = time.perf_counter() - begun
+    calls = library_calls(place / "half-billion", bank, repeat=repeat)
+    return {"model": "0.5B-shaped", "weights": len(bank), "library": calls, "build_seconds": seconds, "processes": None}
+
+
+def on_smollm2(place: Path, *, repeat: int, with_processes: bool) -> dict[str, Any]:
+    """Library calls on SmolLM2, and two processes."""
     import svdbank
     from svdbank.demonstration import smollm2_folder
 
     folder = smollm2_folder()
+    both = processes(folder, place) if with_processes else None
+    bank = svdbank.open(place / "bank") if both else svdbank.build(folder, place / "bank", rank=BANK_RANK)
+    calls = library_calls(folder, bank, repeat=repeat)
+    return {"model": folder.name, "weights": len(bank), "library": calls, "build_seconds": None, "processes": both}
+
+
+def measure(*, repeat: int = 5, only: str | None = None, with_processes: bool = True) -> dict[str, Any]:
+    """All figures, with what they were measured on."""
+    import peft
+    import torch
+
+    load = os.getloadavg()[0]
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        load = os.getloadavg()[0]
-        both = processes(folder, place) if with_processes else None
-        bank = svdbank.open(place / "bank") if both else svdbank.build(folder, place / "bank", rank=BANK_RANK)
-        calls = library_calls(folder, bank, repeat=repeat)
+        if only in (None, "half-billion"):
+            found.append(on_half_billion(Path(scratch), repeat=repeat))
+        if only in (None, "smollm2"):
+            found.append(on_smollm2(Path(scratch), repeat=repeat, with_processes=with_processes))
     return {
-        "model": folder.name,
-        "weights": len(bank),
         "rank": RANK,
-        "library": calls,
-        "processes": both,
+        "models": found,
         "machine": {
             "cpu": platform.processor() or platform.machine(),
             "cpus": os.cpu_count(),
@@ -117,7 +158,7 @@ def measure(*, repeat: int = 5, with_processes: bool = True) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The figures of one model for people."""
     calls = figures["library"]
     rows = [
         ("attach from the bank, median", calls["seconds"]["lookup"]),
@@ -127,6 +168,8 @@ def table(figures: dict[str, Any]) -> str:
         ("PEFT plain LoRA, no decomposition", calls["seconds"]["peft_plain_lora"]),
         ("PEFT mica", calls["seconds"]["peft_mica"]),
     ]
+    if figures["build_seconds"]:
+        rows.append((f"the bank, built once: rank {RANK}, left side", figures["build_seconds"]))
     if figures["processes"]:
         rows += [
             (f"process: svdbank build, rank {BANK_RANK}, both sides", figures["processes"]["svdbank_build"]),
@@ -144,12 +187,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="attachments to take the median of")
     parser.add_argument("--threads", type=int, help="OpenMP threads of everything; one is fairer to PEFT on a busy machine")
+    parser.add_argument("--only", choices=["half-billion", "smollm2"], help="one of the two models")
     parser.add_argument("--skip-processes", action="store_true", help="library calls only")
     options = parser.parse_args()
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # read when torch is first imported, here and in the processes
-    figures = measure(repeat=options.repeat, with_processes=not options.skip_processes)
-    print(table(figures))
+    figures = measure(repeat=options.repeat, only=options.only, with_processes=not options.skip_processes)
+    print("\n\n".join(table(model) for model in figures["models"]))
     print(json.dumps(figures))
 
 

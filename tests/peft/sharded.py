@@ -98,6 +98,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             with without_svd(), pytest.warns(UnverifiedBaseWarning):
                 model, collectives = gathers_during(lambda m=model, c=config: get_peft_model(m, c, bank=bank))
             assert collectives == 0, collectives
+            assert gathers_during(lambda m=model: m(input_ids=mine))[1] > 0  # a step does gather: the count is not blind
             assert attachment(model).state == "unverified"
         for module, layer in lora_layers(model).items():
             A, B = factors(layer)
