@@ -45,7 +45,7 @@ def torch_lobpcg(weight: Tensor, rank: int) -> Tensor:
 
 def scipy_svds(weight: Tensor, rank: int) -> Tensor:
     """ARPACK for the smallest singular values, 2000 iterations at most."""
-    left, _, _ = scipy.sparse.linalg.svds(weight.to(torch.float64).numpy(), k=rank, which="SM", maxiter=2000, rng=0)
+    left, _, _ = scipy.sparse.linalg.svds(weight.to(torch.float64).numpy(), k=rank, which="SM", maxiter=200, rng=0)
     return torch.from_numpy(np.ascontiguousarray(left)).flip(1)
 
 
