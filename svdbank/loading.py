@@ -62,7 +62,9 @@ def open_source(model: str) -> Source:
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         except Exception as cause:
             raise CheckpointError(f"{model}: no model configuration to be read: {_first_line(cause)}") from cause
-        if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        # Encoders are in Transformers' table of causal models too, for those that were made decoders.
+        encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+        if encoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
             raise OptionError(
                 f"{model}: a {config.model_type} model does not predict next tokens, which this needs",
                 hint="name a causal model",

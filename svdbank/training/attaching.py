@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from svdbank import fsio
-from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache, read_folder
+from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
+from svdbank.adapter.reading import read_adapter
 from svdbank.bank import Bank
 from svdbank.errors import BankError, OptionError, missing_extra
 from svdbank.loading import Source, quiet_transformers
@@ -39,7 +39,7 @@ def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:
     else:
         assert bank is not None
         wrapped = get_peft_model(model, _config(options), bank=bank)
-        band = free_band(options)
+        band = free_band(options, bank)
         if band[0]:
             _move_to_band(wrapped, bank, band)
     beneath = []
@@ -67,11 +67,11 @@ def rehearse(options: TrainOptions, source: Source, bank: Bank | None) -> None:
     """Attach to the model without its weights, so that a target that matches nothing or a rank too large is said at once."""
     transformers = _transformers()
     if bank is not None:
-        stop = free_band(options)[1]
+        start, stop = free_band(options, bank)
         short = [name for name in bank.names if bank[name].kind == "linear" and stop > bank[name].rank]
         if options.on_top_of and short:
             raise BankError(
-                f"{bank.path}: the next free band is {stop - options.rank}:{stop}, and the bank holds {bank[short[0]].rank} directions of "
+                f"{bank.path}: the next free band is {start}:{stop}, and the bank holds {bank[short[0]].rank} directions of "
                 f"{short[0]}",
                 hint=f"svdbank build {options.model} --rank {stop}, or a lower -r",
             )
@@ -92,10 +92,28 @@ def rehearse(options: TrainOptions, source: Source, bank: Bank | None) -> None:
             ) from cause
 
 
-def free_band(options: TrainOptions) -> Band:
-    """The ``rank`` directions next to those that the adapters beneath stand on; ``[0, rank)`` where there are none."""
-    start = max((_band(folder)[1] for folder in options.on_top_of), default=0)
-    return start, start + options.rank
+def free_band(options: TrainOptions, bank: Bank) -> Band:
+    """The ``rank`` directions of the bank next to those that the adapters beneath stand on; ``[0, rank)`` where there are none.
+
+    An adapter that does not stand on the bank's directions (an ordinary LoRA) takes none. Raises :class:`OptionError` where two of those
+    beneath stand on the same directions, :class:`WrongBaseError` for an adapter of another base.
+    """
+    taken: list[tuple[Band, str]] = []
+    for folder in options.on_top_of:
+        adapter = read_adapter(folder, bank=bank)
+        bands = [band for key in adapter.weights for band in adapter.bands(key)]
+        if not bands:
+            continue
+        start, stop = min(band[0] for band in bands), max(band[1] for band in bands)
+        for (other_start, other_stop), other in taken:
+            if start < other_stop and other_start < stop:
+                raise OptionError(
+                    f"{folder} and {other} stand on the same directions of the bank, {max(start, other_start)}:{min(stop, other_stop)}",
+                    hint="train the second on top of the first, or merge them",
+                )
+        taken.append(((start, stop), folder))
+    first = max((stop for (_, stop), _ in taken), default=0)
+    return first, first + options.rank
 
 
 def initial_factors(model: Any, options: TrainOptions) -> dict[str, Tensor]:
@@ -121,7 +139,7 @@ def write_adapter(
         cache = AdapterCache(
             format=1,
             method=options.method,
-            band=free_band(options),
+            band=free_band(options, bank),
             rank=options.rank,
             base=bank.manifest.base.name,
             base_digest=bank.base_digest(weights),
@@ -160,18 +178,13 @@ def _move_to_band(model: Any, bank: Bank, band: Band) -> None:
     modules = dict(model.get_base_model().named_modules())
     with torch.no_grad():
         for name in names:
-            B = modules[bank[name].module].lora_B[NAME].weight
+            layer = modules.get(bank[name].module)
+            if layer is None or NAME not in getattr(layer, "lora_B", {}):
+                raise OptionError(
+                    f"{name}: only linear layers can be trained on top of another adapter", hint="--targets all-linear"
+                )
+            B = layer.lora_B[NAME].weight
             B.copy_(left[name][:, : stop - start])  # PEFT's order: the last column is the most minor one
-
-
-def _band(folder: str) -> Band:
-    saved = read_folder(folder)
-    if saved.cache is None:
-        raise OptionError(
-            f"{folder}: which directions of the bank this adapter stands on is not recorded",
-            hint="name an adapter that svdbank init or svdbank train wrote with the method mica",
-        )
-    return saved.cache.band
 
 
 def _restore(folder: Path, initial: dict[str, Tensor]) -> None:
@@ -188,20 +201,6 @@ def _restore(folder: Path, initial: dict[str, Tensor]) -> None:
     }
     fsio.write_bytes(folder / WEIGHTS, safetensors.torch.save(trained, metadata={"format": "pt"}))
     fsio.write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
-
-
-def check_beneath(folders: Sequence[str]) -> None:
-    """Refuse adapters beneath that cannot be read, or that stand on the same directions as another."""
-    taken: list[tuple[Band, str]] = []
-    for folder in folders:
-        start, stop = _band(folder)
-        for (other_start, other_stop), other in taken:
-            if start < other_stop and other_start < stop:
-                raise OptionError(
-                    f"{folder} and {other} stand on the same directions of the bank, {max(start, other_start)}:{min(stop, other_stop)}",
-                    hint="train the second on top of the first, or merge them",
-                )
-        taken.append(((start, stop), folder))
 
 
 def _peft() -> Any:

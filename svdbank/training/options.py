@@ -8,14 +8,17 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from svdbank.errors import OptionError
+from svdbank.loading import Dtype, LoadIn
 from svdbank.specs import Struct
 
 Method = Literal["mica", "milora", "pissa", "lora"]
+
+_CHOICES = {"method": get_args(Method), "dtype": get_args(Dtype), "load_in": (None, *get_args(LoadIn))}
 
 #: Fields that may be written as one string where there is only one.
 _LISTS = ("data", "retain", "targets", "on_top_of")
@@ -90,8 +93,8 @@ class TrainOptions(Struct, frozen=True, kw_only=True):
     warmup: float = 0.1
     weight_decay: float = 0.01
     clip: float = 0.3
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    load_in: Literal["4bit", "8bit"] | None = None
+    dtype: Dtype = "auto"
+    load_in: LoadIn | None = None
     gradient_checkpointing: bool = False
     held_out: float = 0.05
     held_out_blocks: int = 64
@@ -122,6 +125,9 @@ def resolve(config: Mapping[str, Any], given: Mapping[str, Any]) -> TrainOptions
     for name in ("model", "output", "bank"):
         if isinstance(values.get(name), Path):
             values[name] = str(values[name])
+    for name, choices in _CHOICES.items():
+        if name in values and values[name] not in choices:
+            raise OptionError(f"{name} is one of {', '.join(map(str, choices))}, not {values[name]!r}")
     try:
         options = msgspec.convert(values, TrainOptions, strict=True)
     except msgspec.ValidationError as cause:

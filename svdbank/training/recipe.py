@@ -27,7 +27,7 @@ from svdbank.pipeline import locating
 from svdbank.specs import Progress, ProgressCallback, to_json
 from svdbank.texts import collate, explained, first, hold_out, pack, read_documents
 from svdbank.training import checkpoints
-from svdbank.training.attaching import attach, check_beneath, initial_factors, rehearse, trainable_parameters, write_adapter
+from svdbank.training.attaching import attach, initial_factors, rehearse, trainable_parameters, write_adapter
 from svdbank.training.checkpoints import RunRecord
 from svdbank.training.options import TrainOptions, read_config, resolve, to_toml
 from svdbank.training.report import Change, TrainReport, card
@@ -144,7 +144,6 @@ def _prepare(options: TrainOptions, *, build: bool, force: bool, tell: ProgressC
         learning_rate=RATES[options.method] if options.learning_rate is None else options.learning_rate,
         dtype=chosen_dtype(options.dtype),
     )
-    check_beneath(options.on_top_of)
     arguments = _arguments(options, checkpoints.folder_of(output))
     run = _Run(options, output, force, source, None, arguments, tell)
     if options.method != "lora":

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from tests.peft.models import quiet
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 #: Tokens kept. A byte-level BPE numbers its tokens in the order of its merges, so a prefix of the vocabulary is a tokenizer.
 VOCABULARY = 4096
 
 
 def cut_smollm2(source: Path, folder: Path, *, layers: int = 2) -> Path:
-    """SmolLM2 cut to its first layers and tokens, as an ordinary model folder."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
-        model.resize_token_embeddings(VOCABULARY)
-        model.save_pretrained(folder)
+    """SmolLM2 cut to its first layers and tokens, as an ordinary model folder (bfloat16)."""
+    kept = {}
+    with safe_open(source / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            if layer is None or int(layer[1]) < layers:
+                tensor = file.get_tensor(name)
+                kept[name] = tensor[:VOCABULARY].clone() if "embed_tokens" in name else tensor
+    config = json.loads((source / "config.json").read_text())
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers, "vocab_size": VOCABULARY}))
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     cut_tokenizer(source, folder)
     return folder
 

@@ -1,0 +1,189 @@
+"""MiCA against LoRA at the same number of trainable parameters and steps, through ``svdbank train``, on SmolLM2-135M.
+
+Sections, each one or more runs of the command in a process of its own:
+
+- ``sweep``: learning rates of both methods on legal text, a third of the steps;
+- ``domains``: an adapter for legal, code and medical text by each method, at its best rate of the sweep;
+- ``time``: seconds a step and peak memory, the methods in turn. Only a quiet machine gives figures worth keeping.
+
+    python -m benchmarks.training [sweep|domains|time]… [--folder FOLDER] [--steps N]
+
+Runs that are finished in the folder are not repeated and an unfinished one goes on, so it can be stopped at any moment. The adapters stay
+in the folder as ``domains/METHOD-DOMAIN``. Prints tables and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks import domains
+
+#: LoRA trains (in + out) numbers a rank where MiCA trains in: on SmolLM2's layers half the rank is the same budget within 2 %.
+RANKS = {"mica": 16, "lora": 8}
+SWEEP = {"mica": (5e-4, 1e-3, 2e-3, 4e-3), "lora": (2e-4, 5e-4, 1e-3, 2e-3)}
+RECIPE = (
+    "--length",
+    "256",
+    "--batch-size",
+    "1",
+    "--held-out-blocks",
+    "24",
+    "--log-steps",
+    "5",
+    "--save-steps",
+    "20",
+    "--seed",
+    "0",
+)
+
+
+def run(model: Path, output: Path, *, method: str, data: Path, options: tuple[str, ...]) -> dict[str, Any]:
+    """One training, unless it is there already; its figures."""
+    figures = output / "training.json"
+    if not figures.is_file():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [str(Path(sys.executable).with_name("svdbank")), "train", str(model), "-o", str(output), "--data", str(data)]
+        command += ["--method", method, "-r", str(RANKS[method]), *RECIPE, *options]
+        print(" ".join(command), file=sys.stderr, flush=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads(figures.read_bytes())
+    return found
+
+
+def sweep(model: Path, folder: Path, texts: dict[str, Path], steps: int) -> list[dict[str, Any]]:
+    """Held-out loss after a third of the steps, by method and rate."""
+    rows = []
+    for method, rates in SWEEP.items():
+        for rate in rates:
+            options = ("--steps", str(steps // 3), "--lr", str(rate))
+            figures = run(model, folder / "sweep" / f"{method}-{rate:g}", method=method, data=texts["legal"], options=options)
+            rows.append({"method": method, "rate": rate, **_loss(figures["held_out"])})
+    return rows
+
+
+def best_rate(rows: list[dict[str, Any]], method: str) -> float:
+    """The rate with the lowest held-out loss."""
+    return float(min((row for row in rows if row["method"] == method), key=lambda row: row["after"])["rate"])
+
+
+def over_domains(
+    model: Path, folder: Path, texts: dict[str, Path], steps: int, rates: dict[str, float]
+) -> list[dict[str, Any]]:
+    """One adapter a domain and method."""
+    rows = []
+    for domain, data in texts.items():
+        for method in RANKS:
+            options = ("--steps", str(steps), "--lr", str(rates[method]))
+            figures = run(model, folder / "domains" / f"{method}-{domain}", method=method, data=data, options=options)
+            rows.append(
+                {
+                    "domain": domain,
+                    "method": method,
+                    "rate": rates[method],
+                    "trainable_parameters": figures["trainable_parameters"],
+                    **_loss(figures["held_out"]),
+                }
+            )
+    return rows
+
+
+def timed(model: Path, folder: Path, texts: dict[str, Path], steps: int) -> list[dict[str, Any]]:
+    """Seconds a step and peak memory, three runs a method in turn."""
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in RANKS}
+    for turn in range(3):
+        for method in RANKS:
+            options = ("--steps", str(max(6, steps // 6)), "--lr", "1e-3")
+            found[method].append(
+                run(model, folder / "time" / f"{method}-{turn}", method=method, data=texts["legal"], options=options)
+            )
+    rows = []
+    for method, runs in found.items():
+        seconds = [figures["step_seconds"] for figures in runs]
+        rows.append(
+            {
+                "method": method,
+                "rank": RANKS[method],
+                "trainable_parameters": runs[0]["trainable_parameters"],
+                "step_seconds": fmean(seconds),
+                "step_seconds_error": stdev(seconds) / len(seconds) ** 0.5,
+                "peak_bytes": max(figures["peak_bytes"] for figures in runs),
+            }
+        )
+    return rows
+
+
+def _loss(change: dict[str, Any]) -> dict[str, float]:
+    return {name: change[name] for name in ("before", "before_error", "after", "after_error", "change", "change_error")}
+
+
+def tables(figures: dict[str, Any]) -> str:
+    """Markdown for docs/benchmarks.md."""
+    parts = []
+    if rows := figures.get("sweep"):
+        parts.append("| method | rate | held-out loss | change |\n| --- | --- | --- | --- |")
+        parts[-1] += "".join(f"\n| {r['method']} | {r['rate']:g} | {_plain(r)} | {_signed(r)} |" for r in rows)
+    if rows := figures.get("domains"):
+        parts.append("| text | method | rate | before | after | change |\n| --- | --- | --- | --- | --- | --- |")
+        parts[-1] += "".join(
+            f"\n| {r['domain']} | {r['method']} | {r['rate']:g} | {r['before']:.3f} ± {r['before_error']:.3f} | "
+            f"{_plain(r)} | {_signed(r)} |"
+            for r in rows
+        )
+    if rows := figures.get("time"):
+        parts.append("| method | rank | trainable parameters | seconds a step | peak memory |\n| --- | --- | --- | --- | --- |")
+        parts[-1] += "".join(
+            f"\n| {r['method']} | {r['rank']} | {r['trainable_parameters']:,} | {r['step_seconds']:.3f} ± {r['step_seconds_error']:.3f} | "
+            f"{r['peak_bytes'] / 1e9:.2f} GB |"
+            for r in rows
+        )
+    return "\n\n".join(parts)
+
+
+def _plain(row: dict[str, float]) -> str:
+    return f"{row['after']:.3f} ± {row['after_error']:.3f}"
+
+
+def _signed(row: dict[str, float]) -> str:
+    return f"{row['change']:+.3f} ± {row['change_error']:.3f}"
+
+
+def main() -> None:
+    import svdbank
+    from svdbank.demonstration import smollm2_folder
+    from svdbank.errors import BankNotFoundError
+    from svdbank.pipeline import locating
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=["sweep", "domains", "time"], help="default: all")
+    parser.add_argument("--folder", type=Path, default=locating.home() / "benchmarks" / "training", help="runs and adapters")
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+    sections = options.sections or ["sweep", "domains", "time"]
+    folder: Path = options.folder
+    model = smollm2_folder()
+    texts = domains.write(folder / "texts")
+    try:
+        svdbank.open(model)
+    except BankNotFoundError:
+        svdbank.build(model)
+    figures: dict[str, Any] = {"cpus": os.cpu_count(), "load_at_start": os.getloadavg()[0], "steps": options.steps}
+    if "sweep" in sections or "domains" in sections:
+        figures["sweep"] = sweep(model, folder, texts, options.steps)
+    if "domains" in sections:
+        rates = {method: best_rate(figures["sweep"], method) for method in RANKS}
+        figures["domains"] = over_domains(model, folder, texts, options.steps, rates)
+    if "time" in sections:
+        figures["time"] = timed(model, folder, texts, options.steps)
+    print(tables(figures))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
