@@ -30,6 +30,7 @@ def build_command(
       svdbank build ./my-model -o ./my-model.bank --rank 64
       svdbank build ./my-model --targets q_proj --targets v_proj
       svdbank build ./my-model --targets '.*layers\\.(0|1)\\..*proj'
+      svdbank build meta-llama/Llama-3.1-70B --disk-budget 20GB --no-keep
       svdbank build ./my-model --json | tail -1
     """
     import svdbank
@@ -60,6 +61,21 @@ def _text(report: Any) -> str:
     ]
     if report.quantised:
         lines.insert(1, dequantised(report.quantised))
+    if fetched := fetch_line(report.fetch):
+        lines.append(fetched)
     if report.fallbacks:
         lines.insert(len(lines) - 1, f"{len(report.fallbacks)} weights needed a second method (svdbank info shows which)")
     return "\n".join(lines)
+
+
+def fetch_line(fetch: Any) -> str | None:
+    """How the bytes came from the Hub, in one line; None for a model that was here."""
+    if fetch.way == "local":
+        return None
+    parts = [f"fetched {size(fetch.nbytes)} by {fetch.way}"]
+    if fetch.requests:
+        parts.append(f"{fetch.requests} requests, {fetch.retries} of them repeated")
+    parts.append(f"solver waited {duration(fetch.waiting_seconds)}")
+    if not fetch.checked:
+        parts.append("not checked against a hash: the Hub has none for a range")
+    return "; ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,21 @@ class RankType(click.ParamType):
             return int(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor 'all'", param, ctx)
+
+
+class SizeType(click.ParamType):
+    """A number of bytes, alone or with a unit: ``20GB`` is 20·10⁹, ``20GiB`` 20·2³⁰."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", value.strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a size: 500MB, 20GB, 16GiB", param, ctx)
+        power = " kmgt".index(found[2] or " ")
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def with_output(command: Command) -> Command:
@@ -77,6 +93,23 @@ def build_options(command: Command) -> Command:
             ),
             click.option(
                 "--jobs", type=click.IntRange(min=1), help="Small weights solved at a time. [default: one a processor]"
+            ),
+            click.option(
+                "--fetch",
+                type=click.Choice(["auto", "cache", "shards", "ranges"]),
+                default="auto",
+                show_default=True,
+                help="How weights come from the Hub: all first, file by file while solving, or only the bytes needed; auto: by what fits.",
+            ),
+            click.option(
+                "--disk-budget",
+                type=SizeType(),
+                help="Most bytes of a Hub model's files on disk at a time: 500MB, 20GB, 16GiB. [default: what is free]",
+            ),
+            click.option(
+                "--keep/--no-keep",
+                default=None,
+                help="Leave downloaded files in the Hugging Face cache, or delete each once it is read. [default: keep where all fit]",
             ),
         )
     ):

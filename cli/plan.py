@@ -18,13 +18,14 @@ _SHOWN_SKIPS = 3
 @build_options
 @with_output
 def plan_command(model: str, bank: str | None, targets: tuple[str, ...], output: Output, **options: Any) -> None:
-    """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only
-    (of a model on the Hub once it is in the Hugging Face cache: it is downloaded first).
+    """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only, on the Hub too:
+    no weights are downloaded. What a bank at the output already holds is left out.
 
     \b
     Examples:
       svdbank plan HuggingFaceTB/SmolLM2-135M
       svdbank plan ./my-model --rank 64 --targets q_proj --targets v_proj
+      svdbank plan meta-llama/Llama-3.1-70B --disk-budget 20GB
       svdbank plan ./my-model --json
     """
     show_plan(model, bank, targets or ("all-linear",), output, options)
@@ -34,9 +35,17 @@ def show_plan(model: str, bank: str | None, targets: tuple[str, ...], output: Ou
     """Print the plan of a build with these options."""
     import svdbank
 
-    with output.progress() as progress:
-        report = svdbank.plan(model, bank, targets=targets, progress=progress, **options)
-    output.data(report, _text)
+    output.data(svdbank.plan(model, bank, targets=targets, **options), _text)
+
+
+def _fetch(fetch: Any) -> str:
+    what = {
+        "cache": f"{size(fetch.nbytes)} in {fetch.files} files into the Hugging Face cache first, checked by sha256",
+        "shards": f"{size(fetch.nbytes)} in {fetch.files} files, the next while one is solved, checked by sha256; "
+        + ("kept in the Hugging Face cache" if fetch.keep else f"deleted behind, at most {size(fetch.disk_bytes)} on disk"),
+        "ranges": f"{size(fetch.nbytes)} as byte ranges, nothing on disk; the Hub has no hash to check a range by",
+    }[fetch.way]
+    return f"fetch     {fetch.way}: {what}"
 
 
 def _text(report: Any) -> str:
@@ -58,12 +67,15 @@ def _text(report: Any) -> str:
     lines = [
         table(("family", "weights", "out x in", "rank", "solver", "size"), rows),
         "",
-        f"weights   {sum(f.count for f in report.families)} of {report.model}, {size(report.fetch_bytes)} to read",
+        f"weights   {sum(f.count for f in report.families)} of {report.model}, {size(report.fetch_bytes)} to read"
+        + (f"; {report.present} are in the bank already" if report.present else ""),
         f"bank      {report.output}",
         f"          {size(report.write_bytes)} in {report.files} files; {size(report.free_bytes)} free",
         f"memory    at most {size(report.peak_bytes)} with {report.jobs} at a time",
         f"time      about {duration(report.seconds)} (from one small solve, timed now)",
     ]
+    if report.fetch.way != "local":
+        lines.insert(-2, _fetch(report.fetch))
     if report.quantised:
         lines.append(f"quantised {dequantised(report.quantised)}")
     for reason, count in reasons.most_common():

@@ -31,7 +31,7 @@ TEMPORARY = ".tmp"
 def observe(observer: Callable[[str, Path], None]) -> Iterator[None]:
     """Call ``observer(operation, path)`` before every operation; what it raises stops that operation.
 
-    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``.
+    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``, ``rmdir``.
     """
     _observers.append(observer)
     try:
@@ -152,6 +152,13 @@ def remove_tree(path: Path) -> None:
     """Remove a folder and what is in it, links not followed."""
     _about_to("rmtree", path)
     shutil.rmtree(path)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder unless something is, or somebody writes, in it."""
+    _about_to("rmdir", path)
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def sha256_file(path: Path) -> str:

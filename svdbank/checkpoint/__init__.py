@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from svdbank.checkpoint.selection import decomposable
-from svdbank.checkpoint.source import Checkpoint, Progress, open_checkpoint
+from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.checkpoint.targets import matches
 
-__all__ = ["Checkpoint", "Progress", "decomposable", "matches", "open_checkpoint"]
+__all__ = ["Checkpoint", "decomposable", "matches", "open_checkpoint"]

@@ -9,7 +9,7 @@ import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from svdbank.errors import CheckpointError
 
@@ -17,6 +17,20 @@ from svdbank.errors import CheckpointError
 PIECE = 8 << 20
 
 _SNAPSHOT = re.compile(r"(?:models|datasets|spaces)--.+")
+_SHARED = re.compile(r"[0-9a-f]{64}")
+
+
+class WeightBytes(Protocol):
+    """What a checkpoint needs of a weight file, wherever it lies."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read_into(self, buffer: memoryview, begin: int, digest: Any | None = None) -> None:
+        """Fill ``buffer`` from offset ``begin``, feeding ``digest`` (a hashlib object) the bytes in order; from any thread."""
+
+    def close(self) -> None:
+        """No read may be under way; later ones raise CheckpointError."""
 
 
 def blobs_of(folder: Path) -> Path | None:
@@ -42,12 +56,34 @@ def member(folder: Path, name: str) -> Path:
         ) from cause
     if linked:
         blobs = blobs_of(folder)
-        if blobs is None or target.parent != blobs.resolve():
+        if blobs is None or not (target.parent == blobs.resolve() or _is_shared(target, blobs)):
             raise CheckpointError(
                 f"{path}: a link to {target}; only the Hugging Face cache's links into its own blobs/ are followed",
                 hint=f"if you trust it, put the file itself there: cp --remove-destination '{target}' '{path}'",
             )
     return target
+
+
+def blob_id(folder: Path, name: str) -> str | None:
+    """The Hub's id of a file in a snapshot of the Hugging Face cache: what its blob is called. None for any other file."""
+    path = folder / name
+    if not path.is_symlink() or blobs_of(folder) is None:
+        return None
+    blob = Path(os.path.normpath(folder / path.readlink()))
+    return blob.name if blob.parent.name == "blobs" else None
+
+
+def _is_shared(target: Path, blobs: Path) -> bool:
+    """True inside the store beside all repositories of a cache where the Hub client puts what several of them hold.
+
+    A blob is then itself a link, to ``blobs/ab/abcd…`` of the cache's root.
+    """
+    store = blobs.parent.parent / "blobs"
+    return (
+        _SHARED.fullmatch(target.name) is not None
+        and target.parent.name == target.name[:2]
+        and target.parent.parent == store.resolve()
+    )
 
 
 def open_regular(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: an id becomes a commit, and the commit's weight files lie in the Hugging Face cache.
+"""Models on the Hugging Face Hub: an id becomes a commit, and what the commit's files are.
 
 Everything goes through ``huggingface_hub``, so its cache, tokens, endpoint and offline switch mean what they mean elsewhere.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from svdbank.checkpoint.files import member, read_document, sha256_of
-from svdbank.checkpoint.layout import MAX_INDEX, choose, parse_index
+from svdbank.checkpoint.files import blob_id, member, read_document, sha256_of
+from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, choose, parse_index
+from svdbank.checkpoint.refusals import ATTEMPTS, explain, is_connection_error, status_of, wait_before_retry
 from svdbank.errors import CheckpointError, OptionError
 
-if TYPE_CHECKING:
-    from svdbank.checkpoint.source import Progress
+#: ``progress(stage, done, total)``: bytes done and bytes known so far of a stage such as ``download``.
+Progress = Callable[[str, int, int], None]
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -25,12 +28,26 @@ _CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A commit's configuration and weights on disk. ``identities`` maps weight file names to the Hub's file ids."""
+class HubFile:
+    """One weight file of a commit. ``identity`` is the Hub's id (sha256 of a large file, git's of a small one; may be empty),
+    ``path`` where the Hugging Face cache has it, None where it does not."""
 
+    name: str
+    size: int
+    identity: str
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit: what configuration and index say, and which weight files there are. ``folder`` is its place in the cache."""
+
+    repository: str
     commit: str
     folder: Path
-    identities: dict[str, str]
+    config: bytes | None
+    weight_map: dict[str, str] | None
+    files: tuple[HubFile, ...]
 
 
 def parse_id(text: str) -> tuple[str, str | None]:
@@ -44,100 +61,158 @@ def parse_id(text: str) -> tuple[str, str | None]:
     return found[1], found[2]
 
 
-def fetch(repository: str, revision: str | None, progress: Progress | None = None) -> Snapshot:
-    """Configuration and weight files of a repository at the commit that ``revision`` (default ``main``) names now.
+def look_up(repository: str, revision: str | None) -> Snapshot:
+    """The commit that ``revision`` (default ``main``) names now, with its configuration and index: weights are not downloaded.
 
-    What the cache lacks is downloaded, and compared with the Hub's sha256 where it gives one. Without a connection, or under
-    ``HF_HUB_OFFLINE``, the cached commit is used when it is complete. Raises CheckpointError.
+    Without a connection, or under ``HF_HUB_OFFLINE``, the cached commit is used when it is complete; a full commit hash that is
+    complete in the cache needs no request at all. Raises CheckpointError.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     if revision is not None and _COMMIT.fullmatch(revision) and (cached := _from_cache(repository, revision)) is not None:
         return cached
     shown = f"{repository}@{revision}" if revision else repository
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        info = _patiently(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True), repository, revision)
     except Exception as cause:
-        unreachable = _is_connection_error(cause) or (isinstance(cause, HfHubHTTPError) and _status(cause) >= 500)
+        unreachable = is_connection_error(cause) or status_of(cause) >= 500
         if unreachable and (cached := _from_cache(repository, revision)) is not None:
             return cached
-        raise _explain(cause, shown) from cause
+        raise explain(cause, shown) from cause
     commit = info.sha
     if commit is None or not _COMMIT.fullmatch(commit):
         raise CheckpointError(f"{shown}: the Hub named no commit")
-    files = {file.rfilename: file for file in info.siblings or []}
-    layout = choose(files, shown)
+    listed = {file.rfilename: file for file in info.siblings or []}
+    layout = choose(listed, shown)
     try:
-        names = [layout.single] if layout.single else _indexed(repository, commit, layout.index or "", files, shown)
-        folder = _download(repository, commit, [*([_CONFIG] if _CONFIG in files else []), *names], files, progress)
-        _remember(repository, revision or "main", commit, _CONFIG if _CONFIG in files else names[0])
-    except CheckpointError:
-        raise
+        weight_map = None
+        if layout.index is not None:
+            index = _document(repository, commit, layout.index, listed, MAX_INDEX)
+            weight_map = parse_index(index, f"{shown}: {layout.index}")
+        names = sorted(set(weight_map.values())) if weight_map is not None else [layout.single or ""]
+        missing = [name for name in names if name not in listed]
+        if missing:
+            raise CheckpointError(f"{shown}: {layout.index} names {missing[0]}, which the repository does not hold")
+        config = _document(repository, commit, _CONFIG, listed, MAX_CONFIG) if _CONFIG in listed else None
+        folder = storage_folder(repository) / "snapshots" / commit
+        files = tuple(_hub_file(folder, name, listed[name]) for name in names)
     except Exception as cause:
-        raise _explain(cause, shown) from cause
-    identities = {name: _file_id(files[name]) for name in names}
-    return Snapshot(commit, folder, identities)
+        raise explain(cause, shown) from cause
+    return Snapshot(repository, commit, folder, config, weight_map, files)
 
 
-def _file_id(file: Any) -> str:
-    """sha256 of a large file, git's blob id of a small one: also the name that the file has in ``blobs/``."""
-    return str((file.lfs.sha256 if file.lfs is not None else file.blob_id) or "")
+def storage_folder(repository: str) -> Path:
+    """Where the Hugging Face cache keeps a repository."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repository, repo_type="model")
 
 
-def _indexed(repository: str, commit: str, index: str, files: dict[str, Any], shown: str) -> list[str]:
-    folder = _download(repository, commit, [index], files, None)
-    names = sorted(set(parse_index(read_document(member(folder, index), MAX_INDEX), f"{shown}: {index}").values()))
-    missing = [name for name in names if name not in files]
-    if missing:
-        raise CheckpointError(f"{shown}: {index} names {missing[0]}, which the repository does not hold")
-    return names
+def download(snapshot: Snapshot, progress: Progress | None = None) -> dict[str, Path]:
+    """Bring every weight file of a commit into the Hugging Face cache; where each lies then.
 
-
-def _download(repository: str, commit: str, names: list[str], files: dict[str, Any], progress: Progress | None) -> Path:
-    """Fetch ``names`` at ``commit``; those that were not cached before are compared with their sha256."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-
-    new = [name for name in names if not isinstance(try_to_load_from_cache(repository, name, revision=commit), str)]
-    folder = Path(
-        snapshot_download(
-            repository, revision=commit, allow_patterns=[glob.escape(name) for name in names], tqdm_class=_silent_bar(progress)
-        )
-    ).resolve()
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{repository}@{commit[:12]}: {name} was not downloaded", hint="run the command again")
-    for name in new:
-        lfs = files[name].lfs
-        if lfs is not None and lfs.sha256 and sha256_of((folder / name).resolve()) != lfs.sha256:
-            # What is in the cache is trusted from then on by every program, so wrong bytes must not stay there.
-            (folder / name).resolve().unlink()
-            (folder / name).unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{repository}@{commit[:12]}: {name} arrived with other bytes than the Hub's sha256 {lfs.sha256[:12]}…; it was removed",
-                hint="run the command again; if it repeats, a proxy or mirror in between changes files",
-            )
-    return folder
-
-
-def _remember(repository: str, revision: str, commit: str, name: str) -> None:
-    """Make the cache's ``refs/`` say what ``revision`` was, so that it can be opened offline: the client does it for a file.
-
-    Only now, when the commit is complete: refs never name a commit that cannot be used.
+    Those that were not there before are compared with the Hub's sha256 where it gives one. Raises CheckpointError.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    new = {file.name: file.identity for file in snapshot.files if file.path is None}
+    try:
+        _download(snapshot, new, progress)
+    except Exception as cause:
+        raise explain(cause, f"{snapshot.repository}@{snapshot.commit[:12]}") from cause
+    return {file.name: member(snapshot.folder.resolve(), file.name) for file in snapshot.files}
+
+
+def remember(repository: str, revision: str | None, commit: str) -> None:
+    """Make the cache's ``refs/`` say what ``revision`` was, so that it can be opened and looked up offline.
+
+    Not where that would put a commit that is complete in the cache behind one that is not.
+    """
+    from huggingface_hub import hf_hub_download
 
     if revision == commit:
         return
-    known = try_to_load_from_cache(repository, name, revision=revision)
-    if not isinstance(known, str) or Path(known).parent.name != commit:
-        # The weights are here: that a name cannot be looked up offline later is no reason to fail now.
-        with contextlib.suppress(Exception):
-            hf_hub_download(repository, name, revision=revision, tqdm_class=_silent_bar(None))
+    reference = storage_folder(repository) / "refs" / (revision or "main")
+    known = reference.read_text().strip() if reference.is_file() else None
+    if known == commit or (known is not None and _from_cache(repository, commit) is None):
+        return
+    # The client writes refs for a file that it is asked for by name. The build is done: that this fails is no reason to fail now.
+    with contextlib.suppress(Exception):
+        hf_hub_download(repository, _CONFIG, revision=revision, tqdm_class=_silent_bar(None))
+
+
+def _patiently(call: Callable[[], Any], repository: str, revision: str | None) -> Any:
+    """The result of a request for metadata, asked again while the Hub is busy: not where the cache can answer instead."""
+    for failures in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except Exception as cause:
+            wait = wait_before_retry(cause, failures)
+            # A server that is busy may be waited for; one that is not there is told of soon.
+            last = wait is None or failures == (ATTEMPTS if status_of(cause) else 3)
+            if last or (status_of(cause) != 429 and _from_cache(repository, revision) is not None):
+                raise
+            assert wait is not None
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _document(repository: str, commit: str, name: str, listed: dict[str, Any], limit: int) -> bytes:
+    """The bytes of a small file, through the Hugging Face cache; refused before the download if it is not small."""
+    from huggingface_hub import hf_hub_download
+
+    if (listed[name].size or 0) > limit:
+        raise CheckpointError(f"{repository}: {name} has {listed[name].size} bytes; {limit} are accepted")
+    path = Path(
+        _patiently(lambda: hf_hub_download(repository, name, revision=commit, tqdm_class=_silent_bar(None)), repository, commit)
+    )
+    return read_document(member(path.parent.resolve(), name), limit)
+
+
+def _hub_file(folder: Path, name: str, listed: Any) -> HubFile:
+    identity = str((listed.lfs.sha256 if listed.lfs is not None else listed.blob_id) or "")
+    size = listed.size if listed.size is not None else (listed.lfs.size if listed.lfs is not None else None)
+    if size is None:
+        raise CheckpointError(f"{name}: the server does not say how large it is", hint="check HF_ENDPOINT")
+    return HubFile(name, int(size), identity, _cached(folder, name, identity))
+
+
+def _cached(folder: Path, name: str, identity: str) -> Path | None:
+    """Where the cache has a file: behind the snapshot's link, or as a blob of that id which another commit brought."""
+    if (folder / name).exists():
+        return member(folder.resolve(), name)
+    blob = folder.parent.parent / "blobs" / identity
+    return blob.resolve() if identity and blob.is_file() and not blob.is_symlink() else None
+
+
+def _download(snapshot: Snapshot, new: dict[str, str], progress: Progress | None) -> None:
+    from huggingface_hub import snapshot_download
+
+    where = f"{snapshot.repository}@{snapshot.commit[:12]}"
+    names = [file.name for file in snapshot.files]
+    snapshot_download(
+        snapshot.repository,
+        revision=snapshot.commit,
+        allow_patterns=[glob.escape(name) for name in names],
+        tqdm_class=_silent_bar(progress),
+    )
+    folder = snapshot.folder.resolve()
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{where}: {name} was not downloaded", hint="run the command again")
+    for name, identity in new.items():
+        path = member(folder, name)
+        if len(identity) == 64 and sha256_of(path) != identity:
+            # What is in the cache is trusted from then on by every program, so wrong bytes must not stay there.
+            path.unlink()
+            (folder / name).unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{where}: {name} arrived with other bytes than the Hub's sha256 {identity[:12]}…; it was removed",
+                hint="run the command again; if it repeats, a proxy or mirror in between changes files",
+            )
 
 
 def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
-    """The cached snapshot of a revision; None if there is none, CheckpointError if files of it are missing."""
+    """The cached snapshot of a revision, if all of its files are there."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in (_CONFIG, "model.safetensors", "model.safetensors.index.json"):
@@ -152,85 +227,18 @@ def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
         layout = choose((entry.name for entry in folder.iterdir()), shown)
     except CheckpointError:
         return None
-    names = [layout.single] if layout.single else []
+    weight_map = None
     if layout.index:
-        names = sorted(set(parse_index(read_document(member(folder, layout.index), MAX_INDEX), f"{shown}: index").values()))
+        weight_map = parse_index(read_document(member(folder, layout.index), MAX_INDEX), f"{shown}: {layout.index}")
+    names = sorted(set(weight_map.values())) if weight_map is not None else [layout.single or ""]
     if any(not (folder / name).is_file() for name in names):
         return None
-    return Snapshot(folder.name, folder, {})
-
-
-def _explain(cause: Exception, shown: str) -> CheckpointError:
-    """What a failure of the Hub client means to the person who named ``shown``."""
-    from huggingface_hub import errors
-
-    if isinstance(cause, errors.GatedRepoError):
-        return CheckpointError(
-            f"{shown}: access to this repository must be granted first",
-            hint=f"ask for it on the model's page ({shown.split('@')[0]}), then: hf auth login",
-        )
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return CheckpointError(
-            f"{shown}: the repository has no such revision", hint="name a branch, a tag or a full commit hash"
-        )
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return CheckpointError(
-            f"{shown}: neither a path here nor a repository that the Hub shows you",
-            hint="check the spelling; if it is private: hf auth login",
-        )
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return CheckpointError(
-            f"{shown}: not complete in the Hugging Face cache, and HF_HUB_OFFLINE forbids downloading it",
-            hint=f"once, with a connection: HF_HUB_OFFLINE=0 hf download {shown.replace('@', ' --revision ')}",
-        )
-    if isinstance(cause, errors.HfHubHTTPError):
-        status = _status(cause)
-        if status in (401, 403):
-            return CheckpointError(f"{shown}: the Hub refuses access (HTTP {status})", hint="hf auth login")
-        if status == 429:
-            return CheckpointError(
-                f"{shown}: the Hub answers that too many requests were made (HTTP 429)",
-                hint="wait some minutes and run it again",
-            )
-        return CheckpointError(f"{shown}: the Hub answers HTTP {status}", hint="run it again later")
-    if _is_connection_error(cause):
-        return CheckpointError(
-            f"{shown}: not complete in the Hugging Face cache, and the Hub cannot be reached ({type(cause).__name__})",
-            hint="check the connection and HF_ENDPOINT, or name a local folder",
-        )
-    if isinstance(cause, OSError):
-        return CheckpointError(
-            f"{shown}: downloading failed: {cause}",
-            hint="check the free space and permissions of the Hugging Face cache (HF_HOME)",
-        )
-    return CheckpointError(
-        f"{shown}: the Hub client failed: {type(cause).__name__}: {cause}", hint="run it again; what was downloaded is kept"
-    )
-
-
-def _status(cause: Exception) -> int:
-    return int(getattr(getattr(cause, "response", None), "status_code", 0) or 0)
-
-
-def _is_connection_error(cause: BaseException) -> bool:
-    """True for a failed connection, of whichever HTTP library this version of huggingface_hub uses."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(cause, HfHubHTTPError):
-        return False
-    seen: BaseException | None = cause
-    while seen is not None:
-        libraries = {kind.__module__.partition(".")[0] for kind in type(seen).__mro__}
-        if isinstance(seen, ConnectionError | TimeoutError) or libraries & {
-            "httpx",
-            "httpx2",
-            "httpcore",
-            "requests",
-            "urllib3",
-        }:
-            return True
-        seen = seen.__cause__
-    return False
+    config = read_document(member(folder, _CONFIG), MAX_CONFIG) if (folder / _CONFIG).is_file() else None
+    files = []
+    for name in names:
+        path = member(folder, name)
+        files.append(HubFile(name, path.stat().st_size, blob_id(folder, name) or "", path))
+    return Snapshot(repository, folder.name, folder, config, weight_map, tuple(files))
 
 
 def _silent_bar(progress: Progress | None) -> Any:

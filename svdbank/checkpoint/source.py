@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from svdbank.checkpoint.assembly import assemble
-from svdbank.checkpoint.configuration import digest
+from svdbank.checkpoint.configuration import digest, quantisation_of
+from svdbank.checkpoint.dequantisation import dequantise
 from svdbank.checkpoint.documents import parse_object
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
-from svdbank.checkpoint.files import State, WeightFile, member, open_regular, read_document
+from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, member, open_regular, read_document
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
-from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, Layout, choose, parse_index
+from svdbank.checkpoint.layout import MAX_CARD, MAX_CONFIG, MAX_INDEX, Layout, choose, gguf, parse_index
+from svdbank.checkpoint.quantisation import full_precision, refuse_unreadable, with_values
 from svdbank.errors import CheckpointError
 from svdbank.specs import SourceFile, TensorSource, WeightSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: ``progress(stage, done, total)``: bytes done and bytes known so far of a stage such as ``download``.
-Progress = Callable[[str, int, int], None]
+    from svdbank.checkpoint.hub import HubFile
+    from svdbank.checkpoint.remote import Remote, RemoteFile
+
+
+#: Bytes fetched of a remote file at first: most headers fit.
+_HEADER_GUESS = 64 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +49,7 @@ class Checkpoint:
     config
         ``config.json`` parsed; empty when there is none.
     tensors
-        Every tensor of every weight file, by name.
+        Every tensor of every weight file, by name; codes and scales of quantised weights as the one tensor of values they stand for.
     files
         The weight files, by name.
     cache_key
@@ -59,7 +66,9 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     cache_key: str
     config_digest: str
-    _open: dict[str, WeightFile] = field(repr=False)
+    _open: dict[str, WeightBytes] = field(repr=False)
+    #: How files that are on the Hub and not on this disk are had; None where all are here.
+    remote: Remote | None = field(default=None, repr=False)
 
     def read(self, spec: WeightSpec) -> Tensor:
         """The matrix (out, in) of ``spec`` in its stored dtype; for ``transpose`` a view of what is stored.
@@ -78,6 +87,8 @@ class Checkpoint:
         """Close the files. No read may be under way; later reads raise CheckpointError."""
         for file in self._open.values():
             file.close()
+        if self.remote is not None:
+            self.remote.close()
 
     def __enter__(self) -> Self:
         return self
@@ -86,10 +97,11 @@ class Checkpoint:
         self.close()
 
     def read_tensor(self, source: TensorSource, digest: Any | None = None, *, out: Tensor | None = None) -> Tensor:
-        """The values of ``source`` in its shape; ``digest`` (a hashlib object) is fed the stored bytes.
+        """The values of ``source`` in its shape; ``digest`` (a hashlib object) is fed the stored bytes, codes before scales.
 
-        They are read straight into ``out`` where it is given: contiguous, of the same shape and dtype, on the CPU. Raises
-        CheckpointError if this checkpoint does not hold ``source``, or its bytes cannot be had.
+        They are read straight into ``out`` where it is given: contiguous, of the same shape and dtype, on the CPU. What is
+        quantised is dequantised panel by panel. Raises CheckpointError if this checkpoint does not hold ``source``, or its bytes
+        cannot be had.
         """
         import torch
 
@@ -101,22 +113,40 @@ class Checkpoint:
             )
         if source.dtype not in FLOATING:
             raise CheckpointError(f"{self.name}: {source.name!r} is stored as {source.dtype}; its values need dequantising")
+        if source.quantisation is not None:
+            return self._dequantised(source, digest, out)
         if out is None:
             out = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
         self._open[source.file].read_into(out.reshape(-1).view(torch.uint8).numpy().data, source.begin, digest)
         return out
 
+    def _dequantised(self, source: TensorSource, digest: Any | None, out: Tensor | None) -> Tensor:
+        import torch
 
-def open_checkpoint(model: str | os.PathLike[str], *, progress: Progress | None = None) -> Checkpoint:
+        assert source.quantisation is not None
+        scales = source.quantisation.scales
+        factors = torch.empty(scales.nbytes, dtype=torch.uint8)
+        self._open[scales.file].read_into(factors.numpy().data, scales.begin)
+
+        def fill(codes: memoryview, begin: int) -> None:
+            self._open[source.file].read_into(codes, source.begin + begin, digest)
+
+        values = dequantise(source, fill, factors, out)
+        if digest is not None:
+            digest.update(factors.numpy().data)
+        return values
+
+
+def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """Open a model folder, a single ``.safetensors`` file, or ``org/name[@revision]`` on the Hugging Face Hub.
 
     A path that exists wins over a Hub id of the same spelling; ``hf://org/name[@revision]`` always means the Hub. A Hub model is
-    pinned to the commit its revision resolved to and read from the Hugging Face cache, downloading what is missing;
-    ``progress("download", done, total)`` reports the bytes. Only headers are read here. Raises CheckpointError.
+    pinned to the commit its revision resolved to. Only configuration, index and headers are read here; weights that the Hugging
+    Face cache lacks are fetched when they are read, range by range, or as ``checkpoint.remote`` is told. Raises CheckpointError.
     """
     text = os.fspath(model)
     if text.startswith("hf://"):
-        return _open_hub(text.removeprefix("hf://"), progress)
+        return _open_hub(text.removeprefix("hf://"))
     path = Path(text).expanduser()
     try:
         exists = path.exists()
@@ -127,17 +157,15 @@ def open_checkpoint(model: str | os.PathLike[str], *, progress: Progress | None 
     if exists:
         return open_local(path)
     if isinstance(model, str) and _could_be_hub_id(text):
-        return _open_hub(text, progress)
+        return _open_hub(text)
     raise CheckpointError(
         f"{text}: no such file or folder", hint="name a model folder, a .safetensors file or org/name on the Hub"
     )
 
 
-def open_local(
-    path: Path, *, name: str | None = None, revision: str | None = None, identities: dict[str, str] | None = None
-) -> Checkpoint:
-    """Open what lies on disk. ``identities`` gives the Hub's ids of the weight files where they are known."""
-    where = name or str(path)
+def open_local(path: Path) -> Checkpoint:
+    """Open what lies on disk."""
+    where = str(path)
     if path.is_dir():
         folder = path.resolve()
         try:
@@ -148,9 +176,10 @@ def open_local(
     else:
         # The user named this file: if it is a link, that is their wish, except that its header is read from where it leads.
         folder, layout = path.parent.resolve(), Layout(single=path.name)
+        if path.name.endswith(".gguf"):
+            raise gguf(where, path.name)
         if not path.name.endswith(".safetensors"):
             raise CheckpointError(f"{path}: not a .safetensors file", hint="name a model folder or a .safetensors file")
-    config = _read_config(folder)
     weight_map = None
     if layout.index is not None:
         index = member(folder, layout.index)
@@ -159,31 +188,71 @@ def open_local(
     else:
         assert layout.single is not None
         names = [layout.single]
+    located = {file: path.resolve() if not path.is_dir() else member(folder, file) for file in names}
+    return _assembled(
+        path.name if path.name not in ("", "..") else path.resolve().name,
+        where,
+        config=_read_config(folder),
+        card=_read_card(folder),
+        weight_map=weight_map,
+        parts=(_local_part(located[file], file, blob_id(folder, file)) for file in names),
+        folder=folder,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One weight file with what its header says."""
+
+    source: SourceFile
+    tensors: dict[str, TensorSource]
+    reader: WeightBytes
+
+
+def _local_part(path: Path, file: str, identity: str | None) -> _Part:
+    tensors, state, header_hash = _read_header(path, file)
+    source = SourceFile(name=file, size=state.size, identity=identity or f"{state.size}-{state.mtime_ns}-{header_hash}")
+    return _Part(source, tensors, WeightFile(file, path, state))
+
+
+def _assembled(
+    name: str,
+    where: str,
+    *,
+    config: dict[str, Any],
+    card: str | None,
+    weight_map: dict[str, str] | None,
+    parts: Iterable[_Part],
+    folder: Path,
+    revision: str | None = None,
+    remote: Remote | None = None,
+) -> Checkpoint:
+    """A checkpoint of these files, once index and headers are found to agree. What cannot be read is refused before any header."""
+    quantised = quantisation_of(config, f"{where}: config.json")
+    refuse_unreadable(quantised, where, made_from=full_precision(config, card, name) if quantised else None)
     tensors: dict[str, TensorSource] = {}
-    opened: dict[str, WeightFile] = {}
+    opened: dict[str, WeightBytes] = {}
     files = []
-    for file_name in names:
-        located = path.resolve() if not path.is_dir() else member(folder, file_name)
-        found, state, header_hash = _read_header(located, file_name)
+    for part in parts:
         if weight_map is not None:
-            _agree(found, weight_map, file_name, where)
-        tensors.update(found)
-        opened[file_name] = WeightFile(file_name, located, state)
-        identity = (identities or {}).get(file_name) or _blob_id(located) or f"{state.size}-{state.mtime_ns}-{header_hash}"
-        files.append(SourceFile(name=file_name, size=state.size, identity=identity))
+            _agree(part.tensors, weight_map, part.source.name, where)
+        tensors.update(part.tensors)
+        opened[part.source.name] = part.reader
+        files.append(part.source)
     if weight_map is not None and len(tensors) != len(weight_map):
         missing = next(tensor for tensor in weight_map if tensor not in tensors)
         raise CheckpointError(f"{where}: the index names {missing!r} in {weight_map[missing]}, whose header does not have it")
     return Checkpoint(
-        name=name or (path if path.name not in ("", "..") else path.resolve()).name,
+        name=name,
         revision=revision,
         folder=folder,
         config=config,
-        tensors=tensors,
+        tensors=with_values(tensors, quantised, config, where),
         files=tuple(files),
         cache_key=_cache_key(files),
         config_digest=digest(config),
         _open=opened,
+        remote=remote,
     )
 
 
@@ -206,17 +275,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return parse_object(read_document(path, MAX_CONFIG), str(folder / "config.json"))
 
 
+def _read_card(folder: Path) -> str | None:
+    """The beginning of the model card beside the weights, if there is one."""
+    try:
+        with os.fdopen(open_regular(member(folder, "README.md")), "rb") as file:
+            return file.read(MAX_CARD).decode("utf-8", "replace")
+    except CheckpointError:
+        return None
+
+
 def _agree(found: dict[str, TensorSource], weight_map: dict[str, str], file: str, where: str) -> None:
     for tensor in found:
         said = weight_map.get(tensor)
         if said != file:
             place = f"in {said}" if said else "nowhere"
             raise CheckpointError(f"{where}: {file} holds the tensor {tensor!r}, which the index says lies {place}")
-
-
-def _blob_id(path: Path) -> str | None:
-    """The Hub's id of a file that lies in ``blobs/`` of the Hugging Face cache: the name it has there."""
-    return path.name if path.parent.name == "blobs" and "--" in path.parent.parent.name else None
 
 
 def _cache_key(files: list[SourceFile]) -> str:
@@ -232,9 +305,52 @@ def _could_be_hub_id(text: str) -> bool:
     )
 
 
-def _open_hub(text: str, progress: Progress | None) -> Checkpoint:
-    from svdbank.checkpoint.hub import fetch, parse_id
+def _open_hub(text: str) -> Checkpoint:
+    from svdbank.checkpoint.hub import look_up, parse_id
+    from svdbank.checkpoint.remote import Remote
 
-    repository, revision = parse_id(text)
-    snapshot = fetch(repository, revision, progress)
-    return open_local(snapshot.folder, name=repository, revision=snapshot.commit, identities=snapshot.identities)
+    name, revision = parse_id(text)
+    snapshot = look_up(name, revision)
+    where = f"{name}@{snapshot.commit[:12]}"
+    remote = Remote(snapshot, revision) if any(file.path is None for file in snapshot.files) else None
+
+    def part(file: HubFile) -> _Part:
+        if file.path is not None:
+            return _local_part(file.path, file.name, file.identity)
+        assert remote is not None
+        reader = remote.files[file.name]
+        return _Part(reader.source, _fetch_header(reader, where), reader)
+
+    try:
+        # Headers of remote files are some round trips each: several at a time.
+        with ThreadPoolExecutor(8, "svdbank-headers") as pool:
+            return _assembled(
+                name,
+                where,
+                config=parse_object(snapshot.config, f"{where}: config.json") if snapshot.config is not None else {},
+                card=None,
+                weight_map=snapshot.weight_map,
+                parts=pool.map(part, snapshot.files),
+                folder=snapshot.folder,
+                revision=snapshot.commit,
+                remote=remote,
+            )
+    except BaseException:
+        if remote is not None:
+            remote.close()
+        raise
+
+
+def _fetch_header(file: RemoteFile, where: str) -> dict[str, TensorSource]:
+    """The header of a file that is not here: its first bytes, and what is missing of it then."""
+    size = file.source.size
+    place = f"{where}: {file.name}"
+    start = bytearray(min(size, _HEADER_GUESS))
+    file.read_into(memoryview(start), 0)
+    length = header_length(bytes(start[:PREFIX]), size=size, where=place)
+    header = bytearray(length)
+    known = len(start) - PREFIX
+    header[:known] = start[PREFIX : PREFIX + length]
+    if length > known:
+        file.read_into(memoryview(header)[known:], PREFIX + known)
+    return parse_header(bytes(header), file=file.name, size=size, where=place)

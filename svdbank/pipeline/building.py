@@ -17,10 +17,10 @@ from svdbank.bank.layout import LOG, MANIFEST, plan_name
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
 from svdbank.errors import BankError, DamageError, OptionError, WrongBaseError
 from svdbank.pipeline.execution import Execution
+from svdbank.pipeline.fetching import Fetch, FetchReport, checked_fetch
 from svdbank.pipeline.locating import default_output
-from svdbank.pipeline.planning import available_cpus, bytes_to, checked_options, family_bytes, make_plan
+from svdbank.pipeline.planning import available_cpus, bank_bytes, checked_options, make_plan, refuse_other_options
 from svdbank.specs import (
-    BuildOptions,
     Plan,
     Progress,
     ProgressCallback,
@@ -29,15 +29,16 @@ from svdbank.specs import (
     Struct,
     WeightSpec,
     from_json,
+    quantised_formats,
 )
 from svdbank.verification import verify
 
-#: Written beside the vectors: index, metadata, coordinate arrays. Generous; for the check of free space.
-_OVERHEAD_PER_WEIGHT = 64 << 10
-
 
 class BuildReport(Struct, frozen=True):
-    """What a build did. ``solved`` weights were decomposed now, ``reused`` were there already."""
+    """What a build did. ``solved`` weights were decomposed now, ``reused`` were there already.
+
+    ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values.
+    """
 
     bank: str
     weights: int
@@ -47,6 +48,8 @@ class BuildReport(Struct, frozen=True):
     seconds: float
     largest_residual: float
     fallbacks: tuple[str, ...]
+    quantised: dict[str, int]
+    fetch: FetchReport
 
 
 def build(
@@ -61,6 +64,9 @@ def build(
     principal: int = 0,
     device: str = "auto",
     jobs: int | None = None,
+    fetch: Fetch = "auto",
+    disk_budget: int | None = None,
+    keep: bool | None = None,
     progress: ProgressCallback | None = None,
     on_report: Callable[[BuildReport], None] | None = None,
 ) -> Bank:
@@ -86,6 +92,11 @@ def build(
         ``auto`` (CUDA if there), ``cpu``, ``cuda``, ``cuda:1`` …
     jobs
         Small weights solved at a time, by default one a processor. Does not change the bytes of the bank.
+    fetch, disk_budget, keep
+        How weights on the Hub come here: ``cache`` (all of them into the Hugging Face cache first), ``shards`` (file by file, the
+        next while this one is solved), ``ranges`` (only the bytes needed, nothing on disk), or ``auto``, by what fits; the most bytes
+        of them on disk at a time (default: what is free); whether they stay (default: where all fit). None of it changes a byte of
+        the bank.
     progress, on_report
         Called with each step, and once with a summary.
 
@@ -102,16 +113,17 @@ def build(
     """
     started = time.perf_counter()
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
-    with open_checkpoint(model, progress=bytes_to(progress)) as checkpoint:
+    fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
+    with open_checkpoint(model) as checkpoint:
         weights, skips = decomposable(checkpoint, targets)
         root = Path(output) if output is not None else default_output(checkpoint, options)
         _refuse_foreign_folder(root)
         with fsio.locked(root):
-            run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), progress or _ignore)
+            run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), fetching, progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
             earlier = None
             if published is not None:
-                _refuse_other_options(root, published.options, options)
+                refuse_other_options(root, published.options, options)
                 earlier = open_bank(root)
                 _refuse_damaged(root)
                 run.check_base(earlier, _known_weights(checkpoint, earlier, weights))
@@ -127,6 +139,8 @@ def build(
                 _refuse_full_disk(root, plan)
                 run.execute(plan, weights, generation, earlier)
             bank = open_bank(root)
+        if checkpoint.remote is not None:
+            checkpoint.remote.remember()
     summary = BuildReport(
         bank=str(root),
         weights=len(bank),
@@ -136,6 +150,8 @@ def build(
         seconds=time.perf_counter() - started,
         largest_residual=max(bank[name].certificate.residual for name in bank),
         fallbacks=tuple(name for name in bank if bank[name].certificate.tried),
+        quantised=quantised_formats(bank[name].dtype for name in bank),
+        fetch=run.fetch_report(),
     )
     if on_report is not None:
         on_report(summary)
@@ -164,7 +180,7 @@ def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpe
 def _frozen_plan(path: Path, plan: Plan) -> Plan:
     """The plan of an unfinished build or extension, which is carried out as it stands; errors name what is now asked otherwise."""
     frozen = from_json(read_regular(path), Plan, where=str(path), error=BankError)
-    _refuse_other_options(path.parent, frozen.options, plan.options)
+    refuse_other_options(path.parent, frozen.options, plan.options)
     if frozen.base.config_digest != plan.base.config_digest:
         raise WrongBaseError(
             f"{path.parent} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
@@ -180,15 +196,6 @@ def _frozen_plan(path: Path, plan: Plan) -> Plan:
             hint=f"finish it first (its modules end in {', '.join(names)}), then build again with more targets; or delete the bank",
         )
     return frozen
-
-
-def _refuse_other_options(root: Path, theirs: BuildOptions, ours: BuildOptions) -> None:
-    for field in ("rank", "side", "dtype", "principal", "solver"):
-        if getattr(theirs, field) != getattr(ours, field):
-            raise OptionError(
-                f"{root} is a bank with {field} {getattr(theirs, field)}; {getattr(ours, field)} was asked for",
-                hint=f"another {field} is another bank: choose another -o, or delete this one",
-            )
 
 
 def _refuse_damaged(root: Path) -> None:
@@ -211,8 +218,7 @@ def _refuse_foreign_folder(root: Path) -> None:
 
 
 def _refuse_full_disk(root: Path, plan: Plan) -> None:
-    needed = sum(family_bytes(family, plan.options) + _OVERHEAD_PER_WEIGHT * len(family.weights) for family in plan.families)
-    needed -= sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    needed = bank_bytes(root, plan)
     if needed > (free := fsio.free_bytes(root)):
         raise OptionError(
             f"{root}: the bank needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free",

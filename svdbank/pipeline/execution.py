@@ -10,7 +10,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -20,9 +22,18 @@ from svdbank.bank.layout import LOG
 from svdbank.basis import Basis
 from svdbank.checkpoint import Checkpoint
 from svdbank.errors import NotFiniteError, SolverError, WrongBaseError
+from svdbank.pipeline.fetching import READ_AHEAD, FetchOptions, FetchPlan, FetchReport, fetched, files_of, plan_fetch
+from svdbank.pipeline.planning import bank_bytes
+from svdbank.pipeline.reading import Loaded, Reader
 from svdbank.probe import probe_indices
 from svdbank.solver import minor_basis, pinned_threads
-from svdbank.specs import FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
+from svdbank.specs import BaseSpec, FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
+
+#: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
+READERS = 8
+
+#: Seconds between progress reports while nothing is being solved.
+_SHOW_EVERY = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,19 +48,42 @@ class _Work:
 class Execution:
     """One run of a build: counts the weights it solves and reuses, reports progress in weights."""
 
-    def __init__(self, checkpoint: Checkpoint, root: Path, device: torch.device, jobs: int, progress: ProgressCallback) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        root: Path,
+        device: torch.device,
+        jobs: int,
+        fetch: FetchOptions,
+        progress: ProgressCallback,
+    ) -> None:
         self.checkpoint = checkpoint
         self.root = root
         self.device = device
         self.jobs = jobs
+        self.fetch = fetch
         self.progress = progress
         self.solved = 0
         self.reused = 0
+        self.waited = 0.0
+        self.way: FetchPlan | None = None
+
+    def fetch_report(self) -> FetchReport:
+        """How the bytes of the weights came, so far."""
+        traffic = self.checkpoint.remote.traffic if self.checkpoint.remote is not None else None
+        return FetchReport(
+            way=self.way.way if self.way is not None else "local",
+            checked=self.way is None or self.way.checked,
+            nbytes=traffic.nbytes if traffic is not None else 0,
+            requests=traffic.requests if traffic is not None else 0,
+            retries=traffic.retries if traffic is not None else 0,
+            waiting_seconds=round(self.waited, 4),
+        )
 
     def check_base(self, bank: Bank, weights: Sequence[WeightSpec]) -> None:
         """Hash the weights a published bank holds; raise WrongBaseError for the first that is not what it was built from."""
         for done, weight in enumerate(weights):
-            self._check_source(weight, bank[weight.name].source_sha256)
+            self._check_source(weight, bank[weight.name].source_sha256, bank.manifest.base)
             self.progress(Progress("check base", done + 1, len(weights), "weights", weight.name))
 
     def execute(self, plan: Plan, weights: Sequence[WeightSpec], generation: int, earlier: Bank | None) -> Manifest:
@@ -61,50 +95,96 @@ class Execution:
             for shard in plan.shards
         ]
         writer = BankWriter(self.root, plan, generation=generation)
+        kept = {work.shard: record for work in shards if (record := writer.record(work.shard)) is not None}
+        todo = [work for work in shards if work.shard not in kept]
+        ahead = [weight for work in todo for weight in work.weights]
+        missing = bank_bytes(self.root, plan)
+        self.way = plan_fetch(self.checkpoint, ahead, self.fetch, root=self.root, bank_bytes=missing)
         writer.begin()
         self._log("start", versions={"torch": torch.__version__, "python": platform.python_version()}, device=str(self.device))
         hashes = {} if earlier is None else {name: earlier[name].source_sha256 for name in earlier}
-        todo = []
         for work in shards:
-            if (record := writer.record(work.shard)) is None:
-                todo.append(work)
-                continue
-            for weight, kept in zip(work.weights, record.weights, strict=True):
-                self._check_source(weight, kept.source_sha256)
-                hashes[weight.name] = kept.source_sha256
-            self.reused += len(record.weights)
+            if (done := kept.get(work.shard)) is not None:
+                for weight, recorded in zip(work.weights, done.weights, strict=True):
+                    self._check_source(weight, recorded.source_sha256, plan.base)
+                    hashes[weight.name] = recorded.source_sha256
+                self.reused += len(done.weights)
         total = sum(len(work.weights) for work in shards)
         self.progress(Progress("decompose", self.reused, total, "weights", ""))
-        # One thread count at a time: two solves with different counts would fight over the processors.
-        for threads, group in groupby(sorted(todo, key=lambda work: work.shard.threads), key=lambda work: work.shard.threads):
-            with pinned_threads(threads):
-                for record in self._solve_all(list(group), writer, at_once=self.jobs if threads == 1 else 1):
-                    hashes.update({weight.name: weight.source_sha256 for weight in record.weights})
-                    self.solved += len(record.weights)
-                    self.progress(Progress("decompose", self.reused + self.solved, total, "weights", record.weights[-1].name))
+        for record in self._solve_all(self._in_order(todo), writer):
+            hashes.update({weight.name: weight.source_sha256 for weight in record.weights})
+            self.solved += len(record.weights)
+            self.progress(Progress("decompose", self.reused + self.solved, total, "weights", record.weights[-1].name))
         self.progress(Progress("publish", 0, 1, "bank", str(self.root)))
         manifest = writer.publish(
             base_digest=base_digest(hashes),
             earlier=earlier.manifest if earlier else None,
             earlier_index=earlier.index if earlier else None,
         )
-        self._log("published", solved=self.solved, reused=self.reused)
+        self._log("published", solved=self.solved, reused=self.reused, fetch=msgspec.to_builtins(self.fetch_report()))
         self.progress(Progress("publish", 1, 1, "bank", str(self.root)))
         return manifest
 
-    def _solve_all(self, todo: Sequence[_Work], writer: BankWriter, *, at_once: int) -> Iterator[ShardRecord]:
-        """Solve shards, ``at_once`` at a time, while one thread reads the next; yields records as they become durable."""
-        with ThreadPoolExecutor(1, "svdbank-read") as reader, ThreadPoolExecutor(at_once, "svdbank-solve") as solvers:
+    def _in_order(self, todo: Sequence[_Work]) -> list[_Work]:
+        """Work of one thread count together; where files come one by one, each file's work together before that.
+
+        Work on a file waits until the last of its files is there and then comes first, so that earlier files can go.
+        """
+        assert self.way is not None
+        if self.way.way != "shards":
+            return sorted(todo, key=lambda work: work.shard.threads)
+        place = {file.name: number for number, file in enumerate(self.checkpoint.files)}
+
+        def order(work: _Work) -> tuple[int, int, int]:
+            places = [place[name] for weight in work.weights for name in files_of(weight)]
+            return max(places), min(places), work.shard.threads
+
+        return sorted(todo, key=order)
+
+    def _solve_all(self, todo: Sequence[_Work], writer: BankWriter) -> Iterator[ShardRecord]:
+        """Read and solve shards, yielding each record once it is durable."""
+        assert self.way is not None
+        groups = [work.weights for work in todo]
+        remote = self.way.way in ("shards", "ranges")
+        # Reads outlive downloads: a read that waits for a download is told to give up when that ends.
+        with Reader(groups, threads=READERS if remote else 1, ahead=READ_AHEAD if remote else 0) as reader:
+            begun = time.perf_counter()
+            weights = [weight for group in groups for weight in group]
+            with fetched(self.checkpoint, weights, self.way, self.progress) as downloads:
+                self.waited += time.perf_counter() - begun  # a whole download comes before everything else
+
+                def read(weight: WeightSpec) -> tuple[Tensor, str]:
+                    result = self.checkpoint.read_hashed(weight)
+                    downloads.done(files_of(weight))
+                    return result
+
+                reader.start(read)
+                # One thread count at a time: two solves with different counts would fight over the processors.
+                for threads, group in groupby(todo, key=lambda work: work.shard.threads):
+                    with pinned_threads(threads):
+                        yield from self._solve_group(list(group), reader, writer, at_once=self.jobs if threads == 1 else 1)
+
+    def _solve_group(self, todo: Sequence[_Work], reader: Reader, writer: BankWriter, *, at_once: int) -> Iterator[ShardRecord]:
+        """Solve shards, ``at_once`` at a time, while the next are read."""
+        with ThreadPoolExecutor(at_once, "svdbank-solve") as solvers:
             running: set[Future[ShardRecord]] = set()
             try:
-                ahead = reader.submit(self._load, todo[0])
-                for number, work in enumerate(todo):
-                    loaded = ahead.result()
-                    if number + 1 < len(todo):
-                        ahead = reader.submit(self._load, todo[number + 1])
+                for work in todo:
                     while len(running) >= at_once:
                         finished, running = wait(running, return_when=FIRST_COMPLETED)
                         yield from (future.result() for future in finished)
+                    begun = time.perf_counter()
+                    while pending := reader.pending():
+                        either: set[Future[Any]] = {*pending, *running}
+                        wait(either, timeout=_SHOW_EVERY, return_when=FIRST_COMPLETED)
+                        del either, pending  # they hold what was read
+                        finished = {future for future in running if future.done()}
+                        running -= finished
+                        yield from (future.result() for future in finished)
+                        if not running:
+                            self._show_download()
+                    self.waited += time.perf_counter() - begun
+                    loaded = reader.take()
                     running.add(solvers.submit(self._solve_shard, work, loaded, writer))
                     del loaded
                 while running:
@@ -112,15 +192,16 @@ class Execution:
                     yield from (future.result() for future in finished)
             except BaseException:
                 # The solves under way end and are recorded; nothing new starts.
-                reader.shutdown(wait=False, cancel_futures=True)
                 solvers.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _load(self, work: _Work) -> list[tuple[WeightSpec, Tensor, str]]:
-        """Each weight of a shard with the sha256 of its stored bytes."""
-        return [(weight, *self.checkpoint.read_hashed(weight)) for weight in work.weights]
+    def _show_download(self) -> None:
+        """Nothing is being solved: say what is waited for."""
+        if self.way is not None and self.way.nbytes and self.checkpoint.remote is not None:
+            done = min(self.checkpoint.remote.traffic.nbytes, self.way.nbytes)
+            self.progress(Progress("download", done, self.way.nbytes, "bytes"))
 
-    def _solve_shard(self, work: _Work, loaded: list[tuple[WeightSpec, Tensor, str]], writer: BankWriter) -> ShardRecord:
+    def _solve_shard(self, work: _Work, loaded: Loaded, writer: BankWriter) -> ShardRecord:
         """Solve the weights of a shard, giving each up once it is solved, and write them."""
         started = time.perf_counter()
         bases: list[Basis] = []
@@ -173,13 +254,24 @@ class Execution:
         except SolverError as cause:
             raise SolverError(f"{weight.name}: {cause}", hint=cause.hint) from cause
 
-    def _check_source(self, weight: WeightSpec, expected: str) -> None:
+    def _check_source(self, weight: WeightSpec, expected: str, base: BaseSpec) -> None:
+        if self._is_pinned(weight, base):
+            return
         _, found = self.checkpoint.read_hashed(weight)
         if found != expected:
             raise WrongBaseError(
                 f"{self.root} was built from another model: {weight.name} of {self.checkpoint.name} has other bytes",
                 hint="give the bank another place with -o, or delete it",
             )
+
+    def _is_pinned(self, weight: WeightSpec, base: BaseSpec) -> bool:
+        """True for what is not on this machine and is, by name and commit, what the bank was made from: not fetched to be hashed."""
+        remote = self.checkpoint.remote
+        return (
+            remote is not None
+            and (self.checkpoint.name, self.checkpoint.revision) == (base.name, base.revision)
+            and any(name in remote.files for name in files_of(weight))
+        )
 
     def _log(self, event: str, **facts: object) -> None:
         """Times and machine facts, outside everything that is hashed."""

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from svdbank import fsio
-from svdbank.bank.layout import STORED, rank_extent, vector_arrays, weights_per_shard
+from svdbank.bank import open_bank
+from svdbank.bank.chunks import read_regular
+from svdbank.bank.layout import MANIFEST, STORED, plan_name, rank_extent, record_file, vector_arrays, weights_per_shard
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
-from svdbank.errors import OptionError
+from svdbank.errors import BankError, OptionError
+from svdbank.pipeline.fetching import FETCHING, Fetch, FetchPlan, checked_fetch, plan_fetch
 from svdbank.pipeline.locating import default_output
 from svdbank.specs import (
     BaseSpec,
     BuildOptions,
     FamilySpec,
     Plan,
-    Progress,
-    ProgressCallback,
     ShardSpec,
     Side,
     Skip,
     StoredDtype,
     Struct,
     WeightSpec,
+    from_json,
+    quantised_formats,
 )
 
 #: Weights whose short side is at most this are solved one a thread, several at a time; larger ones one at a time on all threads.
 #: Below it a factorisation is too small to keep two threads busy (`python -m benchmarks.solver` shows 1×2 against 2×1).
 ONE_THREAD_SHORT_SIDE = 1024
+
+#: Written beside the vectors: index, metadata, coordinate arrays. Generous; for the check of free space.
+_OVERHEAD_PER_WEIGHT = 64 << 10
 
 #: Memory of the process itself once torch and zarr are loaded, bytes.
 _RESIDENT = 450 << 20
@@ -54,13 +60,17 @@ class FamilySummary(Struct, frozen=True):
 class PlanReport(Struct, frozen=True):
     """A plan with what it will cost. Bytes, seconds; ``seconds`` is an estimate from one timed solve and fixes nothing.
 
+    ``present`` weights are in the bank at ``output`` already and left out of everything else. ``fetch`` says what is downloaded and how;
     ``fetch_bytes`` are read from the checkpoint, ``write_bytes`` and ``files`` written to ``output``, ``peak_bytes`` the memory bound.
+    ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values.
     """
 
     model: str
     output: str
     plan: Plan
     families: tuple[FamilySummary, ...]
+    present: int
+    fetch: FetchPlan
     fetch_bytes: int
     write_bytes: int
     files: int
@@ -68,6 +78,7 @@ class PlanReport(Struct, frozen=True):
     peak_bytes: int
     jobs: int
     seconds: float
+    quantised: dict[str, int]
 
 
 def plan(
@@ -81,21 +92,70 @@ def plan(
     solver: str = "auto",
     principal: int = 0,
     jobs: int | None = None,
-    progress: ProgressCallback | None = None,
+    fetch: Fetch = "auto",
+    disk_budget: int | None = None,
+    keep: bool | None = None,
 ) -> PlanReport:
-    """What :func:`svdbank.build` with the same arguments would do in an empty place. Reads headers only; writes no bank.
+    """What :func:`svdbank.build` with the same arguments would do now, to the bank that is at ``output`` or in an empty place.
 
-    What a bank at ``output`` already holds is not subtracted. A model on the Hub is downloaded into the Hugging Face cache first.
+    Reads configuration, index and headers only, of a model on the Hub too; writes no bank.
 
-    Raises OptionError for options that cannot be meant or targets that match nothing, CheckpointError for a checkpoint that cannot
-    be read.
+    Raises OptionError for options that cannot be meant, differ from those of the bank at ``output``, or do not fit the disk, and for
+    targets that match nothing; CheckpointError for a checkpoint that cannot be read.
     """
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
-    with open_checkpoint(model, progress=bytes_to(progress)) as checkpoint:
-        weights, skips = decomposable(checkpoint, targets)
-        made = make_plan(checkpoint, weights, skips, options)
+    fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
+    with open_checkpoint(model) as checkpoint:
+        asked, skips = decomposable(checkpoint, targets)
         root = Path(output) if output is not None else default_output(checkpoint, options)
-        return report(made, {weight.name: weight for weight in weights}, model=checkpoint.name, output=root, jobs=jobs)
+        published, recorded, generation = standing(root, options)
+        new = [weight for weight in asked if weight.name not in published]
+        left = [weight for weight in new if weight.name not in recorded]
+        whole = make_plan(checkpoint, new, skips, options, generation=generation)
+        made = make_plan(checkpoint, left, skips, options, generation=generation) if len(left) < len(new) else whole
+        return report(
+            made,
+            {weight.name: weight for weight in left},
+            model=checkpoint.name,
+            output=root,
+            jobs=jobs,
+            present=len(asked) - len(left),
+            fetch=plan_fetch(checkpoint, left, fetching, root=root, bank_bytes=bank_bytes(root, whole)),
+        )
+
+
+def standing(root: Path, options: BuildOptions) -> tuple[frozenset[str], frozenset[str], int]:
+    """What stands at ``root``: weights of the published bank, weights recorded by an unfinished build, and the generation to come.
+
+    Files are looked at, not hashed: a build does that. Raises OptionError if the bank was made with other options.
+    """
+    published: frozenset[str] = frozenset()
+    generation = 0
+    if (root / MANIFEST).exists():
+        bank = open_bank(root)
+        refuse_other_options(root, bank.manifest.options, options)
+        published, generation = frozenset(bank), len(bank.manifest.plans)
+    frozen = root / plan_name(generation)
+    if not frozen.exists():
+        return published, frozenset(), generation
+    unfinished = from_json(read_regular(frozen), Plan, where=str(frozen), error=BankError)
+    refuse_other_options(root, unfinished.options, options)
+    families = {family.name: family for family in unfinished.families}
+    recorded: set[str] = set()
+    for shard in unfinished.shards:
+        if (root / record_file(shard.family, shard.index)).is_file():
+            recorded.update(families[shard.family].weights[shard.start : shard.stop])
+    return published, frozenset(recorded), generation
+
+
+def refuse_other_options(root: Path, theirs: BuildOptions, ours: BuildOptions) -> None:
+    """OptionError naming the first option in which a bank differs from what is asked for."""
+    for field in ("rank", "side", "dtype", "principal", "solver"):
+        if getattr(theirs, field) != getattr(ours, field):
+            raise OptionError(
+                f"{root} is a bank with {field} {getattr(theirs, field)}; {getattr(ours, field)} was asked for",
+                hint=f"another {field} is another bank: choose another -o, or delete this one",
+            )
 
 
 def checked_options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtype, solver: str, principal: int) -> BuildOptions:
@@ -161,7 +221,16 @@ def make_plan(
     return Plan(format=1, base=base, options=options, families=tuple(families), shards=tuple(shards), skips=tuple(skips))
 
 
-def report(plan: Plan, weights: dict[str, WeightSpec], *, model: str, output: Path, jobs: int | None = None) -> PlanReport:
+def report(
+    plan: Plan,
+    weights: dict[str, WeightSpec],
+    *,
+    model: str,
+    output: Path,
+    jobs: int | None = None,
+    present: int = 0,
+    fetch: FetchPlan,
+) -> PlanReport:
     """Costs of a plan. ``weights`` maps the names in it to their specs."""
     from svdbank.solver import flops
 
@@ -190,14 +259,17 @@ def report(plan: Plan, weights: dict[str, WeightSpec], *, model: str, output: Pa
         output=str(output),
         plan=plan,
         families=summaries,
+        present=present,
+        fetch=fetch,
         fetch_bytes=sum(weights[name].nbytes for family in plan.families for name in family.weights),
         write_bytes=sum(summary.nbytes for summary in summaries),
         # Data files, then metadata and coordinate arrays of each family, then manifest, index, plan and root metadata.
         files=sum(arrays[shard.family] for shard in plan.shards) + sum(n + 23 for n in arrays.values()) + 4,
         free_bytes=fsio.free_bytes(output),
-        peak_bytes=peak_memory(plan, weights, jobs),
+        peak_bytes=peak_memory(plan, weights, jobs) + (FETCHING if fetch.way in ("shards", "ranges") else 0),
         jobs=jobs,
         seconds=work / _solve_rate() / min(jobs, available_cpus()),
+        quantised=quantised_formats(weights[name].dtype for family in plan.families for name in family.weights),
     )
 
 
@@ -206,6 +278,13 @@ def family_bytes(family: FamilySpec, options: BuildOptions) -> int:
     itemsize = np.dtype(STORED[options.dtype][0]).itemsize
     each = sum(rank_extent(rank) * length * itemsize for rank, length in vector_arrays(family, options.side).values())
     return len(family.weights) * each
+
+
+def bank_bytes(root: Path, plan: Plan) -> int:
+    """Bytes that a build will still add below ``root``: what the plan comes to without what is there."""
+    needed = sum(family_bytes(family, plan.options) + _OVERHEAD_PER_WEIGHT * len(family.weights) for family in plan.families)
+    folders = [root / family.name for family in plan.families]
+    return needed - sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
 
 
 def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int) -> int:
@@ -217,9 +296,9 @@ def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int) -> int:
     for shard in plan.shards:
         family = families[shard.family]
         members = [weights[name] for name in family.weights[shard.start : shard.stop]]
-        loaded = sum(weight.nbytes for weight in members)
+        loaded = sum(weight.loaded_nbytes for weight in members)
         vectors = 3 * family_bytes(family, plan.options) * len(members) // len(family.weights)  # float64 and its cast
-        itemsize = members[0].nbytes // max(1, members[0].out_features * members[0].in_features) or 1
+        itemsize = members[0].loaded_nbytes // max(1, members[0].out_features * members[0].in_features) or 1
         solve = peak_bytes(family.out_features, family.in_features, family.rank, shard.path, dtype_bytes=itemsize)
         at_once = jobs if shard.threads == 1 else 1
         worst = max(worst, at_once * (solve + vectors + loaded) + 2 * loaded)
@@ -234,11 +313,6 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def bytes_to(progress: ProgressCallback | None) -> Callable[[str, int, int], None] | None:
-    """A checkpoint's progress in bytes, passed on."""
-    return None if progress is None else lambda stage, done, total: progress(Progress(stage, done, total, "bytes"))
 
 
 def _solve_rate() -> float:

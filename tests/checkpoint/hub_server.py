@@ -29,7 +29,7 @@ _ERRORS = {
 
 @dataclass
 class Fault:
-    """What goes wrong, for requests whose path contains ``path`` and whose method is ``method``, ``times`` times."""
+    """What goes wrong, for requests whose path contains ``path`` and whose method is ``method``, ``times`` times after ``skip``."""
 
     kind: FaultKind
     path: str
@@ -37,6 +37,19 @@ class Fault:
     status: int = 503
     seconds: float = 0.5
     method: str = "GET"
+    skip: int = 0
+    #: Seconds to ask for in Retry-After; None leaves the header out.
+    retry_after: str | None = "0"
+
+    def strikes(self, method: str, path: str) -> bool:
+        """Whether this request fails; counts it."""
+        if self.path not in path or self.method != method or self.times <= 0:
+            return False
+        if self.skip > 0:
+            self.skip -= 1
+            return False
+        self.times -= 1
+        return True
 
 
 @dataclass(frozen=True)
@@ -126,11 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
-            fault = next((f for f in self.hub.faults if f.path in path and f.method == self.command and f.times > 0), None)
-            if fault is not None:
-                fault.times -= 1
+            fault = next((fault for fault in self.hub.faults if fault.strikes(self.command, path)), None)
         if fault is not None and fault.kind == "status":
-            return self._send(fault.status, b"{}", {"Retry-After": "0"}, body)
+            asked = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
+            return self._send(fault.status, b"{}", asked, body)
         if fault is not None and fault.kind == "slow":
             time.sleep(fault.seconds)
         if found := _API.fullmatch(path):
