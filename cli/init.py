@@ -2,24 +2,106 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output
+from svdbank_cli.output import Output, table
+
+if TYPE_CHECKING:
+    from svdbank.adapter.initialisation import InitReport
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class CountType(click.ParamType):
+    """A number of parameters: ``5000000``, ``5M``, ``0.5M``, ``1B``."""
+
+    name = "N[k|M|B]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", str(value).strip().lower())
+        if match is None or (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
+            self.fail(f"{value!r} is no number of parameters: 5000000, 5M or 0.5M", param, ctx)
+        return count
+
+
+class PatternType(click.ParamType):
+    """``MODULE=NUMBER``."""
+
+    name = "MODULE=N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        module, _, number = str(value).rpartition("=")
+        try:
+            return module, float(number)
+        except ValueError:
+            self.fail(f"{value!r} is not MODULE=NUMBER, e.g. v_proj=8", param, ctx)
+
+
+class LayersType(click.ParamType):
+    """``0,3,5-8``."""
+
+    name = "N,N-M"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        found: list[int] = []
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+            if match is None:
+                self.fail(f"{value!r} is no list of layers, e.g. 0,3,5-8", param, ctx)
+            found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        return tuple(dict.fromkeys(found))
 
 
 @click.command("init")
 @click.argument("source", metavar="MODEL|BANK")
-@click.option("-r", "--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
+@click.option("-r", "--rank", type=click.IntRange(min=1), help="Rank of the adapter. [default: 16]")
 @click.option("-o", "--output", "adapter", type=click.Path(), required=True, help="Adapter folder to write.")
 @click.option(
-    "--method", type=click.Choice(["mica"]), default="mica", show_default=True, help="What the factors are initialised to."
+    "--method",
+    type=click.Choice(["mica", "milora", "pissa"]),
+    default="mica",
+    show_default=True,
+    help="What the factors are initialised to.",
 )
-@click.option("--alpha", type=float, help="LoRA alpha. [default: the rank, so that the scale is 1]")
+@click.option("--alpha", type=float, help="LoRA alpha. [default: each weight's rank, so that the scale is 1]")
 @click.option("--rslora", is_flag=True, help="Scale by alpha/√rank instead of alpha/rank.")
 @click.option("--dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="LoRA dropout.")
 @click.option(
     "--targets", multiple=True, metavar="PATTERN", help="Modules, as PEFT names them. [default: all linear in the bank]"
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules to leave out of the targets, named in the same way.")
+@click.option("--layers", type=LayersType(), help="Only these layers, e.g. 0,3,5-8.")
+@click.option("--rank-pattern", multiple=True, type=PatternType(), help="Another rank for a module, e.g. v_proj=8. Repeatable.")
+@click.option("--alpha-pattern", multiple=True, type=PatternType(), help="Another alpha for a module. Repeatable.")
+@click.option(
+    "--params",
+    type=CountType(),
+    help="Choose ranks so that at most N parameters train: each weight gets its directions with σ/σ_max up to one level, "
+    "which is the highest that N pays for.",
+)
+@click.option(
+    "--band",
+    metavar="I:J|auto",
+    help="Minor directions I to J-1 instead of the first; auto: the next band free beside --beside.",
+)
+@click.option(
+    "--beside", multiple=True, type=click.Path(), metavar="ADAPTER", help="Leave this adapter's bands free. Repeatable."
+)
+@click.option(
+    "--residual-out",
+    type=click.Path(),
+    metavar="DIR",
+    help="For milora and pissa: also write the base W − s·B·A, to which the adapter belongs, as a checkpoint.",
 )
 @click.option(
     "--base-model", metavar="NAME", help="Name or path of the base model to write into the config. [default: the bank's]"
@@ -29,40 +111,62 @@ from svdbank_cli.output import Output
 @with_output
 def init_command(
     source: str,
-    rank: int,
     adapter: str,
-    method: str,
-    alpha: float | None,
-    rslora: bool,
-    dropout: float,
     targets: tuple[str, ...],
-    base_model: str | None,
-    task_type: str | None,
-    force: bool,
+    exclude: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    rank_pattern: tuple[tuple[str, float], ...],
+    alpha_pattern: tuple[tuple[str, float], ...],
+    params: int | None,
     output: Output,
+    **options: Any,
 ) -> None:
-    """Write a PEFT adapter folder for MODEL from its bank: B is the minor left singular vectors, A is zero.
+    """Write a PEFT adapter folder for MODEL from its bank: B is the minor left singular vectors, A is zero (MiCA).
 
     Load it with PeftModel.from_pretrained(model, ADAPTER, is_trainable=True, low_cpu_mem_usage=True): no SVD, only A trains.
+    MiLoRA and PiSSA adapters belong to a base from which their start is taken out: load them with svdbank.peft.load_adapter and the
+    bank, or write that base with --residual-out.
 
     \b
     Examples:
       svdbank init HuggingFaceTB/SmolLM2-135M -r 16 -o adapter
       svdbank init ./my-model.bank -r 8 --alpha 16 --targets q_proj --targets v_proj -o adapter
+      svdbank init HuggingFaceTB/SmolLM2-135M --params 2M -o adapter
+      svdbank init HuggingFaceTB/SmolLM2-135M -r 16 --beside law --beside med -o code
+      svdbank init HuggingFaceTB/SmolLM2-135M --method milora -r 64 -o adapter --residual-out base-without
     """
     import svdbank
 
-    written = svdbank.init(
-        source,
-        output=adapter,
-        rank=rank,
-        method=method,
-        alpha=alpha,
-        targets=targets or ("all-linear",),
-        dropout=dropout,
-        rslora=rslora,
-        base_model=base_model,
-        task_type=task_type,
-        force=force,
-    )
-    output.data(written, str)
+    with output.progress() as progress:
+        written = svdbank.init(
+            source,
+            output=adapter,
+            targets=targets or ("all-linear",),
+            exclude=exclude,
+            layers=layers or (),
+            rank_pattern={module: _whole(module, number) for module, number in rank_pattern},
+            alpha_pattern=dict(alpha_pattern),
+            params=params,
+            progress=progress,
+            **options,
+        )
+    for note in written.notes:
+        output.say(f"Note: {note}")
+    output.data(written, _table if params is not None else str)
+
+
+def _whole(module: str, number: float) -> int:
+    if number < 1 or number != int(number):
+        raise click.BadParameter(f"{module}={number:g}: a rank is a positive whole number", param_hint="--rank-pattern")
+    return int(number)
+
+
+def _table(written: InitReport) -> str:
+    """The ranks chosen, one line a role, and the folder."""
+    by_role: dict[str, list[int]] = {}
+    for name, rank in written.ranks.items():
+        leaves = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
+        by_role.setdefault(leaves[-1], []).append(rank)
+    rows = [(role, len(ranks), min(ranks), sorted(ranks)[len(ranks) // 2], max(ranks)) for role, ranks in by_role.items()]
+    shown = table(("module", "weights", "least", "median", "most"), rows)
+    return f"{shown}\n{written.trainable_parameters} parameters train\n{written.adapter}"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from svdbank.adapter.folder import AdapterCache, LoraSettings
 
+_NAMES = {"mica": "MiCA", "milora": "MiLoRA", "pissa": "PiSSA"}
+
 
 def card(settings: LoraSettings, cache: AdapterCache) -> str:
     """README.md for an adapter folder: front matter that the Hub reads, and how to load it without an SVD."""
@@ -19,14 +21,20 @@ base_model: {json.dumps(base)}
 library_name: peft
 tags:
 - lora
-- mica
+- {cache.method}
 - svdbank
 ---
 
-# {cache.method.upper()} adapter, rank {cache.rank}
+# {_NAMES[cache.method]} adapter, rank {cache.rank}
 
-A fresh adapter for {escaped(base)}, over {len(cache.weights)} weights. `B` holds the {cache.rank} most minor left singular vectors of each
-weight and stays frozen; `A` is zero and is what training changes.
+{_mica(base, cache) if cache.method == "mica" else _residual(base, cache)}
+Base digest of these weights: `{cache.base_digest}`
+"""
+
+
+def _mica(base: str, cache: AdapterCache) -> str:
+    return f"""A fresh adapter for {escaped(base)}, over {len(cache.weights)} weights. `B` holds {cache.rank} minor left
+singular vectors of each weight and stays frozen; `A` is zero and is what training changes.
 Written by [svdbank](https://pypi.org/project/svdbank/) from a bank, so no decomposition is needed to load it:
 
 ```python
@@ -36,8 +44,23 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder", is_trainable=Tru
 ```
 
 `low_cpu_mem_usage=True` is what keeps PEFT from running one SVD a weight, whose result it would then overwrite.
+"""
 
-Base digest of these weights: `{cache.base_digest}`
+
+def _residual(base: str, cache: AdapterCache) -> str:
+    end = "smallest" if cache.method == "milora" else "largest"
+    return f"""A fresh adapter over {len(cache.weights)} weights of {escaped(cache.base)}. `B` and `A` hold the {end}
+singular triplets of each weight, and both train. **It belongs to the base without them, `W − s·B·A`**, not to
+{escaped(cache.base)} itself: on that, it would count them twice.
+Recorded as its base: {escaped(base)}.
+
+```python
+from svdbank.peft import load_adapter
+
+model = load_adapter(model, "path/to/this/folder", bank="path/to/the/bank")  # takes them out of the model's weights in memory
+```
+
+After training, `svdbank export --to lora` makes a plain LoRA for the unchanged base.
 """
 
 
