@@ -247,6 +247,15 @@ class FamilySpec(Struct, frozen=True):
     weights: tuple[str, ...]
 
 
+class Alias(Struct, frozen=True):
+    """A weight whose matrix is the transpose of another's, ``of``: a tied output head and its embedding. One SVD, the sides exchanged."""
+
+    name: str
+    module: str
+    kind: Literal["embedding", "head"]
+    of: str
+
+
 class ShardSpec(Struct, frozen=True):
     """The unit of work, record, resume and repair: ``weights[start:stop]`` of a family, solved on ``path`` with ``threads``."""
 
@@ -258,7 +267,7 @@ class ShardSpec(Struct, frozen=True):
     threads: int
 
 
-class Plan(Struct, frozen=True):
+class Plan(Struct, frozen=True, omit_defaults=True):
     """What a build will do, from headers alone. Fixes every byte of the bank; frozen into it."""
 
     format: Literal[1]
@@ -267,6 +276,7 @@ class Plan(Struct, frozen=True):
     families: tuple[FamilySpec, ...]
     shards: tuple[ShardSpec, ...]
     skips: tuple[Skip, ...]
+    aliases: tuple[Alias, ...] = ()
 
 
 class Progress(Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -204,6 +204,7 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
 
     Raises :class:`WrongBaseError` naming the first weights that differ.
     """
+    targets = [_transpose(target) if bank[name].exchanged else target for name, target in zip(names, targets, strict=True)]
     readable = [i for i, target in enumerate(targets) if is_readable(target)]
     if readable:
         stored = bank.probes([names[i] for i in readable])
@@ -217,6 +218,11 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
             )
     known = set(readable)
     return tuple(name for i, name in enumerate(names) if i not in known)
+
+
+def _transpose(target: Target) -> Target:
+    """The same weight with its sides exchanged, as the bank has the probe of a tied head."""
+    return replace(target, transposed=not target.transposed, out_features=target.in_features, in_features=target.out_features)
 
 
 def read_factors(

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Final, Literal
 
 from svdbank.basis import Certificate
-from svdbank.specs import BaseSpec, BuildOptions, FamilySpec, Struct
+from svdbank.specs import Alias, BaseSpec, BuildOptions, FamilySpec, Struct
 
 FORMAT: Final = 1
 MANIFEST = "manifest.json"
@@ -80,10 +80,11 @@ class FamilyIndex(Struct, frozen=True):
     metadata: dict[str, FileRecord]
 
 
-class Index(Struct, frozen=True):
-    """Everything a lookup needs to find and check bytes."""
+class Index(Struct, frozen=True, omit_defaults=True):
+    """Everything a lookup needs to find and check bytes. ``aliases`` are weights that are another one with the sides exchanged."""
 
     families: tuple[FamilyIndex, ...]
+    aliases: tuple[Alias, ...] = ()
 
 
 class Manifest(Struct, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import ceil
 from pathlib import Path
@@ -37,20 +37,22 @@ from svdbank.bank.store import BankStore
 from svdbank.basis import Certificate
 from svdbank.errors import BankError, BankNotFoundError, DamageError, OptionError
 from svdbank.probe import PROBE_SIZE
-from svdbank.specs import FamilySpec, from_json
+from svdbank.specs import Alias, FamilySpec, from_json
 
 
 @dataclass(frozen=True)
 class StoredBasis:
     """Minor triplets of one weight in a bank. Holding it reads nothing; each method reads what it returns.
 
-    Same methods and column order as :class:`svdbank.basis.Basis`.
+    Same methods and column order as :class:`svdbank.basis.Basis`. ``exchanged``: what the bank stores is the transpose, so that this
+    weight's left vectors are the stored right ones; ``family`` has this weight's shape nevertheless.
     """
 
     bank: Bank
     family: FamilySpec
     record: WeightRecord
     row: int
+    exchanged: bool = False
 
     @property
     def name(self) -> str:
@@ -59,8 +61,13 @@ class StoredBasis:
 
     @property
     def module(self) -> str:
-        """Dotted path of the module that owns the weight."""
+        """Dotted path of the module that owns the weight; of a slice of a stacked parameter, the parameter's."""
         return self.record.module
+
+    @property
+    def stacked(self) -> bool:
+        """True for a slice of a stacked parameter: one expert, reached through the parameter and not through a module."""
+        return self.record.name != f"{self.record.module}.weight"
 
     @property
     def kind(self) -> str:
@@ -108,7 +115,7 @@ class StoredBasis:
         return self.bank.sigma([self.name], rank)[self.name]
 
     def probe(self) -> Tensor:
-        """Values sampled from the weight, float64, at :func:`svdbank.probe.probe_indices`."""
+        """Values sampled from the weight, float64, at :func:`svdbank.probe.probe_indices`; see :meth:`Bank.probes`."""
         return self.bank.probes([self.name])[self.name]
 
 
@@ -128,6 +135,7 @@ class Bank:
             for family in index.families
             for row, record in enumerate(family.weights)
         }
+        self._entries.update({alias.name: _exchanged(alias, self._entries[alias.of]) for alias in index.aliases})
         self._store = BankStore(path, expected=_expected_files(index), read_only=True)
         self._families = {family.spec.name: family for family in index.families}
         self._metadata_seen: set[str] = set()
@@ -202,7 +210,10 @@ class Bank:
         return dict(self._vectors("principal_sigma", names, rank))
 
     def probes(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Values sampled from each weight, float64, at :func:`svdbank.probe.probe_indices`."""
+        """Values sampled from each weight, float64, at :func:`svdbank.probe.probe_indices`.
+
+        Of an exchanged weight they are taken from the transpose, at the indices of the transpose's shape.
+        """
         return dict(self._read("probe", names, None))
 
     def base_digest(self, names: Iterable[str] | None = None) -> str:
@@ -226,10 +237,11 @@ class Bank:
         """Rows of one array, family by family, yielded in the order asked for."""
         wanted = [self[name] for name in names]
         found: dict[str, Tensor] = {}
-        for family in {basis.family.name for basis in wanted}:
-            members = {basis.row: basis.name for basis in wanted if basis.family.name == family}
+        for family, exchanged in {(basis.family.name, basis.exchanged) for basis in wanted}:
+            members = {basis.row: basis.name for basis in wanted if (basis.family.name, basis.exchanged) == (family, exchanged)}
+            stored = _OTHER_SIDE.get(array, array) if exchanged else array
             try:
-                found.update({members[row]: values for row, values in self._rows(family, array, sorted(members), rank)})
+                found.update({members[row]: values for row, values in self._rows(family, stored, sorted(members), rank)})
             except DamageError as damage:
                 raise DamageError(str(damage), hint=f"svdbank verify --data {self.path}") from damage
         for basis in wanted:
@@ -283,6 +295,18 @@ class Bank:
                 # What zarr raises when a checksum or a decoded size does not fit.
                 raise DamageError(f"{self.path / path}: {cause}") from cause
         return self._small[path]
+
+
+#: What an exchanged weight's vectors are called where they are stored.
+_OTHER_SIDE = {"left": "right", "right": "left", "principal_left": "principal_right", "principal_right": "principal_left"}
+
+
+def _exchanged(alias: Alias, of: StoredBasis) -> StoredBasis:
+    family = msgspec.structs.replace(
+        of.family, kind=alias.kind, out_features=of.family.in_features, in_features=of.family.out_features
+    )
+    record = msgspec.structs.replace(of.record, name=alias.name, module=alias.module)
+    return replace(of, family=family, record=record, exchanged=True)
 
 
 def base_digest(source_hashes: dict[str, str]) -> str:
@@ -383,6 +407,11 @@ def _check_consistent(root: Path, manifest: Manifest, index: Index) -> None:
                 if record.chunk_bytes != chunk_bytes or not len(record.chunks) * chunk_bytes < record.size:
                     raise DamageError(f"{root}: the index claims chunks of {spec.name}/{array} that its shape does not have")
         seen |= set(spec.weights)
+    stored = frozenset(seen)
+    for alias in index.aliases:
+        if manifest.options.side != "both" or alias.of not in stored or alias.name in seen:
+            raise DamageError(f"{root}: {alias.name} cannot be {alias.of} with the sides exchanged")
+        seen.add(alias.name)
     if len(seen) != manifest.weights:
         raise DamageError(f"{root}: {len(seen)} weights in the index, {manifest.weights} in the manifest")
 

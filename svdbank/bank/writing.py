@@ -117,7 +117,10 @@ class BankWriter:
     def publish(self, *, base_digest: str, earlier: Manifest | None, earlier_index: Index | None) -> Manifest:
         """Fold the records into coordinate arrays and the index, then write the manifest and drop the records."""
         families = [self._fold(family) for family in self.plan.families]
-        index = Index(families=(*(earlier_index.families if earlier_index else ()), *families))
+        index = Index(
+            families=(*(earlier_index.families if earlier_index else ()), *families),
+            aliases=(*(earlier_index.aliases if earlier_index else ()), *self.plan.aliases),
+        )
         data = to_json(index)
         # Named by its content: the manifest of the last publish keeps its index until the new manifest is in place.
         index_record = file_record(data, None)
@@ -137,7 +140,7 @@ class BankWriter:
             base=self.plan.base,
             base_digest=base_digest,
             options=self.plan.options,
-            weights=sum(len(family.weights) for family in index.families),
+            weights=sum(len(family.weights) for family in index.families) + len(index.aliases),
             nbytes=sum(file.size for family in index.families for files in family.files.values() for file in files),
             index=index_file,
             plans=plans,

@@ -121,19 +121,20 @@ def build(
         with fsio.locked(root):
             run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), fetching, progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
-            earlier = None
+            earlier, known = None, list[WeightSpec]()
             if published is not None:
                 refuse_other_options(root, published.options, options)
                 earlier = open_bank(root)
                 _refuse_damaged(root)
-                run.check_base(earlier, _known_weights(checkpoint, earlier, weights))
+                known = _known_weights(checkpoint, earlier, weights)
+                run.check_base(earlier, known)
                 weights = [weight for weight in weights if weight.name not in earlier]
             generation = len(published.plans) if published else 0
             frozen = root / plan_name(generation)
             if published is not None and not frozen.exists():
                 clean(root, published)
             if weights:
-                plan = make_plan(checkpoint, weights, skips, options, generation=generation)
+                plan = make_plan(checkpoint, weights, skips, options, generation=generation, known=known)
                 if frozen.exists():
                     plan = _frozen_plan(frozen, plan)
                 _refuse_full_disk(root, plan)
@@ -186,9 +187,9 @@ def _frozen_plan(path: Path, plan: Plan) -> Plan:
             f"{path.parent} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
             hint="give the bank another place with -o, or delete it",
         )
-    if frozen.families != plan.families:
-        ours = {name for family in plan.families for name in family.weights}
-        theirs = {name for family in frozen.families for name in family.weights}
+    if (frozen.families, frozen.aliases) != (plan.families, plan.aliases):
+        ours = {name for family in plan.families for name in family.weights} | {alias.name for alias in plan.aliases}
+        theirs = {name for family in frozen.families for name in family.weights} | {alias.name for alias in frozen.aliases}
         differs = sorted(ours ^ theirs)[:3] or ["the shape of a family"]
         names = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in theirs})
         raise OptionError(

@@ -115,6 +115,7 @@ class Execution:
             hashes.update({weight.name: weight.source_sha256 for weight in record.weights})
             self.solved += len(record.weights)
             self.progress(Progress("decompose", self.reused + self.solved, total, "weights", record.weights[-1].name))
+        hashes.update({alias.name: hashes[alias.of] for alias in plan.aliases})
         self.progress(Progress("publish", 0, 1, "bank", str(self.root)))
         manifest = writer.publish(
             base_digest=base_digest(hashes),

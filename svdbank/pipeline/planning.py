@@ -19,6 +19,7 @@ from svdbank.errors import BankError, OptionError
 from svdbank.pipeline.fetching import FETCHING, Fetch, FetchPlan, checked_fetch, plan_fetch
 from svdbank.pipeline.locating import default_output
 from svdbank.specs import (
+    Alias,
     BaseSpec,
     BuildOptions,
     FamilySpec,
@@ -111,8 +112,12 @@ def plan(
         published, recorded, generation = standing(root, options)
         new = [weight for weight in asked if weight.name not in published]
         left = [weight for weight in new if weight.name not in recorded]
-        whole = make_plan(checkpoint, new, skips, options, generation=generation)
-        made = make_plan(checkpoint, left, skips, options, generation=generation) if len(left) < len(new) else whole
+        held = published | recorded
+        known = [weight for weight in decomposable(checkpoint, (".*",))[0] if weight.name in held] if held else []
+        whole = make_plan(checkpoint, new, skips, options, generation=generation, known=known)
+        made = (
+            make_plan(checkpoint, left, skips, options, generation=generation, known=known) if len(left) < len(new) else whole
+        )
         return report(
             made,
             {weight.name: weight for weight in left},
@@ -176,13 +181,26 @@ def checked_options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtyp
 
 
 def make_plan(
-    checkpoint: Checkpoint, weights: Sequence[WeightSpec], skips: Sequence[Skip], options: BuildOptions, *, generation: int = 0
+    checkpoint: Checkpoint,
+    weights: Sequence[WeightSpec],
+    skips: Sequence[Skip],
+    options: BuildOptions,
+    *,
+    generation: int = 0,
+    known: Sequence[WeightSpec] = (),
 ) -> Plan:
-    """Group weights into families and shards and fix, by static rules, path and threads of each shard."""
+    """Group weights into families and shards and fix, by static rules, path and threads of each shard.
+
+    ``known`` are weights that the bank to be extended holds: what is one of them with the sides exchanged is not stored again.
+    """
     from svdbank.solver import choose_path
 
     grouped: dict[str, list[WeightSpec]] = {}
+    aliases = exchanged_pairs(weights, known) if options.side == "both" else ()
+    named = {alias.name for alias in aliases}
     for weight in weights:
+        if weight.name in named:
+            continue
         grouped.setdefault(weight.family, []).append(weight)
     cpus = available_cpus()
     itemsize = np.dtype(STORED[options.dtype][0]).itemsize
@@ -218,7 +236,28 @@ def make_plan(
             for number, start in enumerate(range(0, len(members), step))
         ]
     base = BaseSpec(name=checkpoint.name, revision=checkpoint.revision, config_digest=checkpoint.config_digest)
-    return Plan(format=1, base=base, options=options, families=tuple(families), shards=tuple(shards), skips=tuple(skips))
+    return Plan(
+        format=1,
+        base=base,
+        options=options,
+        families=tuple(families),
+        shards=tuple(shards),
+        skips=tuple(skips),
+        aliases=tuple(aliases),
+    )
+
+
+def exchanged_pairs(weights: Sequence[WeightSpec], known: Sequence[WeightSpec] = ()) -> tuple[Alias, ...]:
+    """Those of ``weights`` that are the transpose of another one or of a known one: tied embeddings and heads, one SVD for both."""
+    stored = {weight.sources: weight for weight in (*weights, *known) if weight.kind == "embedding"}
+    stored |= {weight.sources: weight for weight in known if weight.kind in ("embedding", "head")}
+    return tuple(
+        Alias(name=weight.name, module=weight.module, kind=weight.kind, of=other.name)
+        for weight in weights
+        if weight.kind in ("embedding", "head")
+        and (other := stored.get(weight.sources)) is not None
+        and {weight.operation, other.operation} == {"as_is", "transpose"}
+    )
 
 
 def report(

@@ -91,7 +91,8 @@ class SpecBank:
         data = self.checked_file(name, self.manifest["files"][name])
         if name != f"index-{hashlib.sha256(data).hexdigest()[:16]}.json":
             raise RefusedError("the index is not named by its content")
-        self.families = exact(json.loads(data), "families", "index")["families"]
+        index = json.loads(data)
+        self.families = exact(index, "families aliases" if index.get("aliases") else "families", "index")["families"]
         self.weights: dict[str, tuple[dict[str, Any], int]] = {}
         for family in self.families:
             exact(family, "spec weights files metadata", "family")
@@ -112,7 +113,17 @@ class SpecBank:
                 if weight["name"] in self.weights:
                     raise RefusedError(f"{weight['name']} stands twice")
                 self.weights[weight["name"]] = (family, row)
-        if len(self.weights) != self.manifest["weights"]:
+        self.aliases: dict[str, str] = {}
+        for alias in index.get("aliases", []):
+            exact(alias, "name module kind of", "alias")
+            if (
+                self.options["side"] != "both"
+                or alias["of"] not in self.weights
+                or alias["name"] in {*self.weights, *self.aliases}
+            ):
+                raise RefusedError(f"{alias['name']}: alias")
+            self.aliases[alias["name"]] = alias["of"]
+        if len(self.weights) + len(self.aliases) != self.manifest["weights"]:
             raise RefusedError("count of weights")
 
     def recorded(self) -> dict[str, dict[str, Any]]:
@@ -162,6 +173,8 @@ class SpecBank:
 
     def vectors(self, name: str, array: str, rank: int) -> np.ndarray[Any, Any]:
         """(rank, length) of one weight, as stored bits turned into float32 or float16, reading only the chunks it needs."""
+        if name in self.aliases:
+            name, array = self.aliases[name], array.replace("left", "?").replace("right", "left").replace("?", "right")
         family, row = self.weights[name]
         spec = family["spec"]
         principal = array.startswith("principal_")

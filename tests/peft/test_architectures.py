@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import svdbank
 from svdbank.bank import Bank
 from svdbank.basis import unresolved_ranks
+from svdbank.errors import WrongBaseError
 from svdbank.peft import attachment, get_peft_model
 from tests.checkpoint.small_models import STACKED_IN_OUT, WITH_EXPERTS, configurations, load
 from tests.peft.models import factors, float32_angle, lora_layers, mica, only_a_trains, quiet, sine
@@ -158,3 +159,25 @@ def test_an_experts_basis_is_that_of_its_slice_of_the_loaded_parameter(name: str
             assert exact_sine(basis.right(RANK).double(), Vh[-RANK:].mT) <= BOUND
             held.remove(basis)
     assert held == []
+
+
+def test_a_tied_embedding_and_head_are_attached_from_one_stored_svd(saved: Saved, tmp_path: Path) -> None:
+    folder, _ = saved("llama-tied")
+    bank = svdbank.build(folder, tmp_path / "bank", rank=STORED, targets=("embed_tokens", "lm_head"))
+    assert bank["lm_head.weight"].exchanged
+    config = mica(RANK, target_modules=["embed_tokens", "lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT: adapters on tied layers cannot be merged
+        theirs = lora_layers(peft.get_peft_model(loaded("llama-tied", folder), config))
+        model = get_peft_model(loaded("llama-tied", folder), config, bank=bank)
+        ours = lora_layers(model)
+        assert attachment(model).state == "verified" and list(ours) == ["model.embed_tokens", "lm_head"]
+        for module, layer in ours.items():
+            B = factors(layer)[1]
+            assert len(B) == {"lm_head": 1200, "model.embed_tokens": 64}[module]
+            assert sine(B, factors(theirs[module])[1]) <= float32_angle(bank, f"{module}.weight", RANK)
+        other = loaded("llama-tied", folder)
+        with torch.no_grad():
+            other.get_input_embeddings().weight.add_(1e-3)
+        with pytest.raises(WrongBaseError, match="lm_head"):
+            get_peft_model(other, mica(RANK, target_modules=["lm_head"]), bank=bank)
