@@ -13,7 +13,12 @@ def bank_names(bank: Bank, keys: Sequence[str]) -> dict[str, str]:
 
     A class may put the whole model under a prefix (``bert.``) that another lacks: one prefix, added or removed for all, is tried.
     """
-    held = {(basis.name if basis.record.expert is not None else basis.module): basis.name for basis in (bank[n] for n in bank)}
+    bases = (bank[name] for name in bank)
+    return matched({(basis.name if basis.record.expert is not None else basis.module): basis.name for basis in bases}, keys)
+
+
+def matched(held: Mapping[str, str], keys: Sequence[str]) -> dict[str, str]:
+    """What ``held`` has for each of ``keys`` that it holds, under one prefix added or removed for all where that finds more."""
     best: dict[str, str] = {}
     for change in _prefixes(keys, held):
         found = {key: held[changed] for key in keys if (changed := change(key)) in held}

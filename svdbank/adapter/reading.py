@@ -18,16 +18,13 @@ from torch import Tensor
 
 from svdbank.adapter.components import Band, Component, Free, InBank, bands_of, combined, indices_of, inner
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import WEIGHTS, AdapterFolder, read_folder
+from svdbank.adapter.folder import COMPONENTS, WEIGHTS, AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, Method, initial_factors, lora_scale, restored
 from svdbank.adapter.model import AdaptedWeight, Adapter, BaseIdentity, Kind, Source
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.recovery import free, recover
 from svdbank.bank.reading import Bank
 from svdbank.errors import BankError, CheckpointError, OptionError, WrongBaseError
-
-#: Coefficients of each named component, for ``scale`` and ``drop``; PEFT does not know it.
-COMPONENTS = "components.safetensors"
 
 #: ‖A_file − Σ C‖ / ‖A_file‖ up to which the parts beside a sum are its parts: both are float32 roundings of the same sum.
 _SAME = 1e-6
@@ -76,12 +73,12 @@ def read_adapter(path: str | Path, *, bank: Bank | None = None, name: str | None
     folder = read_folder(path)
     _refuse_other_kinds(folder)
     own = name or folder.path.resolve().name
-    made_as = _method(folder, method)
+    kind = made_as(folder, method)
     entries = list(entries_of(folder))
     names = {} if bank is None else bank_names(bank, [entry.key for entry in entries])
     notes = _check_base(folder, bank, names)
-    if made_as in RESIDUAL_METHODS:
-        weights = _on_unchanged_base(entries, folder, bank, names, made_as, own)
+    if kind in RESIDUAL_METHODS:
+        weights = _on_unchanged_base(entries, folder, bank, names, kind, own)
     else:
         found, said = _recovered(entries, folder, bank, names)
         notes += said
@@ -102,7 +99,7 @@ def read_adapter(path: str | Path, *, bank: Bank | None = None, name: str | None
     }
     settings = folder.settings
     base = BaseIdentity(settings.base_model_name_or_path or (folder.cache.base if folder.cache else None), settings.revision)
-    return Adapter(adapted, base, made_as, settings, tuple(notes))
+    return Adapter(adapted, base, kind, settings, tuple(notes))
 
 
 def entries_of(folder: AdapterFolder) -> Iterator[Entry]:
@@ -133,7 +130,8 @@ def _refuse_other_kinds(folder: AdapterFolder) -> None:
         )
 
 
-def _method(folder: AdapterFolder, method: str | None) -> str:
+def made_as(folder: AdapterFolder, method: str | None) -> str:
+    """What a folder was initialised as: what the caller says, else the cache, else the config."""
     if method is not None:
         if method not in (*METHODS, "lora"):
             raise OptionError(f"{method!r} is not a method: {', '.join((*METHODS, 'lora'))}")
@@ -176,7 +174,9 @@ def _recovered(
     if bank is None:
         found = {entry.key: _believed(entry, claims[entry.key]) for entry in entries}
         refuted = [key for key, claim in claims.items() if claim and isinstance(found[key], Free)]
-        return found, _contradicted(folder, refuted, "are not orthonormal, as directions of a bank are")
+        return found, _contradicted(
+            folder, refuted if folder.cache is not None else [], "are not orthonormal, as directions of a bank are"
+        )
     found = {entry.key: free(entry.A, entry.B, entry.scale) for entry in entries if entry.key not in names}
     lefts = _left_rows(bank, entries, names, claims)
     for entry in entries:

@@ -6,9 +6,9 @@ tensor that is not changed. Otherwise the header is made anew. The folder appear
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,17 +46,13 @@ class Edit(Protocol):
 
 
 class WrittenCheckpoint(Struct, frozen=True):
-    """What was written: the folder, its weight files and their bytes, how many weights were changed, the dtype they are stored in.
-
-    ``hashes`` are the sha256 of the source's stored bytes of each changed weight.
-    """
+    """What was written: the folder, its weight files and their bytes, how many weights were changed, the dtype they are stored in."""
 
     path: str
     files: tuple[str, ...]
     nbytes: int
     changed: int
     dtype: str | None
-    hashes: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,12 +70,15 @@ class _Hashes:
     """sha256 over the sources of each weight in their order, whatever order they are met in."""
 
     checkpoint: Checkpoint
+    wanted: frozenset[str]
     digests: dict[str, Any] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
 
     def of(self, piece: _Piece) -> Any | None:
         """The digest to feed this piece's bytes to; None where it comes out of turn, and the weight is read again at the end."""
         name = piece.spec.name
+        if name not in self.wanted:
+            return None
         if self.seen.setdefault(name, 0) != piece.number:
             self.seen[name] = -1
             return None
@@ -100,7 +99,7 @@ def write_checkpoint(
     *,
     dtype: str | None = None,
     expected: Mapping[str, str] | None = None,
-    extra: Mapping[str, bytes] | None = None,
+    approve: Callable[[], None] | None = None,
     progress: ProgressCallback | None = None,
 ) -> WrittenCheckpoint:
     """Write ``checkpoint`` to the folder ``output`` with the weights of ``specs`` changed by ``edit``.
@@ -114,8 +113,8 @@ def write_checkpoint(
         of their values, and the configuration loses its quantisation.
     expected
         sha256 of the stored bytes by name: a weight with others raises :class:`WrongBaseError`, and nothing appears.
-    extra
-        Further files by name.
+    approve
+        Called when all is written and nothing has appeared yet; what it raises keeps it so.
 
     Configuration, tokenizer and other files that are not weights are carried over. Raises :class:`OptionError` for an output that is in
     use, weights that share a tensor, a dtype that cannot be written, or a disk with too little space.
@@ -128,35 +127,48 @@ def write_checkpoint(
     quantised = any(source.quantisation is not None for source in checkpoint.tensors.values())
     stored_as = _NAMES[dtype] if dtype is not None else None
     anew = quantised or any(stored_as not in (None, s.dtype) for s in checkpoint.tensors.values() if s.dtype in FLOATING)
-    job = _Job(checkpoint, pieces, edit, stored_as, _Hashes(checkpoint), progress or _ignore)
+    hashes = _Hashes(checkpoint, frozenset(expected or ()))
+    job = _Job(checkpoint, pieces, edit, stored_as, hashes, progress or _ignore)
     need = sum(_stored_bytes(source, stored_as) for source in checkpoint.tensors.values())
     if need > (free := fsio.free_bytes(target)):
         raise OptionError(f"{target}: {need} bytes to write, {free} free", hint="choose another disk")
-    fsio.make_dirs(target.parent)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{fsio.TEMPORARY}")
-    try:
-        fsio.make_dirs(temporary)
+    with _unfinished(target) as folder:
         write = job.file_anew if anew else job.file_as_it_is
         for file in checkpoint.files:
-            write(file.name, temporary / file.name)
-        hashes = {spec.name: job.hashes.final(spec) for spec in specs}
-        _check_base(checkpoint, hashes, expected or {})
-        _carry(checkpoint, temporary, dtype=dtype, quantised=quantised, anew=anew)
-        for name, data in (extra or {}).items():
-            fsio.write_new(fsio.safe_join(temporary, name), data)
-        fsio.fsync_dir(temporary)
-        fsio.replace(temporary, target)
-    finally:
-        if temporary.exists():
-            fsio.remove_tree(temporary)
+            write(file.name, folder / file.name)
+        found = {spec.name: hashes.final(spec) for spec in specs if spec.name in hashes.wanted}
+        _check_base(checkpoint, found, expected or {})
+        if approve is not None:
+            approve()
+        _carry(checkpoint, folder, dtype=dtype, quantised=quantised, anew=anew)
+        fsio.fsync_dir(folder)
+        fsio.replace(folder, target)
     return WrittenCheckpoint(
         path=str(target),
         files=tuple(file.name for file in checkpoint.files),
         nbytes=need,
         changed=len(specs),
         dtype=dtype,
-        hashes=hashes,
     )
+
+
+@contextlib.contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target`` to write into, under the writer's lock; what a killed run left there goes first."""
+    work = target.with_name(f".{target.name}{fsio.TEMPORARY}")
+    try:
+        with fsio.locked(work):
+            folder = work / "checkpoint"
+            if folder.exists():
+                fsio.remove_tree(folder)
+            fsio.make_dirs(folder)
+            try:
+                yield folder
+            finally:
+                if folder.exists():
+                    fsio.remove_tree(folder)
+    finally:
+        fsio.remove_empty(work)
 
 
 def check_folder(target: Path) -> None:
