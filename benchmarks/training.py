@@ -6,7 +6,7 @@ Sections, each one or more runs of the command in a process of its own:
 - ``domains``: an adapter for legal, code and medical text by each method, at its best rate of the sweep;
 - ``time``: seconds a step and peak memory, the methods in turn. Only a quiet machine gives figures worth keeping.
 
-    python -m benchmarks.training [sweep|domains|time]… [--folder FOLDER] [--steps N]
+    python -m benchmarks.training [sweep|domains|time]… [--folder FOLDER] [--steps N] [--rates mica=RATE,lora=RATE]
 
 Runs that are finished in the folder are not repeated and an unfinished one goes on, so it can be stopped at any moment. The adapters stay
 in the folder as ``domains/METHOD-DOMAIN``. Prints tables and, last, one line of JSON.
@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -27,33 +28,23 @@ from benchmarks import domains
 
 #: LoRA trains (in + out) numbers a rank where MiCA trains in: on SmolLM2's layers half the rank is the same budget within 2 %.
 RANKS = {"mica": 16, "lora": 8}
-SWEEP = {"mica": (5e-4, 1e-3, 2e-3, 4e-3), "lora": (2e-4, 5e-4, 1e-3, 2e-3)}
-RECIPE = (
-    "--length",
-    "256",
-    "--batch-size",
-    "1",
-    "--held-out-blocks",
-    "24",
-    "--log-steps",
-    "5",
-    "--save-steps",
-    "20",
-    "--seed",
-    "0",
-)
+SWEEP = {"mica": (1e-3, 2e-3, 4e-3), "lora": (5e-4, 1e-3, 2e-3)}
+RECIPE = {"length": 128, "batch_size": 1, "held_out_blocks": 24, "log_steps": 5, "save_steps": 10, "seed": 0}
 
 
-def run(model: Path, output: Path, *, method: str, data: Path, options: tuple[str, ...]) -> dict[str, Any]:
-    """One training, unless it is there already; its figures."""
-    figures = output / "training.json"
-    if not figures.is_file():
+def run(model: Path, output: Path, *, method: str, data: Path, steps: int, rate: float) -> dict[str, Any]:
+    """One training, unless it is there already with the same options; its figures."""
+    wanted = {**RECIPE, "rank": RANKS[method], "method": method, "steps": steps, "learning_rate": rate}
+    record = output / "training.toml"
+    done = tomllib.loads(record.read_text()) if record.is_file() else {}
+    if any(done.get(name) != value for name, value in wanted.items()):
         output.parent.mkdir(parents=True, exist_ok=True)
         command = [str(Path(sys.executable).with_name("svdbank")), "train", str(model), "-o", str(output), "--data", str(data)]
-        command += ["--method", method, "-r", str(RANKS[method]), *RECIPE, *options]
+        command += [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        command += ["--force"] if done else []
         print(" ".join(command), file=sys.stderr, flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads(figures.read_bytes())
+    found: dict[str, Any] = json.loads((output / "training.json").read_bytes())
     return found
 
 
@@ -62,8 +53,8 @@ def sweep(model: Path, folder: Path, texts: dict[str, Path], steps: int) -> list
     rows = []
     for method, rates in SWEEP.items():
         for rate in rates:
-            options = ("--steps", str(steps // 3), "--lr", str(rate))
-            figures = run(model, folder / "sweep" / f"{method}-{rate:g}", method=method, data=texts["legal"], options=options)
+            place = folder / "sweep" / f"{method}-{rate:g}"
+            figures = run(model, place, method=method, data=texts["legal"], steps=steps // 3, rate=rate)
             rows.append({"method": method, "rate": rate, **_loss(figures["held_out"])})
     return rows
 
@@ -78,15 +69,14 @@ def over_domains(
 ) -> list[dict[str, Any]]:
     """One adapter a domain and method."""
     rows = []
-    for domain, data in texts.items():
-        for method in RANKS:
-            options = ("--steps", str(steps), "--lr", str(rates[method]))
-            figures = run(model, folder / "domains" / f"{method}-{domain}", method=method, data=data, options=options)
+    for method, rate in rates.items():
+        for domain, data in texts.items():
+            figures = run(model, folder / "domains" / f"{method}-{domain}", method=method, data=data, steps=steps, rate=rate)
             rows.append(
                 {
                     "domain": domain,
                     "method": method,
-                    "rate": rates[method],
+                    "rate": rate,
                     "trainable_parameters": figures["trainable_parameters"],
                     **_loss(figures["held_out"]),
                 }
@@ -99,10 +89,8 @@ def timed(model: Path, folder: Path, texts: dict[str, Path], steps: int) -> list
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in RANKS}
     for turn in range(3):
         for method in RANKS:
-            options = ("--steps", str(max(6, steps // 6)), "--lr", "1e-3")
-            found[method].append(
-                run(model, folder / "time" / f"{method}-{turn}", method=method, data=texts["legal"], options=options)
-            )
+            place = folder / "time" / f"{method}-{turn}"
+            found[method].append(run(model, place, method=method, data=texts["legal"], steps=max(6, steps // 6), rate=1e-3))
     rows = []
     for method, runs in found.items():
         seconds = [figures["step_seconds"] for figures in runs]
@@ -164,6 +152,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", choices=["sweep", "domains", "time"], help="default: all")
     parser.add_argument("--folder", type=Path, default=locating.home() / "benchmarks" / "training", help="runs and adapters")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rates", metavar="mica=RATE,lora=RATE", help="instead of a sweep; only the methods named are trained")
     options = parser.parse_args()
     sections = options.sections or ["sweep", "domains", "time"]
     folder: Path = options.folder
@@ -174,10 +163,13 @@ def main() -> None:
     except BankNotFoundError:
         svdbank.build(model)
     figures: dict[str, Any] = {"cpus": os.cpu_count(), "load_at_start": os.getloadavg()[0], "steps": options.steps}
-    if "sweep" in sections or "domains" in sections:
+    given = {
+        method: float(rate) for method, _, rate in (pair.partition("=") for pair in (options.rates or "").split(",") if pair)
+    }
+    if "sweep" in sections or ("domains" in sections and not given):
         figures["sweep"] = sweep(model, folder, texts, options.steps)
     if "domains" in sections:
-        rates = {method: best_rate(figures["sweep"], method) for method in RANKS}
+        rates = given or {method: best_rate(figures["sweep"], method) for method in RANKS}
         figures["domains"] = over_domains(model, folder, texts, options.steps, rates)
     if "time" in sections:
         figures["time"] = timed(model, folder, texts, options.steps)

@@ -21,7 +21,7 @@ from svdbank.bank import Bank
 from svdbank.errors import OptionError
 from svdbank.training import checkpoints
 
-#: Two passes over the blocks, so that kills and checkpoints fall before, on and after the end of a pass.
+#: More than one pass over the blocks, so that kills and checkpoints fall before, on and after the end of a pass.
 STEPS = 16
 
 
@@ -30,13 +30,13 @@ def options(legal: Path) -> dict[str, Any]:
         "data": (str(legal),),
         "rank": 4,
         "length": 32,
-        "batch_size": 4,
+        "batch_size": 2,
         "steps": STEPS,
         "log_steps": 3,
         "save_steps": 3,
         "dropout": 0.1,
         "held_out_blocks": 4,
-        "held_out": 0.1,
+        "held_out": 0.8,
     }
 
 
@@ -76,7 +76,9 @@ def killed_at(step: int, model: Path, output: Path, wanted: dict[str, Any]) -> N
 @pytest.fixture(scope="module")
 def undisturbed(small: Path, small_bank: Bank, legal: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.set_num_threads(1)
-    return svdbank.train(small, output=tmp_path_factory.mktemp("whole") / "adapter", **options(legal))
+    report = svdbank.train(small, output=tmp_path_factory.mktemp("whole") / "adapter", **options(legal))
+    assert STEPS / 3 < report.blocks / 2 < STEPS - 1
+    return report
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
@@ -159,7 +161,7 @@ def test_a_run_does_not_go_on_with_other_options_or_other_text(
     small: Path, legal: Path, unfinished: Path, tmp_path: Path
 ) -> None:
     wanted = options(legal)
-    with pytest.raises(OptionError, match="unfinished run with other learning_rate, rank"):
+    with pytest.raises(OptionError, match="unfinished run with other alpha, learning_rate, rank"):
         svdbank.train(small, output=unfinished, **wanted | {"rank": 8, "learning_rate": 1e-3})
     text = legal.read_text()
     try:

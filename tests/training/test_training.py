@@ -29,8 +29,8 @@ from tests.training.models import write_jsonl
 RECIPE: dict[str, Any] = {
     "rank": 4,
     "length": 32,
-    "batch_size": 4,
-    "steps": 12,
+    "batch_size": 2,
+    "steps": 10,
     "log_steps": 1,
     "held_out": 0.2,
     "held_out_blocks": 12,
@@ -76,8 +76,8 @@ def trained(small: Path, small_bank: Bank, legal: Path, tmp_path_factory: pytest
 def test_mica_lowers_the_held_out_loss_beyond_its_error(trained: TrainReport) -> None:
     assert trained.held_out is not None
     assert trained.held_out.change < -3 * trained.held_out.change_error < 0
-    assert trained.held_out.blocks == 12 and trained.steps == 12 and trained.tokens == 12 * 4 * 32
-    assert len(trained.curve) == 12 and trained.resumed_from is None
+    assert trained.held_out.blocks == 12 and trained.steps == 10 and trained.tokens == 10 * 2 * 32
+    assert len(trained.curve) == 10 and trained.resumed_from is None
 
 
 def test_the_folder_is_peft_s_with_the_bank_s_directions(trained: TrainReport, small: Path, small_bank: Bank) -> None:
@@ -123,8 +123,8 @@ def test_the_curve_is_that_of_peft_alone(trained: TrainReport, small: Path, lega
     model = peft.get_peft_model(load(small), mica(4, lora_dropout=0.05, task_type="CAUSAL_LM"))
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=12,
-        per_device_train_batch_size=4,
+        max_steps=10,
+        per_device_train_batch_size=2,
         learning_rate=5e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
@@ -143,9 +143,8 @@ def test_the_curve_is_that_of_peft_alone(trained: TrainReport, small: Path, lega
     transformers.set_seed(1)
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    # The reason is that of tests/peft/test_curve.py: PEFT's float32 SVD turns neighbouring columns by up to 1e-3. Losses are six
-    # times as large here, because the model is cut off after two layers, and so is what training changes.
-    assert max(abs(a - b) for (_, a), b in zip(trained.curve, theirs, strict=True)) < 2e-3
+    # The tolerance and its reason are those of tests/peft/test_curve.py; measured is 1e-5.
+    assert max(abs(a - b) for (_, a), b in zip(trained.curve, theirs, strict=True)) < 3e-4
     assert abs(theirs[0] - theirs[-1]) > 0.1
 
 
@@ -167,8 +166,8 @@ def test_every_method_leaves_an_adapter_of_the_unchanged_base(
 def test_a_4_bit_base_trains_and_the_adapter_works_on_the_bf16_base(
     small: Path, small_bank: Bank, legal: Path, tmp_path: Path
 ) -> None:
-    report = train(small, tmp_path / "adapter", legal, load_in="4bit", steps=6)
-    assert report.held_out is not None and report.held_out.change < -2 * report.held_out.change_error < 0
+    report = train(small, tmp_path / "adapter", legal, load_in="4bit")
+    assert report.held_out is not None and report.held_out.change < -3 * report.held_out.change_error < 0
     for module, pair in read_folder(report.adapter).factors.items():
         assert torch.equal(pair.B, small_bank[f"{module}.weight"].left(4)), module
     rows = blocks(small, legal, held_out=True)
@@ -240,7 +239,7 @@ def test_forgetting_is_measured_on_other_text(small: Path, small_bank: Bank, leg
     )
     assert [change.text for change in report.retained] == [str(other)]
     assert report.retained[0].before != report.retained[0].after and report.dtype == "bfloat16"
-    assert report.tokens == 3 * 2 * 4 * 32
+    assert report.tokens == 3 * 2 * 2 * 32
 
 
 def test_streamed_text_trains(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
@@ -251,10 +250,10 @@ def test_streamed_text_trains(small: Path, small_bank: Bank, legal: Path, tmp_pa
 
 
 def test_an_epoch_is_every_block_once(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
-    report = train(small, tmp_path / "adapter", legal, steps=None, epochs=0.5, held_out=0)
+    report = train(small, tmp_path / "adapter", legal, steps=None, epochs=0.5, held_out=0, batch_size=8)
     assert report.held_out is None
     # Half of the batches that an epoch has, the last of which may be smaller, rounded up as the Trainer does.
-    assert report.steps == math.ceil(math.ceil(report.blocks / 4) / 2)
+    assert report.steps == math.ceil(math.ceil(report.blocks / 8) / 2)
 
 
 def refuse_loading(progress: Progress) -> None:
