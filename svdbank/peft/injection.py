@@ -71,6 +71,16 @@ def inject(source: Source, original: Callable[..., Any], tuner: Any, model: Any,
         raise
 
 
+def check_reload(source: Source, root: nn.Module, adapter_name: str) -> None:
+    """The checks of :func:`inject` for a MiCA folder that will be loaded over an adapter which is already there."""
+    layers = slots(root, adapter_name)
+    _check_saved(source, layers)
+    if source.bank is not None:
+        targets = [target for layer in layers for target in layer.targets]
+        found = look_up(source.bank, targets, prefix=getattr(root, "base_model_prefix", ""))
+        _check_saved_bases(source, source.bank, layers, found)
+
+
 def _check_company(root: nn.Module, adapter_name: str, method: Method) -> None:
     """The base is one for all adapters of a model, so a method that changes it cannot share it."""
     from peft.tuners.lora import LoraLayer

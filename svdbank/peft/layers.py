@@ -140,12 +140,15 @@ def _is_linear(layer: Any, adapter: str) -> bool:
 def _parameter_targets(layer: Any, module: str, adapter: str) -> Iterator[Target]:
     """One target an expert of a wrapped (E, …) parameter; one in all for a matrix."""
     parameter = layer.get_param()
-    experts = parameter.ndim == 3
+    values = parameter.detach()
+    experts = layer._param_ndim == 3
+    # A slice of a sharded tensor would be gathered, and a partitioned one (ZeRO-3) has none; nobody reads those.
+    sliced = experts and type(values) is Tensor and values.ndim == 3
     path = module if layer.parameter_name == "weight" and not experts else f"{module}.{layer.parameter_name}"
     for expert in range(layer.num_experts):
         yield Target(
             module=path,
-            weight=parameter.detach()[expert] if experts else parameter,
+            weight=values[expert] if sliced else parameter,
             transposed=experts and bool(getattr(layer.get_base_layer(), "is_transposed", False)),
             out_features=layer.out_features,
             in_features=layer.in_features,

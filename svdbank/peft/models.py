@@ -14,7 +14,7 @@ from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
 from svdbank.errors import BankError, OptionError, WrongBaseError, missing_extra
 from svdbank.peft.configuration import method_of, normalise
-from svdbank.peft.injection import Source, attachments
+from svdbank.peft.injection import Source, attachments, check_reload
 from svdbank.peft.layers import plain
 from svdbank.peft.routing import reroute, use_bank
 from svdbank.pipeline import locating
@@ -62,10 +62,10 @@ def load_adapter(
 ) -> Any:
     """Load a saved adapter folder without any SVD, MiCA's ``B`` frozen; returns the ``PeftModel``.
 
-    ``model`` is a base model, or a ``PeftModel`` that gets one more adapter. With a ``bank`` the base is recognised as in
-    :func:`get_peft_model`, an adapter that records another base digest is refused, and so is a MiCA adapter whose ``B`` is not of this
-    bank. A MiLoRA or PiSSA folder needs the bank: the base becomes the same ``W − s B₀ A₀`` that the adapter was trained on.
-    ``options`` go to ``PeftModel.from_pretrained`` or ``PeftModel.load_adapter``.
+    ``model`` is a base model, or a ``PeftModel`` that gets one more adapter, or other values for one of that name. With a ``bank`` the
+    base is recognised as in :func:`get_peft_model`, an adapter that records another base digest is refused, and so is a MiCA adapter
+    whose ``B`` is not of this bank. A MiLoRA or PiSSA folder needs the bank: the base becomes the same ``W − s B₀ A₀`` that the adapter
+    was trained on. ``options`` go to ``PeftModel.from_pretrained`` or ``PeftModel.load_adapter``.
 
     Raises :class:`CheckpointError` for a folder that is no adapter or lacks factors of targeted modules, and what
     :func:`get_peft_model` raises. A plain LoRA folder loads as in PEFT.
@@ -90,6 +90,16 @@ def load_adapter(
     source = Source(opened, saved={added + module: pair for module, pair in saved.factors.items()}, folder=str(folder))
     with reroute(source):
         if isinstance(model, peft.PeftModel):
+            if adapter_name in model.peft_config:
+                there = method_of(model.peft_config[adapter_name])
+                if there != method:
+                    raise OptionError(
+                        f"the adapter {adapter_name!r} is there already and starts from {there or 'plain LoRA'}, the folder from "
+                        f"{method or 'plain LoRA'}",
+                        hint="give it another adapter_name",
+                    )
+                if method == "mica":
+                    check_reload(source, model.get_base_model(), adapter_name)
             # It reads the config by itself, with whatever spelling is on disk: the injection normalises it.
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **options)
             return model

@@ -40,15 +40,16 @@ def is_sharded(weight: Tensor) -> bool:
 def plan(root: nn.Module, layers: Sequence[Slot]) -> list[Group]:
     """Groups for the layers whose base weight is sharded, none for a model that is not.
 
-    Raises :class:`OptionError` for a model that has run already, and for layers whose adapters are used without their own forward
-    (embeddings, fused experts): FSDP2 has no place to gather those.
+    Raises :class:`OptionError` for a model that has run already, for layers whose adapters are used without their own forward
+    (embeddings, fused experts), since FSDP2 has no place to gather those, and for tensor parallelism.
     """
-    sharded = [i for i, layer in enumerate(layers) if _is_distributed(layer.layer.get_base_layer())]
+    _refuse_tensor_parallel(layers)
+    sharded = [i for i, layer in enumerate(layers) if _is_distributed(layer)]
     if not sharded:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    owners = {id(layers[i].layer): _owner(root, layers[i].layer) for i in sharded}
+    owners = _owners(root)
     members: dict[int, list[int]] = {}
     by_id: dict[int, Any] = {}
     for i in sharded:
@@ -65,6 +66,19 @@ def plan(root: nn.Module, layers: Sequence[Slot]) -> list[Group]:
         members.setdefault(id(owner), []).append(i)
         by_id[id(owner)] = owner
     return [Group(by_id[key], _mesh(layers[indices[0]]), tuple(indices)) for key, indices in members.items()]
+
+
+def _refuse_tensor_parallel(layers: Sequence[Slot]) -> None:
+    for layer in layers:
+        split = getattr(layer.layer.get_base_layer(), "_hf_tp_plan", None)
+        if not split and _is_distributed(layer):
+            weight: Any = layer.targets[0].weight
+            split = sum(placement.is_shard() for placement in weight.placements) > 1
+        if split:
+            raise OptionError(
+                f"{layer.targets[0].label} is split by tensor parallelism, and a bank's factors are not",
+                hint="shard the model with FSDP2 or ZeRO-3",
+            )
 
 
 def apply(groups: Sequence[Group], layers: Sequence[Slot], values: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -107,13 +121,14 @@ def local_part(stored: Any, *, transposed: bool) -> tuple[Tensor, slice, slice]:
     return stored.to_local(), *((second, first) if transposed else (first, second))
 
 
-def _is_distributed(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    if weight is None or "torch.distributed.tensor" not in sys.modules:
+def _is_distributed(layer: Slot) -> bool:
+    if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor
 
-    return isinstance(weight, DTensor)
+    return isinstance(
+        getattr(layer.layer.get_base_layer(), "weight", None) if layer.kind != "experts" else layer.layer.get_param(), DTensor
+    )
 
 
 def _mesh(slot: Slot) -> Any:
@@ -121,14 +136,15 @@ def _mesh(slot: Slot) -> Any:
     return weight.device_mesh
 
 
-def _owner(root: nn.Module, layer: nn.Module) -> Any:
-    """The innermost FSDP2 module around ``layer``."""
+def _owners(root: nn.Module) -> dict[int, Any]:
+    """The innermost FSDP2 module around every module, by id."""
     from torch.distributed.fsdp import FSDPModule
 
-    path = next(name for name, module in root.named_modules() if module is layer)
-    parts = path.split(".")
-    for length in range(len(parts) - 1, -1, -1):
-        module = root.get_submodule(".".join(parts[:length]))
-        if isinstance(module, FSDPModule):
-            return module
-    return None
+    found: dict[int, Any] = {}
+    ahead: list[tuple[nn.Module, Any]] = [(root, None)]
+    while ahead:
+        module, above = ahead.pop()
+        owner = module if isinstance(module, FSDPModule) else above
+        found[id(module)] = owner
+        ahead += [(child, owner) for child in module.children()]
+    return found

@@ -186,6 +186,24 @@ def test_an_adapter_with_anothers_b_is_refused(bert: Load, minilm_bank: Bank, tm
         assert load_adapter(bert(), put(own), bank=minilm_bank) is not None
 
 
+def test_an_adapter_of_the_same_name_gets_other_values_under_the_same_checks(
+    bert: Load, minilm_bank: Bank, tmp_path: Path
+) -> None:
+    model = get_peft_model(bert(), mica(4, target_modules=["query"]), bank=minilm_bank)
+    move(model, 1)
+    model.save_pretrained(tmp_path / "a")
+    fresh = get_peft_model(bert(), mica(4, target_modules=["query"]), bank=minilm_bank)
+    assert torch.equal(output(load_adapter(fresh, tmp_path / "a", bank=minilm_bank)), output(model)) and only_a_trains(fresh)
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    save_file({key: value.flip(0).contiguous() for key, value in tensors.items()}, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(WrongBaseError, match="B of 6 of 6 weights"):
+        load_adapter(fresh, tmp_path / "a", bank=minilm_bank)
+    plain = peft.get_peft_model(bert(), mica(4, init_lora_weights=True, target_modules=["query"]))
+    with pytest.raises(OptionError, match="starts from plain LoRA, the folder from mica"):
+        load_adapter(plain, tmp_path / "a", bank=minilm_bank)
+    assert b_is_the_banks(fresh, minilm_bank)
+
+
 def test_transformers_refused_adapter_leaves_no_trace(bert: Load, minilm_bank: Bank) -> None:
     model = bert()
     notes = dict(model.__dict__)

@@ -85,6 +85,27 @@ def test_the_adapter_holds_the_banks_triplets_and_the_base_the_rest(
     assert {n.split(".")[-3] for n in trainable(model) if "embedding_" not in n} <= {"lora_A", "lora_B"}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_transformers_conv1d_loses_its_part_in_its_own_orientation(method: str, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_embd=24, n_layer=2, n_head=2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with quiet():
+        model.save_pretrained(tmp_path / "gpt2")
+    bank = svdbank.build(tmp_path / "gpt2", tmp_path / "bank", rank=8, principal=8, targets=("c_attn", "c_fc"))
+    targets = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    layers = lora_layers(get_peft_model(model, config(method, 4, **targets), bank=bank))
+    assert len(layers) == 4
+    for module, layer in layers.items():
+        W, rest = before[f"{module}.weight"], layer.get_base_layer().weight
+        U, sigma, V = triplets(bank, f"{module}.weight", 4, method)
+        assert W.shape == (V.shape[0], U.shape[0])  # (in, out)
+        # Rounded once to float32, after a float32 dot product of length 4.
+        assert (rest + (U @ sigma.diag() @ V.T).T - W).abs().max() <= 8 * 2.0**-24 * (W.abs().max() + sigma[0]), module
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_outputs_are_the_bases_within_rounding(

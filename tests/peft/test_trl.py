@@ -71,7 +71,9 @@ def test_sft_trains_saves_and_resumes_from_the_bank(method: str, small: tuple[Pa
         again = trainer(4)
         again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
         for module, layer in lora_layers(again.model).items():
-            assert all(torch.equal(a, b) for a, b in zip(factors(layer), factors(lora_layers(model)[module]), strict=True)), module
+            assert all(torch.equal(a, b) for a, b in zip(factors(layer), factors(lora_layers(model)[module]), strict=True)), (
+                module
+            )
         first.save_model(str(tmp_path / "final"))
         from transformers import AutoModelForCausalLM
 
