@@ -64,8 +64,11 @@ class Repository:
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def read_into(self, file: SourceFile, buffer: memoryview, begin: int) -> None:
-        """Fill ``buffer`` from offset ``begin``, in one request if the connection holds. Raises CheckpointError."""
+    def read_into(self, file: SourceFile, buffer: memoryview, begin: int, filled: list[int] | None = None) -> None:
+        """Fill ``buffer`` from offset ``begin``, in one request if the connection holds. Raises CheckpointError.
+
+        ``filled[0]`` is kept at the number of bytes that are there, also when it ends in an error.
+        """
         position = failures = 0
         while position < len(buffer):
             try:
@@ -73,6 +76,8 @@ class Repository:
                     buffer[position : position + len(chunk)] = chunk
                     position += len(chunk)
                     failures = 0
+                    if filled is not None:
+                        filled[0] = position
                 if position < len(buffer):
                     raise _BrokenOffError
             except CheckpointError:
@@ -91,19 +96,24 @@ class Repository:
                 self._closed.wait(wait)
 
     def pieces(self, file: SourceFile, begin: int, end: int) -> Iterator[memoryview]:
-        """The bytes ``[begin, end)`` in order, piece by piece, several requests ahead of the reader."""
-        ahead: deque[tuple[Future[None], memoryview]] = deque()
+        """The bytes ``[begin, end)`` in order, piece by piece, several requests ahead of the reader.
+
+        Before an error comes what had arrived of the piece that it is about.
+        """
+        ahead: deque[tuple[Future[None], memoryview, list[int]]] = deque()
         try:
             while ahead or begin < end:
                 while begin < end and len(ahead) < REQUESTS:
-                    piece = memoryview(bytearray(min(PIECE, end - begin)))
-                    ahead.append((self._pool.submit(self.read_into, file, piece, begin), piece))
+                    piece, filled = memoryview(bytearray(min(PIECE, end - begin))), [0]
+                    ahead.append((self._pool.submit(self.read_into, file, piece, begin, filled), piece, filled))
                     begin += len(piece)
-                future, piece = ahead.popleft()
-                future.result()
-                yield piece
+                future, piece, filled = ahead.popleft()
+                error = future.exception()
+                yield piece[: filled[0]]
+                if error is not None:
+                    raise error
         finally:
-            for future, _ in ahead:
+            for future, _, _ in ahead:
                 future.cancel()
 
     def fill(self, file: SourceFile, buffer: memoryview, begin: int, digest: Any | None = None) -> None:

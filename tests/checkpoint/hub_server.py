@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 
-FaultKind = Literal["drop", "status", "slow", "wrong-bytes"]
+FaultKind = Literal["drop", "status", "slow", "wrong-bytes", "other-range", "other-etag", "other-file", "no-range"]
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?")
 _ERRORS = {
@@ -90,14 +90,30 @@ class LocalHub:
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        #: (path, Range header) of each request that asked for a part of a file.
+        self.ranges: list[tuple[str, str]] = []
+        #: Whether large files are answered by a redirect to another host, as the Hub does it, and what tokens came there.
+        self.redirects = False
+        self.leaked: list[str] = []
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in ("hub", "storage")]
+        for server in self._servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://127.0.0.1:{self._servers[0].server_port}"
+
+    @property
+    def storage_url(self) -> str:
+        return f"http://127.0.0.1:{self._servers[1].server_port}"
+
+    def blob(self, sha256: str) -> Blob | None:
+        """A large file of any repository, by its hash."""
+        trees = [tree for repository in self.repositories.values() for tree in repository.commits.values()]
+        return next((blob for tree in trees for blob in tree.values() if blob.large and blob.sha256 == sha256), None)
 
     def commit(self, name: str, files: dict[str, bytes], *, branch: str = "main", gated: bool = False) -> str:
         """Add a commit that changes ``files`` on ``branch``; its hash."""
@@ -114,12 +130,12 @@ class LocalHub:
         return commit
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -139,16 +155,22 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
+            if asked := self.headers.get("Range"):
+                self.hub.ranges.append((path, asked))
             fault = next((fault for fault in self.hub.faults if fault.strikes(self.command, path)), None)
         if fault is not None and fault.kind == "status":
-            asked = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
-            return self._send(fault.status, b"{}", asked, body)
+            later = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
+            return self._send(fault.status, b"{}", later, body)
         if fault is not None and fault.kind == "slow":
             time.sleep(fault.seconds)
         if found := _API.fullmatch(path):
             return self._api(found[1], found[2], found[3] or "main", body)
         if found := _RESOLVE.fullmatch(path):
             return self._resolve(found[1], found[2], found[3], fault, body)
+        if (found := re.fullmatch(r"/storage/([0-9a-f]{64})", path)) and (blob := self.hub.blob(found[1])):
+            if "Authorization" in self.headers:
+                self.hub.leaked.append(self.headers["Authorization"])
+            return self._file(blob, {"ETag": '"storage"'}, fault, body)
         return self._send(404, b"{}", {}, body)
 
     def _tree(self, name: str, revision: str, body: bool) -> tuple[str, dict[str, Blob]] | None:
@@ -208,18 +230,31 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self._error("EntryNotFound", body, {"X-Repo-Commit": commit})
         blob = files[path]
-        data, status = blob.data, 200
-        headers = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes", "X-Linked-Size": str(len(data))}
+        headers = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": commit, "X-Linked-Size": str(len(blob.data))}
         if blob.large:
             headers["X-Linked-Etag"] = f'"{blob.etag}"'
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        if fault is not None and fault.kind == "other-file":
+            headers["X-Linked-Etag"] = f'"{hashlib.sha256(b"another").hexdigest()}"'
+        if self.hub.redirects and blob.large:
+            return self._send(302, b"", {**headers, "Location": f"{self.hub.storage_url}/storage/{blob.sha256}"}, body)
+        return self._file(blob, headers, fault, body)
+
+    def _file(self, blob: Blob, headers: dict[str, str], fault: Fault | None, body: bool) -> None:
+        kind = fault.kind if fault is not None else None
+        data, status = blob.data, 200
+        headers = {**headers, "Accept-Ranges": "bytes"}
+        if kind != "no-range" and (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
             begin = int(asked[1])
             end = min(int(asked[2] or len(data) - 1), len(data) - 1)
-            headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
             data, status = data[begin : end + 1], 206
-        if fault is not None and fault.kind == "wrong-bytes":
+            if kind == "other-range":
+                begin, end = begin + 4, end + 4
+            headers["Content-Range"] = f"bytes {begin}-{end}/{len(blob.data)}"
+        if kind == "other-etag":
+            headers["ETag"] = '"changed"'
+        if kind == "wrong-bytes":
             data = data[:-1] + bytes([data[-1] ^ 1])
-        return self._send(status, data, headers, body, drop=fault is not None and fault.kind == "drop")
+        self._send(status, data, headers, body, drop=kind == "drop")
 
     def _error(self, code: str, body: bool, headers: dict[str, str] | None = None) -> None:
         status, message = _ERRORS[code]
