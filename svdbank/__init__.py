@@ -25,7 +25,11 @@ from svdbank.errors import (
 )
 
 if TYPE_CHECKING:
+    from svdbank.adapter.exporting import export as export
     from svdbank.adapter.initialisation import init as init
+    from svdbank.adapter.model import Adapter as Adapter
+    from svdbank.adapter.reading import read_adapter as read_adapter
+    from svdbank.adapter.writing import write_adapter as write_adapter
     from svdbank.bank.reading import Bank as Bank
     from svdbank.bank.reading import StoredBasis as StoredBasis
     from svdbank.basis import Basis as Basis
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from svdbank.demonstration import demo as demo
     from svdbank.environment import env as env
     from svdbank.evaluation import eval as eval
+    from svdbank.extraction import extract as extract
+    from svdbank.fusion import fuse as fuse
     from svdbank.pipeline.building import build as build
     from svdbank.pipeline.locating import ls as ls
     from svdbank.pipeline.locating import open as open
@@ -47,6 +53,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Loaded on first use, so that `import svdbank` costs no torch and no zarr.
 _LAZY = {
+    "Adapter": "svdbank.adapter.model",
     "Bank": "svdbank.bank.reading",
     "Basis": "svdbank.basis",
     "Certificate": "svdbank.basis",
@@ -56,14 +63,19 @@ _LAZY = {
     "demo": "svdbank.demonstration",
     "env": "svdbank.environment",
     "eval": "svdbank.evaluation",
+    "export": "svdbank.adapter.exporting",
+    "extract": "svdbank.extraction",
+    "fuse": "svdbank.fusion",
     "info": "svdbank.verification",
     "init": "svdbank.adapter.initialisation",
     "ls": "svdbank.pipeline.locating",
     "open": "svdbank.pipeline.locating",
     "plan": "svdbank.pipeline.planning",
+    "read_adapter": "svdbank.adapter.reading",
     "rm": "svdbank.pipeline.locating",
     "train": "svdbank.training",
     "verify": "svdbank.verification",
+    "write_adapter": "svdbank.adapter.writing",
 }
 
 __all__ = [

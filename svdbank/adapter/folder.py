@@ -29,9 +29,28 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CACHE = "svdbank.json"
 
+#: Coefficients of each named component, for ``scale`` and ``drop``; PEFT does not know it.
+COMPONENTS = "components.safetensors"
+
+#: What a slim folder, one without B, has in place of a config.
+SLIM = "slim.json"
+
 #: What ``train`` leaves beside an adapter: its options and its figures.
 TRAINING_CONFIG, TRAINING_FIGURES = "training.toml", "training.json"
-_OURS = frozenset({CONFIG, WEIGHTS, CACHE, "README.md", TRAINING_CONFIG, TRAINING_FIGURES})
+_OURS = frozenset(
+    {
+        CONFIG,
+        WEIGHTS,
+        CACHE,
+        COMPONENTS,
+        SLIM,
+        "coefficients.safetensors",
+        "files",
+        "README.md",
+        TRAINING_CONFIG,
+        TRAINING_FIGURES,
+    }
+)
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
 _ROOT = "base_model.model."
@@ -180,7 +199,7 @@ def check_output(output: Path, *, force: bool) -> None:
         return
     if not force:
         raise OptionError(f"{output} is not empty", hint="name another output, or replace the adapter there with --force")
-    if not (output / CONFIG).is_file():
+    if not ((output / CONFIG).is_file() or (output / SLIM).is_file()):
         raise OptionError(f"{output} is not empty and holds no adapter, so it is not replaced", hint="name another output")
     strangers = sorted(path.name for path in output.iterdir() if path.name not in _OURS)
     if strangers:
@@ -244,6 +263,11 @@ def read_settings(folder: Path) -> LoraSettings:
     try:
         data = (folder / CONFIG).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / SLIM).is_file():
+            raise CheckpointError(
+                f"{folder}: a slim adapter, whose B is in its bank",
+                hint=f"svdbank export {folder} --to peft --bank BANK -o FOLDER",
+            ) from None
         raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint="svdbank init MODEL -o FOLDER") from None
     settings = from_json(data, LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
     if not (folder / WEIGHTS).is_file():

@@ -13,9 +13,8 @@ from torch import Tensor
 from svdbank.adapter.card import composed_card
 from svdbank.adapter.components import InBank, compact, indices_of
 from svdbank.adapter.experts import join, wrapper_paths
-from svdbank.adapter.folder import AdapterCache, Factors, LoraSettings, write_folder
+from svdbank.adapter.folder import COMPONENTS, AdapterCache, Factors, LoraSettings, write_folder
 from svdbank.adapter.model import AdaptedWeight, Adapter
-from svdbank.adapter.reading import COMPONENTS
 from svdbank.bank.reading import base_digest
 from svdbank.errors import OptionError
 
