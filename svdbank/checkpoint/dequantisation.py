@@ -109,7 +109,7 @@ def _factors(scales: Tensor, how: Quantisation) -> Tensor:
 
     kind, shape = how.scales.dtype, how.scales.shape
     powers = kind in ("U8", "F8_E8M0")
-    factors = _powers()[scales.to(torch.int64)] if powers else scales.view(torch_dtype(kind)).to(torch.float32)
+    factors = _powers().index_select(0, scales.to(torch.int32)) if powers else scales.view(torch_dtype(kind)).to(torch.float32)
     return factors.reshape(shape if len(shape) >= 2 and prod(shape) > 1 else (1, 1))
 
 

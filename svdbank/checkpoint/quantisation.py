@@ -72,7 +72,7 @@ class _Group(msgspec.Struct, frozen=True):
 class _CompressedTensors(msgspec.Struct, frozen=True):
     """The keys that are read of a configuration with ``quant_method: compressed-tensors``."""
 
-    config_groups: dict[str, _Group] = {}
+    config_groups: Annotated[dict[str, _Group], msgspec.Meta(max_length=1000)] = {}
     format: str = ""
     transform_config: dict[str, Any] | None = None
     sparsity_config: dict[str, Any] | None = None

@@ -233,6 +233,10 @@ FOLDERS: dict[str, tuple[Files, str]] = {
         quantised({"quant_method": "compressed-tensors", "config_groups": []}),
         "config_groups",
     ),
+    "compressed-tensors: a thousand and one groups": (
+        quantised({"quant_method": "compressed-tensors", "config_groups": {str(n): {} for n in range(1001)}}),
+        "config_groups",
+    ),
     "compressed-tensors: a group that is a string": (
         quantised({"quant_method": "compressed-tensors", "config_groups": {"g": "FP8"}}),
         "config_groups",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shlex
@@ -18,7 +19,7 @@ from safetensors import deserialize
 from safetensors.torch import save
 
 import svdbank
-from svdbank.checkpoint import open_checkpoint
+from svdbank.checkpoint import decomposable, open_checkpoint
 from svdbank.errors import BankNotFoundError, CheckpointError, SvdbankError
 from tests.checkpoint.attacks import FILE_NAMES, FOLDERS, HEADERS, Loaded, entry, raw, tensors_file
 
@@ -250,8 +251,6 @@ def test_a_pipe_or_folder_in_place_of_a_weight_file_is_refused_at_once(tmp_path:
     ],
 )
 def test_a_configuration_key_of_the_wrong_type_is_refused_by_name(tmp_path: Path, config: str) -> None:
-    from svdbank.checkpoint import decomposable
-
     tensors_file(tmp_path / "model.safetensors", WEIGHTS)
     (tmp_path / "config.json").write_text(config)
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=next(iter(json.loads(config)))):
@@ -358,3 +357,93 @@ def test_a_folder_without_one_clear_set_of_weights_is_refused(tmp_path: Path, fi
     with pytest.raises(SvdbankError, match=reason) as caught:
         open_checkpoint(tmp_path)
     assert caught.value.hint
+
+
+#: Values that a key of ``config.json`` may be given by a stranger.
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2**65)
+    | st.floats()
+    | st.sampled_from(["", "fp8", "mxfp4", "tensor", "channel"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["weights", "g", "block_structure"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+MODEL_TYPES = st.sampled_from(
+    ["llama", "gpt_oss", "gpt2", "bert", "mixtral", "nomic_bert", "dinov2", "llama4", "granitemoe", "llava"]
+)
+STEMS = st.sampled_from(
+    [
+        "model.layers.0.q_proj", "a", "lm_head", "model.embed_tokens", "model.layers.0.mlp.experts.gate_up_proj", "h.0.attn.c_attn",
+        "layers.0.self_attn.Wqkv", "encoder.layer.0.mlp.weights_in", "model.layers.0.mlp.experts.0.gate_proj",
+        "model.layers.0.block_sparse_moe.experts.1.w1", "model.layers.0.block_sparse_moe.input_linear", "x.experts.999999999.up_proj", "",
+    ]
+)  # fmt: skip
+ENDS = st.sampled_from(
+    [".weight", "", "_blocks", "_scales", ".weight_scale_inv", ".weight_scale", "_scale_inv", ".bias", ".weight_packed"]
+)
+SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 16, 129, 2**40]), max_size=4)
+QUANTISATIONS = st.one_of(
+    ANYTHING,
+    st.fixed_dictionaries(
+        {"quant_method": st.just("fp8")}, optional={"weight_block_size": ANYTHING | st.just([2, 2]) | st.none()}
+    ),
+    st.just({"quant_method": "mxfp4"}),
+    st.fixed_dictionaries(
+        {
+            "quant_method": st.just("compressed-tensors"),
+            "format": st.just("float-quantized"),
+            "config_groups": ANYTHING
+            | st.fixed_dictionaries(
+                {"g": st.fixed_dictionaries({"weights": ANYTHING | st.just({"type": "float", "strategy": "channel"})})}
+            ),
+        }
+    ),
+)
+
+
+def check_whatever_it_holds(folder: Path, data: st.DataObject) -> None:
+    """Open, select and read: each part of the folder is well formed, together they are arbitrary. Matrices or an error of ours."""
+    from svdbank.checkpoint.dtypes import BITS
+
+    names = data.draw(st.lists(st.tuples(STEMS, ENDS), max_size=5, unique=True))
+    header, end = {}, 0
+    for stem, suffix in names:
+        dtype = data.draw(st.sampled_from(["F32", "BF16", "F8_E4M3", "U8", "F8_E8M0", "F4", "I64", "C64"]))
+        shape = data.draw(SIZES)
+        nbytes = math.prod(shape) * BITS[dtype] // 8
+        if nbytes > 100_000:
+            continue
+        header[stem + suffix] = entry(end, end + nbytes, shape, dtype)
+        end += nbytes
+    config: dict[str, object] = {"model_type": data.draw(MODEL_TYPES), "quantization_config": data.draw(QUANTISATIONS)}
+    key = st.sampled_from(["dtype", "vocab_size", "tie_word_embeddings", "architectures", "text_config", "_name_or_path"])
+    config |= data.draw(st.dictionaries(key, ANYTHING, max_size=2))
+    config = {name: value for name, value in config.items() if data.draw(st.booleans()) or name == "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(raw(header, data.draw(st.randoms(use_true_random=False)).randbytes(end)))
+    try:
+        with open_checkpoint(folder) as checkpoint:
+            specs, skips = decomposable(checkpoint, data.draw(st.sampled_from(["all-linear", ".*"])))
+            assert {source.name for spec in specs for source in spec.sources} | {
+                s.name for s in skips
+            } == checkpoint.tensors.keys()
+            for spec in specs:
+                assert checkpoint.read(spec).shape == (spec.out_features, spec.in_features)
+    except SvdbankError:
+        return
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_a_folder_holds_gives_matrices_or_an_error_of_ours(tmp_path: Path, data: st.DataObject) -> None:
+    check_whatever_it_holds(tmp_path, data)
+
+
+@pytest.mark.soak
+@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_many_folders_hold_gives_matrices_or_an_error_of_ours(tmp_path: Path, data: st.DataObject) -> None:
+    check_whatever_it_holds(tmp_path, data)
