@@ -108,10 +108,9 @@ def export(
         folder = read_folder(source)
         rank = max(pair.B.shape[1] for pair in folder.factors.values())
         full = len(folder.factors) - len(record.references)
-        notes = (
-            (f"{full} of {len(folder.factors)} weights are not the bank's vectors to the bit and keep their B",) if full else ()
-        )
-        return ExportReport(str(output), to, len(folder.factors), rank, size, size / whole, notes=(kept,) if full else ())
+        kept = f"{full} of {len(folder.factors)} weights are not the bank's vectors to the bit and keep their B"
+        said = (kept,) if full else ()
+        return ExportReport(str(output), to, len(folder.factors), rank, size, size / whole, notes=said)
     if (source / SLIM).is_file():
         if to != "peft" or inference:
             raise OptionError(
