@@ -1,0 +1,104 @@
+"""``svdbank extract``: the best LoRA of what a fine-tuning changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from svdbank_cli.options import with_output
+from svdbank_cli.output import Output, table
+
+
+@click.command("extract")
+@click.argument("base")
+@click.argument("finetuned")
+@click.option("-o", "--output", "adapter", type=click.Path(), required=True, help="Adapter folder to write.")
+@click.option("-r", "--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
+@click.option("--targets", multiple=True, metavar="PATTERN", help="Modules, as PEFT names them. [default: all-linear]")
+@click.option("--bank", metavar="BANK", help="Bank of BASE, for the share in its minor directions. [default: a cached one]")
+@click.option("--task-type", metavar="TYPE", help="PEFT task type, e.g. CAUSAL_LM.")
+@click.option("--per-weight", is_flag=True, help="A line for each weight instead of one for each role.")
+@click.option("--force", is_flag=True, help="Replace an adapter that is there.")
+@with_output
+def extract_command(
+    base: str,
+    finetuned: str,
+    adapter: str,
+    rank: int,
+    targets: tuple[str, ...],
+    bank: str | None,
+    task_type: str | None,
+    per_weight: bool,
+    force: bool,
+    output: Output,
+) -> None:
+    """Write the best LoRA of rank r of the difference between FINETUNED and BASE, weight by weight.
+
+    "kept" is the share of the squared norm of the difference that the adapter holds: no matrix of that rank holds more. "minor" is the
+    share of the difference in the minor directions that a bank of BASE stores. Weights that are equal are left out.
+
+    \b
+    Examples:
+      svdbank extract HuggingFaceTB/SmolLM2-135M HuggingFaceTB/SmolLM2-135M-Instruct -r 16 -o ./instruct
+      svdbank extract ./base ./finetuned -r 64 --targets q_proj --targets v_proj -o ./adapter --json
+    """
+    import svdbank
+
+    opened = None if bank is None else svdbank.open(bank)
+    with output.progress() as progress:
+        report = svdbank.extract(
+            base,
+            finetuned,
+            output=adapter,
+            rank=rank,
+            targets=targets or ("all-linear",),
+            bank=opened,
+            task_type=task_type,
+            force=force,
+            progress=progress,
+        )
+    if report.outside:
+        output.say(
+            f"Note: {len(report.outside)} more tensors differ and are not in the adapter (not targeted, or no matrices): "
+            f"{', '.join(report.outside[:3])}{', …' if len(report.outside) > 3 else ''}"
+        )
+    output.data(report, lambda value: _text(value, per_weight))
+
+
+def _text(report: Any, per_weight: bool) -> str:
+    groups: dict[str, list[Any]] = {}
+    for weight in report.weights:
+        groups.setdefault(weight.name if per_weight else weight.module.rpartition(".")[2], []).append(weight)
+    minor = report.minor is not None
+    header = ("weights", "number", "rank", "‖D‖/‖W‖", "kept", *(("minor", "minor of kept") if minor else ()))
+    rows: list[tuple[object, ...]] = [
+        (name, len(members), max(w.rank for w in members), f"{_mean(members, 'relative'):.2e}", *_shares(members, minor))
+        for name, members in groups.items()
+    ]
+    lines = [
+        table(header, rows),
+        "",
+        f"kept {report.kept:.2%} of the difference in {len(report.weights)} weights; {len(report.equal)} are equal and left out",
+    ]
+    if minor:
+        lines.append(
+            f"{report.minor:.2%} of it, and {report.minor_kept:.2%} of what is kept, lies in the {report.bank_rank} minor directions "
+            f"of {report.bank}"
+        )
+    return "\n".join([*lines, f"adapter of rank {report.rank} in {report.adapter}"])
+
+
+def _mean(weights: list[Any], field: str) -> float:
+    return float(sum(getattr(weight, field) for weight in weights)) / len(weights)
+
+
+def _shares(weights: list[Any], minor: bool) -> tuple[str, ...]:
+    """Shares of the energy of a group; a weight that the bank lacks counts as none."""
+    energy = sum(w.norm**2 for w in weights)
+    kept = sum(w.kept * w.norm**2 for w in weights)
+    shares = [kept / energy]
+    if minor:
+        shares.append(sum((w.minor or 0.0) * w.norm**2 for w in weights) / energy)
+        shares.append(sum((w.minor_kept or 0.0) * w.kept * w.norm**2 for w in weights) / kept)
+    return tuple(f"{share:.2%}" for share in shares)
