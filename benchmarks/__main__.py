@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("startup", "attach", "solver")
+NAMES = ("startup", "attach", "streaming", "solver")
 
 
 def main() -> int:

@@ -9,14 +9,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save
 
 from svdbank.checkpoint import open_checkpoint
 from svdbank.checkpoint.hub import parse_id
-from svdbank.errors import OptionError
+from svdbank.checkpoint.refusals import FIRST_WAIT, wait_before_retry
+from svdbank.checkpoint.shards import admitted
+from svdbank.errors import CheckpointError, OptionError
 from tests.checkpoint.hub_server import Fault, LocalHub
 
 #: Answers one line of JSON, [model, whether to download and read], with another.
@@ -349,3 +353,54 @@ def test_what_is_no_id_is_refused_before_any_request(text: str) -> None:
     with pytest.raises(OptionError) as caught:
         parse_id(text)
     assert caught.value.hint
+
+
+def test_a_blob_that_repositories_share_is_read_and_a_link_elsewhere_is_not(tmp_path: Path) -> None:
+    """The Hub client keeps Xet files once for all repositories: the blob is then a link into the cache's own store."""
+    repository = tmp_path / "hub" / "models--org--name"
+    digest, store = "ab" * 32, tmp_path / "hub" / "blobs" / "ab"
+    for folder in (store, repository / "blobs", repository / "snapshots" / "c0ffee"):
+        folder.mkdir(parents=True)
+    (store / digest).write_bytes(weights(0))
+    (repository / "blobs" / "the-id").symlink_to(Path("../../blobs/ab") / digest)
+    link = repository / "snapshots" / "c0ffee" / "model.safetensors"
+    link.symlink_to("../../blobs/the-id")
+    with open_checkpoint(link.parent) as checkpoint:
+        assert [file.identity for file in checkpoint.files] == ["the-id"]
+    (tmp_path / "secret").write_bytes(weights(0))
+    (repository / "blobs" / "the-id").unlink()
+    (repository / "blobs" / "the-id").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="only the Hugging Face cache's links"):
+        open_checkpoint(link.parent)
+
+
+def test_files_are_admitted_where_they_fit_beside_those_that_are_still_read() -> None:
+    uses = [frozenset("a"), frozenset("ab"), frozenset("b"), frozenset("bc"), frozenset("c"), frozenset("a")]
+    sizes = dict.fromkeys("abc", 10)
+    assert admitted(uses, sizes, None) == ["a", "b", "c"]
+    assert admitted(uses, sizes, 30) == ["a", "b", "c"]
+    # a is needed to the end: with room for two, b comes in beside it and c does not, until b is through.
+    assert admitted(uses, sizes, 20) == ["a", "b"]
+    assert admitted(uses[:5], sizes, 20) == ["a", "b", "c"]
+    assert admitted(uses[:5], sizes, 10) == ["a", "c"]
+    assert admitted(uses, sizes, 9) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "low", "high"),
+    [
+        (429, {"Retry-After": "7"}, 7, 7),
+        (429, {"RateLimit": '"resolvers";r=0;t=55'}, 55, 55),
+        (503, {}, 0.5 * FIRST_WAIT * 4, 1.5 * FIRST_WAIT * 4),
+        (503, {"Retry-After": "100000"}, None, None),
+        (404, {}, None, None),
+        (403, {"Retry-After": "1"}, None, None),
+    ],
+)
+def test_a_server_is_asked_again_when_it_says_or_after_ever_longer_waits(
+    status: int, headers: dict[str, str], low: float | None, high: float | None
+) -> None:
+    response = SimpleNamespace(status_code=status, headers=headers, request=None)
+    error = HfHubHTTPError("no", response=response)  # type: ignore[arg-type]
+    wait = wait_before_retry(error, 3)
+    assert wait is None if low is None or high is None else wait is not None and low <= wait <= high
