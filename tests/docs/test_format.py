@@ -201,8 +201,8 @@ def test_every_file_of_the_bank_is_recorded_and_as_recorded(sample: Sample) -> N
     assert present - set(recorded) == {"manifest.json", "build.log.jsonl"}
 
 
-def test_the_file_count_is_what_the_plan_shows(minilm_sample: Sample, minilm: Path) -> None:
-    report = svdbank.plan(minilm, minilm_sample.bank, rank=40, targets=["query", "intermediate.dense"])
+def test_the_file_count_is_what_the_plan_shows(minilm_sample: Sample, minilm: Path, tmp_path: Path) -> None:
+    report = svdbank.plan(minilm, tmp_path / "bank", rank=40, targets=["query", "intermediate.dense"])
     assert len(SpecBank(minilm_sample.bank).recorded()) + 1 == report.files
 
 
