@@ -16,7 +16,25 @@ from svdbank import SvdbankError, __version__
 from svdbank_cli.output import printable
 
 #: In the order of the work; each is a module of this package with a command of the same name.
-VERBS = ("plan", "build", "info", "verify", "ls", "rm", "init", "train", "eval", "fuse", "extract", "export", "env", "demo")
+VERBS = (
+    "plan",
+    "build",
+    "info",
+    "verify",
+    "ls",
+    "rm",
+    "init",
+    "train",
+    "eval",
+    "merge",
+    "stack",
+    "compare",
+    "fuse",
+    "extract",
+    "export",
+    "env",
+    "demo",
+)
 
 INTERRUPTED = 130
 

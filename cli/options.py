@@ -115,3 +115,63 @@ def build_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def composed_from(command: Command) -> Command:
+    """Add ``--bank`` and ``--rebase``: which bank the adapters that are put together belong to."""
+    for option in reversed(
+        (
+            click.option(
+                "--bank",
+                metavar="BANK|MODEL",
+                help="Bank of their base: recognises its directions in adapters that other programs saved. MiLoRA and PiSSA need it.",
+            ),
+            click.option(
+                "--rebase", metavar="BANK|MODEL", help="Carry adapters of other bases over to this bank's; says what is lost."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def fit_options(command: Command) -> Command:
+    """Add ``--fit`` and what it needs; the command hands them to :func:`fitting`."""
+    for option in reversed(
+        (
+            click.option(
+                "--fit",
+                multiple=True,
+                metavar="FILE",
+                help="Choose the weights on this held-out text. Repeatable. Needs --model.",
+            ),
+            click.option("--model", metavar="MODEL", help="The base to measure --fit on."),
+            click.option(
+                "--fit-tokens",
+                type=click.IntRange(min=1),
+                default=6144,
+                show_default=True,
+                help="Tokens measured of each text.",
+            ),
+            click.option("--fit-length", type=int, default=256, show_default=True, help="Tokens of a window."),
+            click.option(
+                "--fit-trials", type=click.IntRange(min=2), default=24, show_default=True, help="Adapters tried at most."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def fitting(fit: tuple[str, ...], model: str | None, options: dict[str, Any]) -> Any:
+    """What ``--fit`` and its options ask for, taken out of ``options``; None without ``--fit``."""
+    tokens, length, trials = (options.pop(f"fit_{name}") for name in ("tokens", "length", "trials"))
+    if not fit:
+        if model is not None:
+            raise click.UsageError("--model is what --fit measures on: name texts with --fit FILE")
+        return None
+    if model is None:
+        raise click.UsageError("--fit needs the base to measure on: --model MODEL")
+    from svdbank.composition.fitting import FitOptions
+
+    return FitOptions(model=model, texts=fit, tokens=tokens, length=length, evaluations=trials)

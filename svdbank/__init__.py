@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from svdbank.bank.reading import StoredBasis as StoredBasis
     from svdbank.basis import Basis as Basis
     from svdbank.basis import Certificate as Certificate
+    from svdbank.composition.comparing import compare as compare
+    from svdbank.composition.merging import merge as merge
+    from svdbank.composition.stacking import stack as stack
     from svdbank.demonstration import demo as demo
     from svdbank.environment import env as env
     from svdbank.evaluation import eval as eval
@@ -60,6 +63,7 @@ _LAZY = {
     "Progress": "svdbank.specs",
     "StoredBasis": "svdbank.bank.reading",
     "build": "svdbank.pipeline.building",
+    "compare": "svdbank.composition.comparing",
     "demo": "svdbank.demonstration",
     "env": "svdbank.environment",
     "eval": "svdbank.evaluation",
@@ -69,10 +73,12 @@ _LAZY = {
     "info": "svdbank.verification",
     "init": "svdbank.adapter.initialisation",
     "ls": "svdbank.pipeline.locating",
+    "merge": "svdbank.composition.merging",
     "open": "svdbank.pipeline.locating",
     "plan": "svdbank.pipeline.planning",
     "read_adapter": "svdbank.adapter.reading",
     "rm": "svdbank.pipeline.locating",
+    "stack": "svdbank.composition.stacking",
     "train": "svdbank.training",
     "verify": "svdbank.verification",
     "write_adapter": "svdbank.adapter.writing",

@@ -396,3 +396,57 @@ def _lm_eval() -> Any:
 
 def _ignore(progress: Progress) -> None:
     del progress
+
+
+class Gauge:
+    """A base model in memory and windows of texts, to measure many adapters one after another on the same tokens.
+
+    Arguments are those of :func:`eval`, and so are the errors, all before the weights are loaded. ``tokens`` bounds what is kept
+    of each text.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: Mapping[str, str | Path] | Sequence[str | Path],
+        *,
+        tokens: int,
+        length: int | None = None,
+        batch_size: int = 4,
+        field: str = "text",
+        split: str = "train",
+        dtype: Dtype = "auto",
+        load_in: LoadIn | None = None,
+    ) -> None:
+        if batch_size < 1 or tokens < 1:
+            raise OptionError("batch size and tokens are 1 or more")
+        texts = _named(data)
+        if not texts:
+            raise OptionError("nothing to measure on was named", hint="name files of text")
+        check_quantiser(load_in)
+        source = open_source(str(model))
+        window = source.length(length)
+        for text in texts.values():
+            _first_document(text, field, split)
+        self._batches = {
+            name: list(
+                _batches(_windows(documents_of(text, field=field, split=split), source.tokenizer, window, tokens), batch_size)
+            )
+            for name, text in texts.items()
+        }
+        empty = [name for name, batches in self._batches.items() if not batches]
+        if empty:
+            raise OptionError(f"{empty[0]}: holds no two tokens in a row to predict", hint="name another file")
+        self._model = _with_adapters(load_model(source, dtype=dtype, load_in=load_in), {})
+
+    def losses(self, folder: str | Path | None) -> dict[str, float]:
+        """Loss in nats a token on each text, with the adapter in ``folder`` or, for None, of the base alone."""
+        stack = () if folder is None else (str(folder),)
+        self._model = _with_adapters(self._model, {"": stack} if stack else {})
+        losses = {}
+        for name, batches in self._batches.items():
+            total = math.fsum(value for batch in batches for value in _sums(self._model, stack, batch))
+            losses[name] = total / sum(window.predicted for batch in batches for window in batch)
+        for own in stack:
+            self._model.delete_adapter(_peft_name(own))
+        return losses

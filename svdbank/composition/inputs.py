@@ -1,0 +1,132 @@
+"""The adapters that are put together: read, named, and held against each other before any work."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from svdbank.adapter.model import Adapter
+from svdbank.adapter.naming import bank_names
+from svdbank.adapter.reading import read_adapter
+from svdbank.bank.reading import Bank
+from svdbank.errors import OptionError, WrongBaseError
+from svdbank.pipeline import locating
+
+#: Adapters to put together: folders, folders written as ``NAME=DIR``, or folders by name.
+Places = Sequence[str | Path] | Mapping[str, str | Path]
+
+_NAME = re.compile(r"[\w.+-]+", re.ASCII)
+
+
+def named_places(places: Places) -> dict[str, tuple[Path, bool]]:
+    """Folder of each adapter by name, and whether that name was asked for; without a name, the folder's own serves.
+
+    Raises :class:`OptionError` for two of one name and for names that hold other characters than letters, digits and ``_ . + -``.
+    """
+    named: dict[str, tuple[Path, bool]] = {}
+    entries = places.items() if isinstance(places, Mapping) else map(_entry, places)
+    for given, place in entries:
+        path = Path(place).expanduser()
+        name = given or path.resolve().name
+        if not _NAME.fullmatch(name):
+            raise OptionError(
+                f"{name!r} cannot name an adapter: letters, digits and _ . + - can", hint=f"give it another name: NAME={place}"
+            )
+        if name in named:
+            raise OptionError(f"two adapters are called {name!r}", hint=f"give one another name: NAME={place}")
+        named[name] = (path, given is not None)
+    return named
+
+
+def _entry(value: str | Path) -> tuple[str | None, str | Path]:
+    name, sign, place = str(value).partition("=")
+    if not sign or "/" in name or not name or not place or Path(value).expanduser().exists():
+        return None, value
+    return name, place
+
+
+def read_inputs(
+    places: Places, *, bank: str | Path | Bank | None = None, rebase: str | Path | Bank | None = None
+) -> dict[str, Adapter]:
+    """Each adapter by name; a single component takes that name, several keep theirs unless ``NAME=DIR`` makes them one.
+
+    ``bank`` is the bank of their base: with it, factors that stand on its directions are recognised wherever they come from. ``rebase``
+    is a bank that adapters of other bases are carried over to; what of each lies in it is in the notes of the adapter.
+
+    Raises :class:`OptionError` for names, :class:`WrongBaseError` for adapters of different bases without ``rebase``, and what
+    :func:`svdbank.adapter.reading.read_adapter` raises.
+    """
+    if bank is not None and rebase is not None:
+        raise OptionError("a bank to read with and a bank to carry over to exclude each other", hint="--rebase alone does both")
+    named = named_places(places)
+    if not named:
+        raise OptionError("no adapter was named", hint="name folders of adapters")
+    opened = _opened(rebase if rebase is not None else bank)
+    adapters = {}
+    for name, (path, asked) in named.items():
+        if rebase is not None and opened is not None:
+            adapter = _carried_over(path, name, opened)
+        else:
+            adapter = read_adapter(path, bank=opened, name=name)
+        adapters[name] = adapter if len(adapter.names) > 1 and not asked else adapter.named(name)
+    _check_bases(adapters)
+    return adapters
+
+
+def _opened(bank: str | Path | Bank | None) -> Bank | None:
+    return bank if bank is None or isinstance(bank, Bank) else locating.open(bank)
+
+
+def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:
+    """On the bank's base: as it is where it was made there or does not say, else projected on the bank's directions."""
+    adapter = read_adapter(path, name=name)
+    known = bank_names(bank, list(adapter.weights))
+    made_elsewhere = any(
+        weight.source is not None and key in known and weight.source.sha256 != bank[known[key]].source_sha256
+        for key, weight in adapter.weights.items()
+    )
+    if not made_elsewhere:
+        return read_adapter(path, bank=bank, name=name)
+    moved = adapter.rebase(bank, force=True)
+    return replace(moved, notes=tuple(f"{name}: {note}" for note in moved.notes))
+
+
+def _check_bases(adapters: Mapping[str, Adapter]) -> None:
+    for (one, first), (other, second) in itertools.combinations(adapters.items(), 2):
+        for key, weight in first.weights.items():
+            twin = second.weights.get(key)
+            if twin is None:
+                continue
+            if (weight.out_features, weight.in_features) != (twin.out_features, twin.in_features):
+                raise WrongBaseError(
+                    f"{key} is ({weight.out_features}, {weight.in_features}) in {one} and ({twin.out_features}, {twin.in_features}) "
+                    f"in {other}: they belong to different models"
+                )
+            if weight.source and twin.source and weight.source.sha256 != twin.source.sha256:
+                raise WrongBaseError(
+                    f"{one} and {other} were made on different bases: {key} had other bytes",
+                    hint="--rebase BANK carries them over to that bank's base and says what is lost",
+                )
+
+
+def notes_of(adapters: Mapping[str, Adapter]) -> list[str]:
+    """What readers of the result should know: notes of the inputs, and bases that have two names."""
+    notes = [note for adapter in adapters.values() for note in adapter.notes]
+    bases = {adapter.base.name for adapter in adapters.values() if adapter.base.name}
+    if len(bases) > 1:
+        notes.append(f"the adapters name different bases: {', '.join(sorted(bases))}")
+    return list(dict.fromkeys(notes))
+
+
+def check_touching(adapters: Mapping[str, Adapter]) -> None:
+    """Raise :class:`OptionError` where an adapter shares no weight with any other: there is nothing to merge or compare."""
+    for name, adapter in adapters.items():
+        others = set().union(*(other.weights for own, other in adapters.items() if own != name))
+        if not others & adapter.weights.keys():
+            raise OptionError(
+                f"{name} touches no weight that another adapter touches, first {next(iter(adapter.weights))}",
+                hint="svdbank stack puts adapters of different weights together",
+            )
