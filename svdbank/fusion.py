@@ -349,7 +349,7 @@ def _matched(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> list[t
     if not adapter.weights:
         return []
     specs, _ = decomposable(checkpoint, (".*",))
-    held = {(spec.name if spec.expert is not None else spec.module): spec for spec in specs}
+    held = {(spec.name if spec.stacked else spec.module): spec for spec in specs}
     names = matched({key: key for key in held}, list(adapter.weights))
     missing = [key for key in adapter.weights if key not in names]
     if missing:

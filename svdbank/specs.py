@@ -180,6 +180,11 @@ class WeightSpec(Struct, frozen=True):
     expert: int | None = None
 
     @property
+    def stacked(self) -> bool:
+        """True for a slice of a stacked parameter, which is no module's weight. A module of its own may be an ``expert`` too."""
+        return self.name != f"{self.module}.weight"
+
+    @property
     def rank_full(self) -> int:
         """``min(out, in)``."""
         return min(self.out_features, self.in_features)

@@ -19,6 +19,9 @@ from svdbank.bank.reading import Bank
 from svdbank.errors import BankError, OptionError, WrongBaseError
 from svdbank.specs import Struct
 
+#: Nothing of a model found may mean that its names are not those of its files.
+_NONE_THERE = ", unless its type is loaded under other names than it is stored and not in the table of docs/architectures.md"
+
 #: Names spelled out in an error before "and n more".
 _NAMED = 3
 
@@ -132,7 +135,10 @@ def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[s
         leaves = sorted({label.partition("[")[0].rpartition(".")[2] for label in missing})
         raise BankError(
             f"{bank.path}: the bank holds no basis for {_some(missing)}",
-            hint="svdbank build MODEL " + " ".join(f"--targets {leaf}" for leaf in leaves) + " adds them to the bank",
+            hint="svdbank build MODEL "
+            + " ".join(f"--targets {leaf}" for leaf in leaves)
+            + " adds them to the bank"
+            + (_NONE_THERE if len(missing) == len(targets) else ""),
         )
     return tuple(name for name in found if name is not None)
 

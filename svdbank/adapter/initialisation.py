@@ -311,7 +311,7 @@ def _matching(pattern: Mapping[str, float], path: str, default: float) -> float:
 
 
 def _key(bank: Bank, name: str) -> str:
-    return name if bank[name].record.expert is not None else bank[name].module
+    return name if bank[name].stacked else bank[name].module
 
 
 def _factors(
@@ -350,7 +350,7 @@ def _shape(bank: Bank, names: Sequence[str], ranks: Mapping[str, int], alphas: M
     of_path = {bank[name].module: (ranks[name], alphas[name]) for name in names}
     pairs = list(of_path.values())
     rank, alpha = max(dict.fromkeys(pairs), key=pairs.count)
-    parameters = sorted({bank[name].module for name in names if bank[name].record.expert is not None})
+    parameters = sorted({bank[name].module for name in names if bank[name].stacked})
     return {
         "r": rank,
         "lora_alpha": _plain(alpha),
@@ -371,7 +371,7 @@ def _as_peft(bank: Bank, names: Sequence[str], factors: Mapping[str, tuple[Tenso
     found: dict[str, Factors] = {}
     for name in names:
         basis = bank[name]
-        if basis.record.expert is not None:
+        if basis.stacked:
             stacked.setdefault(basis.module, []).append(name)
         else:
             found[basis.module] = Factors(*factors[name], embedding=basis.kind == "embedding")
@@ -390,5 +390,5 @@ def _notes(bank: Bank, names: Sequence[str], method: Method, floored: int, resid
         )
     if floored:
         yield f"{floored} singular values are zero to rounding and were raised to 1e-6 of the largest, or they would never learn"
-    if method == "mica" and any(bank[name].record.expert is not None for name in names):
+    if method == "mica" and any(bank[name].stacked for name in names):
         yield "PEFT itself refuses MiCA on experts: load it with svdbank.peft.load_adapter"

@@ -14,7 +14,7 @@ def bank_names(bank: Bank, keys: Sequence[str]) -> dict[str, str]:
     A class may put the whole model under a prefix (``bert.``) that another lacks: one prefix, added or removed for all, is tried.
     """
     bases = (bank[name] for name in bank)
-    return matched({(basis.name if basis.record.expert is not None else basis.module): basis.name for basis in bases}, keys)
+    return matched({(basis.name if basis.stacked else basis.module): basis.name for basis in bases}, keys)
 
 
 def matched(held: Mapping[str, str], keys: Sequence[str]) -> dict[str, str]:

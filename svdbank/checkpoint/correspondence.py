@@ -14,6 +14,8 @@ from svdbank.specs import TensorSource
 
 #: Slices a stacked tensor may have; the largest models have some hundreds of experts a layer.
 MAX_EXPERTS = 1 << 14
+#: And all stacked tensors of a checkpoint together: each slice is a weight to plan, and a few bytes of a file could claim many.
+MAX_SLICES = 1 << 18
 
 _EXPERT = re.compile(r"(.*\bexperts)\.([0-9]{1,9})\.([^.]+)\.weight")
 #: Classes that hang a head on the bare model, which they keep under ``base_model_prefix``.
@@ -67,6 +69,7 @@ def correspondence(tensors: Mapping[str, TensorSource], about: ModelFacts) -> Co
     parameters: list[Parameter] = []
     incomplete: dict[str, str] = {}
     names: dict[str, str] = {}
+    slices = 0
     grouped: dict[tuple[str, Experts], dict[tuple[int, int], TensorSource]] = defaultdict(dict)
     for stored, source in tensors.items():
         name = names[stored] = naming.loaded(stored)
@@ -76,6 +79,10 @@ def correspondence(tensors: Mapping[str, TensorSource], about: ModelFacts) -> Co
             names[stored] = f"{container}.{rule.parameter}"
             grouped[names[stored], rule][expert, part] = source
         elif (stack := _stack_of(name, source, rows)) is not None:
+            slices += source.shape[0]
+            if slices > MAX_SLICES:
+                incomplete[stored] = f"one of more than {MAX_SLICES:,} stacked experts: no model has so many"
+                continue
             for expert in range(source.shape[0]):
                 parameters.append(Parameter(name, (source.part(expert),), expert, stack.transposed))
         elif (blocks := _blocks_of(name, source, rows)) is not None:

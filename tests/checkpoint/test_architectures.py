@@ -13,6 +13,8 @@ from torch import nn
 
 from svdbank.checkpoint import decomposable, open_checkpoint
 from svdbank.checkpoint.architectures import ARCHITECTURES
+from svdbank.checkpoint.configuration import facts
+from svdbank.checkpoint.correspondence import correspondence
 from svdbank.errors import OptionError
 from svdbank.specs import WeightSpec
 from tests.checkpoint.attacks import tensors_file
@@ -46,9 +48,6 @@ def loaded_again(name: str, folder: Path) -> nn.Module:
 
 def assert_same(model: nn.Module, folder: Path, *, experts_in_out: bool = False) -> list[WeightSpec]:
     """Specs and modules are the same set with the same values, and what else has two dimensions is skipped with a reason."""
-    from svdbank.checkpoint.configuration import facts
-    from svdbank.checkpoint.correspondence import correspondence
-
     with open_checkpoint(folder) as checkpoint:
         specs, skips = decomposable(checkpoint, EVERYTHING)
         byname = {spec.name: spec for spec in specs}
@@ -62,6 +61,9 @@ def assert_same(model: nn.Module, folder: Path, *, experts_in_out: bool = False)
             assert name in byname or matrix.data_ptr() in once, f"{name} is silently missing"
             if name in byname:
                 assert torch.equal(checkpoint.read(byname[name]), matrix), name
+                assert byname[name].stacked == (
+                    byname[name].module.endswith(("gate_up_proj", "down_proj")) and ".experts." in name
+                )
         names = correspondence(checkpoint.tensors, facts(checkpoint.config)).names
         skipped = {names[skip.name]: skip.reason for skip in skips}
         for name, parameter in model.named_parameters():
@@ -215,6 +217,25 @@ def test_every_row_of_the_table_is_what_transformers_does(model_type: str, tmp_p
     assert bool(row.experts or row.stacks or model_type == "llama4") == bool(experts)
     if row.conv1d:
         assert {spec.operation for spec in specs if spec.kind == "linear"} == {"transpose"}
+
+
+def test_more_stacked_experts_than_any_model_has_are_not_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdbank.checkpoint.correspondence.MAX_SLICES", 7)  # the real bound takes a minute to reach
+    (tmp_path / "config.json").write_text('{"model_type": "granitemoe"}')
+    name = "model.layers.{}.block_sparse_moe.input_linear.weight"
+    tensors = {name.format(layer): torch.ones(3, 4, 2) for layer in range(3)}
+    with open_checkpoint(tensors_file(tmp_path / "model.safetensors", tensors)) as checkpoint:
+        specs, skips = decomposable(checkpoint)
+    assert len(specs) == 6 and [(skip.name, "more than 7" in skip.reason) for skip in skips] == [(name.format(2), True)]
+
+
+def test_experts_that_are_modules_of_their_own_are_not_slices(tmp_path: Path) -> None:
+    tensors = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.ones(4, 2) for e in range(2)}
+    with open_checkpoint(tensors_file(tmp_path / "model.safetensors", tensors)) as checkpoint:
+        specs, _ = decomposable(checkpoint)
+    assert [(spec.module, spec.expert, spec.stacked) for spec in specs] == [
+        (f"model.layers.0.mlp.experts.{e}.up_proj", e, False) for e in range(2)
+    ]
 
 
 def test_the_documented_table_is_the_tables() -> None:
