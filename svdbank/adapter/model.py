@@ -228,7 +228,7 @@ class Adapter:
         worst = min(shares, key=shares.__getitem__)
         if shares[worst] < minimum_share and not force:
             raise OptionError(
-                f"{bank.path}: its directions hold {shares[worst]:.6f} of {worst}, not {minimum_share:.6f}",
+                f"{bank.path}: its directions hold {shares[worst]:.6f} of what it does to {worst}, below {minimum_share:.6f}",
                 hint="build that bank with a larger --rank, or force it and lose the rest",
             )
         weights = {

@@ -18,6 +18,9 @@ from svdbank.specs import ProgressCallback
 if TYPE_CHECKING:
     from svdbank.specs import WeightSpec
 
+#: Rows whose rounding is measured at a time.
+_ROWS = 1024
+
 
 def write_residual(
     bank: Bank,
@@ -41,12 +44,14 @@ def write_residual(
 
     def without_start(spec: WeightSpec, values: Tensor, rows: slice) -> Tensor:
         A, B = factors[spec.name]
-        wide = torch.promote_types(values.dtype, torch.float32)
-        exact = added(values.to(wide), A, B[rows], -scales[spec.name])
-        rounded = exact.to(values.dtype)
+        start, scale = B[rows], scales[spec.name]
+        rounded = added(values, A, start, -scale)
         tally = lost.setdefault(spec.name, [0.0, 0.0])
-        tally[0] += float((rounded.to(wide) - exact).double().square().sum())
-        tally[1] += float(values.to(wide).double().square().sum())
+        for block in torch.arange(values.shape[0]).split(_ROWS):  # float64 copies of a few rows, not of the weight
+            own = values[block].double()
+            exact = own - scale * (start[block].double() @ A.double())
+            tally[0] += float((rounded[block].double() - exact).square().sum())
+            tally[1] += float(own.square().sum())
         return rounded
 
     with open_checkpoint(source) as checkpoint:
