@@ -61,6 +61,8 @@ def _text(report: Any) -> str:
     ]
     if report.quantised:
         lines.insert(1, dequantised(report.quantised))
+    if not report.same_bytes:
+        lines.append("the bank was built from the same values saved in another dtype: it serves this model as it is")
     if fetched := fetch_line(report.fetch):
         lines.append(fetched)
     if report.fallbacks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ class BuildReport(Struct, frozen=True):
     fallbacks: tuple[str, ...]
     quantised: dict[str, int]
     fetch: FetchReport
+    same_bytes: bool = True
 
 
 def build(
@@ -121,14 +123,19 @@ def build(
         with fsio.locked(root):
             run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), fetching, progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
-            earlier, known = None, list[WeightSpec]()
+            earlier, known, same_bytes = None, list[WeightSpec](), True
             if published is not None:
                 refuse_other_options(root, published.options, options)
                 earlier = open_bank(root)
                 _refuse_damaged(root)
                 known = _known_weights(checkpoint, earlier, weights)
-                run.check_base(earlier, known)
+                same_bytes = run.check_base(earlier, known)
                 weights = [weight for weight in weights if weight.name not in earlier]
+                if weights and not same_bytes:
+                    raise WrongBaseError(
+                        f"{root} holds the values of {checkpoint.name}, but was built from weights saved in another dtype",
+                        hint=f"extend it from {earlier.manifest.base.name}, or give the bank another place with -o",
+                    )
             generation = len(published.plans) if published else 0
             frozen = root / plan_name(generation)
             if published is not None and not frozen.exists():
@@ -153,6 +160,7 @@ def build(
         fallbacks=tuple(name for name in bank if bank[name].certificate.tried),
         quantised=quantised_formats(bank[name].dtype for name in bank),
         fetch=run.fetch_report(),
+        same_bytes=same_bytes,
     )
     if on_report is not None:
         on_report(summary)
@@ -191,7 +199,7 @@ def _frozen_plan(path: Path, plan: Plan) -> Plan:
         ours = {name for family in plan.families for name in family.weights} | {alias.name for alias in plan.aliases}
         theirs = {name for family in frozen.families for name in family.weights} | {alias.name for alias in frozen.aliases}
         differs = sorted(ours ^ theirs)[:3] or ["the shape of a family"]
-        names = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in theirs})
+        names = sorted({re.sub(r"\.(weight|[0-9]+)$", "", name).rpartition(".")[2] for name in theirs})
         raise OptionError(
             f"{path.parent} has an unfinished build of other targets ({len(theirs)} weights, now {len(ours)}; e.g. {', '.join(differs)})",
             hint=f"finish it first (its modules end in {', '.join(names)}), then build again with more targets; or delete the bank",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from svdbank import fsio
+from svdbank.adapter.recognition import differing
 from svdbank.bank import Bank, BankWriter, Manifest, ShardRecord, WeightRecord, base_digest
 from svdbank.bank.layout import LOG
 from svdbank.basis import Basis
@@ -80,11 +81,29 @@ class Execution:
             waiting_seconds=round(self.waited, 4),
         )
 
-    def check_base(self, bank: Bank, weights: Sequence[WeightSpec]) -> None:
-        """Hash the weights a published bank holds; raise WrongBaseError for the first that is not what it was built from."""
+    def check_base(self, bank: Bank, weights: Sequence[WeightSpec]) -> bool:
+        """Hash the weights a published bank holds; True when all are what it was built from, to the byte.
+
+        False when all of them, by their probes, hold the same values in another dtype: a base that was saved again. WrongBaseError
+        for the first that is neither.
+        """
+        same = True
         for done, weight in enumerate(weights):
-            self._check_source(weight, bank[weight.name].source_sha256, bank.manifest.base)
+            same &= self._check_base_weight(bank, weight)
             self.progress(Progress("check base", done + 1, len(weights), "weights", weight.name))
+        return same
+
+    def _check_base_weight(self, bank: Bank, weight: WeightSpec) -> bool:
+        basis = bank[weight.name]
+        if self._is_pinned(weight, bank.manifest.base):
+            return True
+        matrix, found = self.checkpoint.read_hashed(weight)
+        if found == basis.source_sha256:
+            return True
+        values = torch.tensor(sample(matrix), dtype=torch.float64).to(matrix.dtype)
+        if weight.dtype == basis.dtype or differing([values], [basis.probe()]):
+            raise self._wrong_base(weight)
+        return False
 
     def execute(self, plan: Plan, weights: Sequence[WeightSpec], generation: int, earlier: Bank | None) -> Manifest:
         """Carry a plan out, keeping the shards that are already whole, and publish."""
@@ -260,10 +279,13 @@ class Execution:
             return
         _, found = self.checkpoint.read_hashed(weight)
         if found != expected:
-            raise WrongBaseError(
-                f"{self.root} was built from another model: {weight.name} of {self.checkpoint.name} has other bytes",
-                hint="give the bank another place with -o, or delete it",
-            )
+            raise self._wrong_base(weight)
+
+    def _wrong_base(self, weight: WeightSpec) -> WrongBaseError:
+        return WrongBaseError(
+            f"{self.root} was built from another model: {weight.name} of {self.checkpoint.name} has other bytes",
+            hint="give the bank another place with -o, or delete it",
+        )
 
     def _is_pinned(self, weight: WeightSpec, base: BaseSpec) -> bool:
         """True for what is not on this machine and is, by name and commit, what the bank was made from: not fetched to be hashed."""

@@ -387,3 +387,34 @@ def test_the_same_values_in_other_shards_are_the_same_base(model: Path, tmp_path
     bank = svdbank.build(model, tmp_path / "bank", rank=8)
     again = svdbank.build(tmp_path / "whole", tmp_path / "bank", rank=8)
     assert again.base_digest() == bank.base_digest() and content(tmp_path / "bank") == expected
+
+
+def test_the_same_values_in_another_dtype_are_recognised_and_a_change_that_is_no_cast_is_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    tensors = {name: tensor.bfloat16() for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for name, saved in {
+        "bf16": tensors,
+        "fp32": {name: tensor.float() for name, tensor in tensors.items()},
+        "tuned": {name: tensor.float() * 1.01 for name, tensor in tensors.items()},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(save(saved))
+        (tmp_path / name / "config.json").write_bytes((model / "config.json").read_bytes())
+    svdbank.build(tmp_path / "bf16", tmp_path / "bank", rank=8, targets=["query"])
+    before = tree(tmp_path / "bank")
+    reports: list[Any] = []
+    for again in ("bf16", "fp32"):
+        svdbank.build(tmp_path / again, tmp_path / "bank", rank=8, targets=["query"], on_report=reports.append)
+    assert [(report.same_bytes, report.solved, report.reused) for report in reports] == [(True, 0, 4), (False, 0, 4)]
+    # The bank of the float32 original serves what it rounds to; that of the rounded weights is not one of the original.
+    svdbank.build(model, tmp_path / "original", rank=8, targets=["query"])
+    svdbank.build(tmp_path / "bf16", tmp_path / "original", rank=8, targets=["query"], on_report=reports.append)
+    assert (reports[-1].same_bytes, reports[-1].reused) == (False, 4)
+    with pytest.raises(svdbank.WrongBaseError, match="other bytes"):
+        svdbank.build(model, tmp_path / "bank", rank=8, targets=["query"])
+    with pytest.raises(svdbank.WrongBaseError, match="other bytes"):
+        svdbank.build(tmp_path / "tuned", tmp_path / "bank", rank=8, targets=["query"])
+    with pytest.raises(svdbank.WrongBaseError, match="saved in another dtype"):
+        svdbank.build(tmp_path / "fp32", tmp_path / "bank", rank=8)
+    assert tree(tmp_path / "bank") == before
