@@ -233,8 +233,8 @@ def _bands(
         raise OptionError("params chooses the ranks; a rank or a rank pattern beside it cannot be meant", hint="leave one out")
     automatic = band == "auto" or (band is None and bool(beside))
     if method in RESIDUAL_METHODS and (automatic or band is not None):
-        raise OptionError(f"{method} trains both factors and keeps to no band; bands are MiCA's", hint="leave --band and --beside out")
-            "pissa starts from the largest singular values; bands count from the smallest", hint="leave --band out"
+        raise OptionError(
+            f"{method} trains both factors and keeps to no band; bands are MiCA's", hint="leave --band and --beside out"
         )
     fixed = None if automatic or band is None else _parsed(band)
     if fixed is not None and beside:
