@@ -15,6 +15,7 @@ from torch import Tensor
 from svdbank import fsio
 from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
+from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
 from svdbank.bank import Bank
 from svdbank.errors import BankError, OptionError, missing_extra
@@ -132,22 +133,30 @@ def write_adapter(
     model.save_pretrained(str(folder), selected_adapters=[NAME])
     if initial:
         _restore(folder, initial)
-    elif bank is not None:
-        from svdbank.peft import attachment
-
-        weights = tuple(attachment(model, NAME).weights)
-        cache = AdapterCache(
-            format=1,
-            method=options.method,
-            band=free_band(options, bank),
-            rank=options.rank,
-            base=bank.manifest.base.name,
-            base_digest=bank.base_digest(weights),
-            bank_format=bank.manifest.format,
-            weights=weights,
-        )
-        fsio.write_bytes(folder / CACHE, to_json(cache, indent=2))
+    if bank is not None:
+        fsio.write_bytes(folder / CACHE, to_json(_record(folder, options, bank), indent=2))
     fsio.write_bytes(folder / "README.md", card.encode())
+
+
+def _record(folder: Path, options: TrainOptions, bank: Bank) -> AdapterCache:
+    """What ``svdbank.json`` says: the base's weights and the directions of the bank, as they are found in the folder itself."""
+    adapter = read_adapter(folder, bank=bank)
+    names = bank_names(bank, list(adapter.weights))
+    bands = {key: adapter.bands(key) for key in adapter.weights}
+    used = [edge for found in bands.values() for band in found for edge in band]
+    weights = tuple(names[key] for key in adapter.weights)
+    return AdapterCache(
+        format=1,
+        method=options.method if options.method == "mica" else "lora",
+        band=(min(used), max(used)) if used else (0, 0),
+        rank=adapter.rank,
+        base=bank.manifest.base.name,
+        base_digest=bank.base_digest(weights),
+        bank_format=bank.manifest.format,
+        weights=weights,
+        sources={key: (name, bank[name].source_sha256) for key, name in names.items()},
+        components={Path(options.output).name: bands},
+    )
 
 
 def trainable_parameters(model: Any) -> int:

@@ -87,6 +87,9 @@ def test_the_folder_is_peft_s_with_the_bank_s_directions(trained: TrainReport, s
     for module, pair in saved.factors.items():
         assert torch.equal(pair.B, small_bank[f"{module}.weight"].left(4))
         assert pair.A.any()
+    assert saved.cache.components == {"adapter": dict.fromkeys(saved.factors, ((0, 4),))}
+    assert saved.cache.base_digest == small_bank.base_digest(saved.cache.weights)
+    assert all(saved.cache.sources[m] == (f"{m}.weight", small_bank[f"{m}.weight"].source_sha256) for m in saved.factors)
     assert trained.trainable_parameters == sum(pair.A.numel() for pair in saved.factors.values())
     assert saved.settings.base_model_name_or_path == str(small) and saved.settings.lora_dropout == 0.05
     names = {path.name for path in Path(trained.adapter).iterdir()}
@@ -166,8 +169,8 @@ def test_every_method_leaves_an_adapter_of_the_unchanged_base(
 def test_a_4_bit_base_trains_and_the_adapter_works_on_the_bf16_base(
     small: Path, small_bank: Bank, legal: Path, tmp_path: Path
 ) -> None:
-    report = train(small, tmp_path / "adapter", legal, load_in="4bit")
-    assert report.held_out is not None and report.held_out.change < -3 * report.held_out.change_error < 0
+    report = train(small, tmp_path / "adapter", legal, load_in="4bit", steps=6, batch_size=4)
+    assert report.held_out is not None and report.held_out.change < -2 * report.held_out.change_error < 0
     for module, pair in read_folder(report.adapter).factors.items():
         assert torch.equal(pair.B, small_bank[f"{module}.weight"].left(4)), module
     rows = blocks(small, legal, held_out=True)
