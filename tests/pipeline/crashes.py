@@ -24,8 +24,8 @@ class FaultyDisk:
         self.operations: list[str] = []
         self.crashed = False
         self._contents: dict[int, bytes] = {}  # inode → bytes as of its last fsync
-        # folder → its entries as of its last fsync: name → (inode, is a folder)
-        self._entries: dict[Path, dict[str, tuple[int, bool]]] = {}
+        # inode of a folder, which a rename keeps → its entries as of its last fsync: name → (inode, is a folder)
+        self._entries: dict[int, dict[str, tuple[int, bool]]] = {}
         self._created: Path | None = None
 
     def __call__(self, operation: str, path: Path) -> None:
@@ -40,29 +40,33 @@ class FaultyDisk:
             raise Crash
         self.operations.append(f"{operation} {path.name}")
         # What follows is true once the operation is done; nothing else happens in between.
-        if operation == "create":
+        if operation in ("create", "mkdir"):
             self._created = path
         elif operation == "fsync":
             self._contents[path.stat().st_ino] = path.read_bytes()
         elif operation == "fsync-dir":
-            self._entries[path] = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
+            self._entries[path.stat().st_ino] = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
 
     def _settle(self) -> None:
         if self._created is not None and self._created.exists():
-            # A fresh inode may carry the number of a file deleted earlier; its bytes are not durable yet.
-            self._contents.pop(self._created.stat().st_ino, None)
+            # A fresh inode may carry the number of something deleted earlier; its bytes or entries are not durable yet.
+            inode = self._created.stat().st_ino
+            self._contents.pop(inode, None)
+            self._entries.pop(inode, None)
         self._created = None
 
     def after_power_cut(self, target: Path) -> None:
         """Write into ``target`` what is certain to be on the disk: fsynced bytes under fsynced names, torn files elsewhere."""
         self._settle()
-        self._restore(self.root, target)
+        target.mkdir(parents=True, exist_ok=True)
+        if self.root.exists():
+            self._restore(self.root.stat().st_ino, target)
 
-    def _restore(self, folder: Path, target: Path) -> None:
+    def _restore(self, folder: int, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for name, (inode, is_folder) in self._entries.get(folder, {}).items():
             if is_folder:
-                self._restore(folder / name, target / name)
+                self._restore(inode, target / name)
             else:
                 # The name survived, the bytes did not: half of a file is the worst a reader can meet.
                 (target / name).write_bytes(self._contents.get(inode, b"\0torn\0"))
