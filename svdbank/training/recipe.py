@@ -33,7 +33,7 @@ from svdbank.training.options import TrainOptions, read_config, resolve, to_toml
 from svdbank.training.report import Change, TrainReport, card
 from svdbank.training.watching import Clock, watcher
 
-#: Peak learning rates where none is given, from a sweep on SmolLM2 (docs/training.md).
+#: Peak learning rates where none is given (docs/training.md says where they come from).
 RATES = {"mica": 2e-3, "milora": 3e-4, "pissa": 3e-4, "lora": 5e-4}
 
 #: The name under which the text held out is measured.
