@@ -47,7 +47,8 @@ def write_residual(
         start, scale = B[rows], scales[spec.name]
         rounded = added(values, A, start, -scale)
         tally = lost.setdefault(spec.name, [0.0, 0.0])
-        for block in torch.arange(values.shape[0]).split(_ROWS):  # float64 copies of a few rows, not of the weight
+        for first in range(0, values.shape[0], _ROWS):  # float64 copies of a few rows, not of the weight
+            block = slice(first, first + _ROWS)
             own = values[block].double()
             exact = own - scale * (start[block].double() @ A.double())
             tally[0] += float((rounded[block].double() - exact).square().sum())
