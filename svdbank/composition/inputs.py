@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from svdbank.adapter.folder import CACHE, AdapterCache
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
 from svdbank.bank.reading import Bank
-from svdbank.errors import OptionError, WrongBaseError
+from svdbank.errors import CheckpointError, OptionError, WrongBaseError
 from svdbank.pipeline import locating
+from svdbank.specs import from_json
 
 #: Adapters to put together: folders, folders written as ``NAME=DIR``, or folders by name.
 Places = Sequence[str | Path] | Mapping[str, str | Path]
+
+_REBASE = "--rebase BANK carries them over to that bank's base and says what is lost"
 
 _NAME = re.compile(r"[\w.+-]+", re.ASCII)
 
@@ -72,6 +76,8 @@ def read_inputs(
         else:
             adapter = read_adapter(path, bank=opened, name=name)
         adapters[name] = adapter if len(adapter.names) > 1 and not asked else adapter.named(name)
+    if rebase is None:
+        _check_digests({name: path for name, (path, _) in named.items()})
     _check_bases(adapters)
     return adapters
 
@@ -84,7 +90,9 @@ def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:
     """On the bank's base: as it is where it was made there or does not say, else projected on the bank's directions."""
     adapter = read_adapter(path, name=name)
     known = bank_names(bank, list(adapter.weights))
-    made_elsewhere = any(
+    cache = _cache(path)
+    other_digest = cache is not None and cache.base_digest not in ("", _digest(bank, cache))
+    made_elsewhere = other_digest or any(
         weight.source is not None and key in known and weight.source.sha256 != bank[known[key]].source_sha256
         for key, weight in adapter.weights.items()
     )
@@ -92,6 +100,28 @@ def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:
         return read_adapter(path, bank=bank, name=name)
     moved = adapter.rebase(bank, force=True)
     return replace(moved, notes=tuple(f"{name}: {note}" for note in moved.notes))
+
+
+def _cache(folder: Path) -> AdapterCache | None:
+    path = folder / CACHE
+    return from_json(path.read_bytes(), AdapterCache, where=str(path), error=CheckpointError) if path.is_file() else None
+
+
+def _digest(bank: Bank, cache: AdapterCache) -> str:
+    """The bank's digest over an adapter's weights; empty where it lacks some."""
+    return bank.base_digest(cache.weights) if all(name in bank for name in cache.weights) else ""
+
+
+def _check_digests(folders: Mapping[str, Path]) -> None:
+    """Compare adapters that record the base as one digest, over the same weights."""
+    seen: dict[tuple[str, ...], tuple[str, str]] = {}
+    for name, path in folders.items():
+        cache = _cache(path)
+        if cache is None or not cache.base_digest:
+            continue
+        other, digest = seen.setdefault(tuple(sorted(cache.weights)), (name, cache.base_digest))
+        if digest != cache.base_digest:
+            raise WrongBaseError(f"{other} and {name} were made on different bases: their base digests differ", hint=_REBASE)
 
 
 def _check_bases(adapters: Mapping[str, Adapter]) -> None:
@@ -108,7 +138,7 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
             if weight.source and twin.source and weight.source.sha256 != twin.source.sha256:
                 raise WrongBaseError(
                     f"{one} and {other} were made on different bases: {key} had other bytes",
-                    hint="--rebase BANK carries them over to that bank's base and says what is lost",
+                    hint=_REBASE,
                 )
 
 

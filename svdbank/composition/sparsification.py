@@ -1,13 +1,14 @@
 """Merging methods that look at single coefficients: TIES, DARE, magnitude pruning.
 
 Each takes the coefficients of all adapters of one weight, ``C`` (m, n, in) with zeros where an adapter does not reach, and gives their
-merge (n, in) in float64. An element here is a coefficient on a direction of the bank, not an entry of ΔW.
+merge (n, in). An element here is a coefficient on a direction of the bank, not an entry of ΔW.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,28 +25,32 @@ def elected(C: Tensor, weights: Sequence[float]) -> Tensor:
     """Sign election and disjoint mean of TIES (Yadav et al., arXiv 2306.01708, section 3) over the weighted coefficients.
 
     Each element keeps the sign with the larger total; the result is the mean over the adapters that have that sign, zeros not counted.
+    In the dtype of ``C``: numbers of one sign are added, so nothing cancels.
     """
-    weighted = C.double() * torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1)
-    sign = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0)
-    agreeing = weighted * sign > 0
-    return (weighted * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=1)
+    weighted = C * torch.tensor(weights, dtype=C.dtype).view(-1, 1, 1)
+    sign = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0).to(C.dtype)
+    agreeing = weighted.mul_(sign).clamp_(min=0)
+    return agreeing.sum(dim=0).div_(agreeing.count_nonzero(dim=0).clamp_(min=1)).mul_(sign)
 
 
 def trimmed(C: Tensor, rows: Sequence[int], density: float) -> Tensor:
-    """The largest ``density`` of each adapter's own coefficients by magnitude, the rest zero (arXiv 2306.01708, "trim")."""
-    kept = torch.zeros_like(C)
-    for part, own, out in zip(C, rows, kept, strict=True):
-        count = max(1, int(density * own * C.shape[2]))
-        flat = part.flatten()
-        if count >= own * C.shape[2]:
-            out.copy_(part)
-            continue
-        chosen = flat.abs().topk(count, sorted=False).indices
-        out.view(-1)[chosen] = flat[chosen]
+    """The largest ``density`` of each adapter's own coefficients by magnitude, the rest zero (arXiv 2306.01708, "trim").
+
+    Coefficients as large as the smallest one kept are kept too.
+    """
+    kept = C.clone()
+    for part, own in zip(kept, rows, strict=True):
+        size = own * C.shape[2]
+        count = max(1, int(density * size))
+        if count < size:
+            magnitude = part.abs()
+            flat = magnitude.flatten().numpy()
+            threshold = np.partition(flat, len(flat) - count)[len(flat) - count]
+            part.masked_fill_(magnitude < float(threshold), 0.0)
     return kept
 
 
 def dropped(C: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Each coefficient kept with probability ``density`` and divided by it, so that the mean stays (DARE, Yu et al., arXiv 2311.03099)."""
     kept = torch.rand(C.shape, generator=generator) < density
-    return C.double() * kept / density
+    return C * kept / density
