@@ -43,8 +43,8 @@ WEIGHTS = (0.5, 0.3, 0.2)
 DENSITY = 0.5
 
 #: Documents of a domain: trained on, fitted on, measured on. Those fitted and measured on are cut to so many characters.
-PARTS = {"train": (0, 400), "fit": (400, 412), "test": (450, 482)}
-CUT = 512
+PARTS = {"train": (0, 400), "fit": (400, 408), "test": (450, 474)}
+CUT = 384
 
 
 def texts(folder: Path) -> dict[str, dict[str, Path]]:
@@ -244,7 +244,7 @@ def losses(model: Path, places: Mapping[str, Path], folder: Path) -> dict[str, A
     apart = {name: places[own] for name, own in zip(NAMES, BESIDE, strict=True)}
     third = [1 / 3] * 3
     fit = FitOptions(
-        model=str(model), texts=tuple(str(path) for path in data["fit"].values()), tokens=1536, length=256, evaluations=14
+        model=str(model), texts=tuple(str(path) for path in data["fit"].values()), tokens=1024, length=256, evaluations=12
     )
     svdbank.merge(shared, output=made / "linear", force=True)
     svdbank.merge(shared, output=made / "ties", method="ties", density=DENSITY, force=True)

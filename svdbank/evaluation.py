@@ -447,6 +447,6 @@ class Gauge:
         for name, batches in self._batches.items():
             total = math.fsum(value for batch in batches for value in _sums(self._model, stack, batch))
             losses[name] = total / sum(window.predicted for batch in batches for window in batch)
-        for own in stack:
-            self._model.delete_adapter(_peft_name(own))
+        if stack:
+            self._model = self._model.unload()
         return losses

@@ -138,7 +138,8 @@ def _scales(domains: Mapping[str, Adapter], scale: Mapping[str, float], drop: Se
 
 
 def _summed(domains: Mapping[str, Adapter], scales: Mapping[str, float]) -> Adapter:
-    return combination([(scales[name], adapter) for name, adapter in domains.items()])
+    # Always in one order, so that a sum is the same to the bit however its domains came together.
+    return combination([(scales[name], domains[name]) for name in sorted(domains)])
 
 
 def _hull(adapter: Adapter) -> Band | None:

@@ -51,6 +51,8 @@ def test_overlap_is_the_share_in_the_other_s_outputs(trained: dict[str, Path]) -
     deltas = {name: dense(trained[name]) for name in ("chat", "law", "plain")}
     for one, other in (("chat", "law"), ("chat", "plain")):
         for relation in pairs[one, other].weights:
+            if "self_attn" not in relation.where:
+                continue  # the same arithmetic, and slow SVDs here
             x, y = deltas[one][relation.where], deltas[other][relation.where]
             shares = []
             for own, theirs in ((x, y), (y, x)):

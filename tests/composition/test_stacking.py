@@ -28,7 +28,7 @@ def test_a_stack_is_the_dense_sum(names: list[str], trained: dict[str, Path], tm
     report = svdbank.stack(folders, output=tmp_path / "stack")
     assert relative_error(dense(tmp_path / "stack"), dense_sum(folders, [1.0] * len(names))) < EXACT
     read = read_adapter(tmp_path / "stack")
-    assert list(read.names) == names == list(report.domains)
+    assert set(read.names) == set(names) and list(report.domains) == names
     for name in names:
         own = dense(trained[name])
         assert max(float((read.only(name).delta(key) - own[key]).norm() / own[key].norm()) for key in own) < EXACT
@@ -44,17 +44,17 @@ def test_scales_act_now_and_later(trained: dict[str, Path], tmp_path: Path) -> N
     assert (tmp_path / "now" / WEIGHTS).read_bytes() == (tmp_path / "later" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("names", [["law", "code", "med"], ["law", "med", "plain"]], ids="+".join)
+@pytest.mark.parametrize("names", [["law", "code", "med"], ["med", "law", "plain", "chat", "verse"]], ids="+".join)
 def test_dropping_a_domain_leaves_exactly_the_logits_of_the_others(
     names: list[str], trained: dict[str, Path], tmp_path: Path, logits: Callable[[Path], Tensor]
 ) -> None:
     """The originals are gone when the domain is dropped, and the model is loaded by PEFT alone."""
     copies = [Path(shutil.copytree(trained[name], tmp_path / "originals" / name)) for name in names]
     svdbank.stack(copies, output=tmp_path / "stack")
-    svdbank.stack(copies[:1] + copies[2:], output=tmp_path / "others")
+    svdbank.stack(copies[2:] + copies[:1], output=tmp_path / "others")
     shutil.rmtree(tmp_path / "originals")
     report = svdbank.stack([tmp_path / "stack"], output=tmp_path / "dropped", drop=[names[1]])
-    assert report.dropped == (names[1],) and list(report.domains) == [names[0], names[2]]
+    assert report.dropped == (names[1],) and set(report.domains) == {*names} - {names[1]}
     whole, others, dropped = (logits(tmp_path / name) for name in ("stack", "others", "dropped"))
     assert torch.equal(others, dropped)
     assert not torch.equal(whole, dropped)
@@ -101,8 +101,9 @@ def test_what_cannot_be_meant_is_refused(trained: dict[str, Path], tmp_path: Pat
             svdbank.stack(folders, output=out, **options)
         assert not out.exists()
     svdbank.stack(two, output=out)
-    with pytest.raises(OptionError, match="--force"):
+    with pytest.raises(OptionError, match="not empty") as caught:
         svdbank.stack(two, output=out)
+    assert "--force" in str(caught.value.hint)
     svdbank.stack(two, output=out, drop=["law"], force=True)
     assert list(read_adapter(out).names) == ["med"]
 
@@ -118,5 +119,5 @@ def test_the_command_scales_and_drops(trained: dict[str, Path], tmp_path: Path, 
     report = json.loads(capsys.readouterr().out)
     assert list(report["domains"]) == ["c", "med"] and report["dropped"] == ["law"]
     assert run(["stack", stacked, "-o", str(tmp_path / "x"), "--drop", "laws"]) == 2
-    assert "there are: law, c, med" in capsys.readouterr().err
+    assert "there are: c, law, med" in capsys.readouterr().err
     assert run(["stack", stacked, "-o", str(tmp_path / "x"), "--scale", "law"]) == 2
