@@ -371,10 +371,7 @@ def _matched(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> list[t
 
 
 def _refuse_tied(chosen: Sequence[WeightSpec], specs: Sequence[WeightSpec], checkpoint: Checkpoint) -> None:
-    users: dict[TensorSource, list[str]] = {}
-    for spec in specs:
-        for source in spec.sources:
-            users.setdefault(source, []).append(spec.module)
+    users = _users(specs)
     for spec in chosen:
         others = [module for source in spec.sources for module in users[source] if module != spec.module]
         if others:
@@ -383,6 +380,15 @@ def _refuse_tied(chosen: Sequence[WeightSpec], specs: Sequence[WeightSpec], chec
                 f"{spec.module} alone, and one tensor cannot hold both",
                 hint="untie them first: load the model, give the head a copy, set tie_word_embeddings to false, save_pretrained",
             )
+
+
+def _users(specs: Sequence[WeightSpec]) -> dict[TensorSource, list[str]]:
+    """The modules that are made of each stored tensor or piece: two of a tied embedding and head."""
+    users: dict[TensorSource, list[str]] = {}
+    for spec in specs:
+        for source in spec.sources:
+            users.setdefault(source, []).append(spec.module)
+    return users
 
 
 def _check_shapes(
@@ -431,7 +437,7 @@ def _full_weights(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[Wei
         if parameter.expert is None and len(parameter.sources) == 1:
             found[parameter.name] = parameter
     names = matched({key: key for key in found}, list(saved.tensors))
-    embeddings = {spec.sources[0].name for spec in decomposable(checkpoint, (".*",))[0] if spec.kind == "head"}
+    users = _users(decomposable(checkpoint, (".*",))[0])
     full = []
     for key, values in saved.tensors.items():
         source = found[names[key]].sources[0] if key in names else None
@@ -440,8 +446,8 @@ def _full_weights(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[Wei
             why = "the model stores no tensor of that name"
         elif source.shape != tuple(values.shape):
             why = f"its shape is {tuple(values.shape)}, the model's {source.shape}: a vocabulary that was resized, or another head"
-        elif source.name in embeddings and "embed" in source.name:
-            why = f"it shares {source.name} with the output head"
+        elif len(shared := users.get(source, ())) > 1:
+            why = f"{' and '.join(shared)} are one tensor"
         if source is None or why is not None:
             raise OptionError(
                 f"the adapter holds a whole {key} (modules_to_save) that cannot be carried over: {why}",

@@ -232,6 +232,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a tied head": ({"target_modules": ["q_proj", "lm_head"]}, "one tensor"),
     "a tied embedding": ({"target_modules": ["embed_tokens"]}, "one tensor"),
     "a whole tied head": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head.*cannot be carried over"),
+    "a whole tied embedding": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        "embed_tokens.*are one tensor",
+    ),
     "a changed base": ({"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "olora"),
 }
 
