@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from svdbank.composition.comparing import CompareReport, Pair, Relation
 
 
-@click.command("compare")
+@click.command("compare", short_help="Compare adapters of one base: norms, cosines, what cancels.")
 @click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
 @click.option(
     "--by", type=click.Choice(["all", "layer", "weight"]), default="all", show_default=True, help="Rows of the table."

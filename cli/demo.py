@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, duration, size
 
 
-@click.command("demo")
+@click.command("demo", short_help="See the whole way on a small language model: bank to training.")
 @click.option("-o", "--output", "folder", type=click.Path(), help="Folder for bank and adapters. Default: in the cache.")
 @with_output
 def demo_command(folder: str | None, output: Output) -> None:

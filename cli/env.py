@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
 
 
-@click.command("env")
+@click.command("env", short_help="Show versions, processors, devices and folders, for a bug report.")
 @with_output
 def env_command(output: Output) -> None:
     """Show versions, processors, devices and folders: paste this into a bug report.

@@ -27,7 +27,7 @@ def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, .
     return named
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure MODEL alone and with adapters on texts.")
 @click.argument("model")
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR[,DIR]", callback=_pairs, help="Adapters. Repeatable.")
 @click.option("--data", multiple=True, metavar="NAME=FILE", callback=_pairs, help="Texts, as in train. Repeatable.")

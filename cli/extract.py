@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, table
 
 
-@click.command("extract")
+@click.command("extract", short_help="Write the best LoRA of the difference of two checkpoints.")
 @click.argument("base")
 @click.argument("finetuned")
 @click.option("-o", "--output", "adapter", type=click.Path(), required=True, help="Adapter folder to write.")

@@ -11,7 +11,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size, table
 
 
-@click.command("fuse")
+@click.command("fuse", short_help="Write MODEL with ADAPTER added into its weights.")
 @click.argument("model")
 @click.argument("adapter", type=click.Path())
 @click.option("-o", "--output", "checkpoint", type=click.Path(), required=True, help="Folder of the checkpoint to write.")

@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, dequantised, size, table
 
 
-@click.command("info")
+@click.command("info", short_help="Describe a BANK: what it holds and how exact it is.")
 @click.argument("bank")
 @with_output
 def info_command(bank: str, output: Output) -> None:

@@ -62,7 +62,7 @@ class LayersType(click.ParamType):
         return tuple(dict.fromkeys(found))
 
 
-@click.command("init")
+@click.command("init", short_help="Write a fresh PEFT adapter from a bank: MiCA, MiLoRA or PiSSA.")
 @click.argument("source", metavar="MODEL|BANK")
 @click.option("-r", "--rank", type=click.IntRange(min=1), help="Rank of the adapter. [default: 16]")
 @click.option("-o", "--output", "adapter", type=click.Path(), required=True, help="Adapter folder to write.")

@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size, table
 
 
-@click.command("ls")
+@click.command("ls", short_help="List the banks in the cache.")
 @with_output
 def ls_command(output: Output) -> None:
     """List the banks in the cache (SVDBANK_HOME, else Hugging Face's assets cache).

@@ -65,14 +65,18 @@ class _Verbs(click.Group):
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="svdbank")
 def cli() -> None:
-    """Decompose a base model once; every MiCA or MiLoRA adapter after that is a lookup.
+    """Decompose a base model once; every MiCA, MiLoRA or PiSSA adapter after that is a lookup.
 
     \b
     Examples:
-      svdbank demo                                         see it work on a small real model
-      svdbank build HuggingFaceTB/SmolLM2-135M             decompose a model, into the cache
+      svdbank demo                                   the whole way, on a small real model
+      svdbank build HuggingFaceTB/SmolLM2-135M       decompose a model, into the cache
       svdbank init HuggingFaceTB/SmolLM2-135M -r 16 -o adapter
-                                                           a MiCA adapter that PEFT loads, without an SVD
+                                                     a MiCA adapter for your trainer, or train it here:
+      svdbank train HuggingFaceTB/SmolLM2-135M -o law --data licences.jsonl
+      svdbank stack law med -o domains               adapters together, each still to be scaled or dropped
+      svdbank fuse HuggingFaceTB/SmolLM2-135M domains -o model
+                                                     a checkpoint that needs no PEFT
     """
 
 

@@ -13,7 +13,7 @@ from svdbank_cli.output import Output, dequantised, duration, size, table
 _SHOWN_SKIPS = 3
 
 
-@click.command("plan")
+@click.command("plan", short_help="Show what building a bank of MODEL would do.")
 @click.argument("model")
 @build_options
 @with_output

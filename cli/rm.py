@@ -8,15 +8,16 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
 
 
-@click.command("rm")
+@click.command("rm", short_help="Delete the folder of a BANK, finished or not.")
 @click.argument("bank", type=click.Path())
 @with_output
 def rm_command(bank: str, output: Output) -> None:
-    """Delete the folder of a BANK, finished or not. Refuses a folder that is no bank.
+    """Delete the folder of a BANK, finished or not. BANK is its path, as `svdbank ls` shows it; what is no bank is refused.
 
     \b
     Examples:
       svdbank rm ./my-model.bank
+      svdbank ls && svdbank rm ~/.cache/huggingface/assets/svdbank/banks/SmolLM2-135M-3677964bf5ee/r128-both-float32
     """
     import svdbank
 

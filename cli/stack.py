@@ -30,7 +30,7 @@ def _scales(context: click.Context, option: click.Parameter, values: tuple[str, 
     return scales
 
 
-@click.command("stack")
+@click.command("stack", short_help="Join adapters into their sum; each can be scaled and dropped later.")
 @click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
 @click.option("-o", "--output", "adapter", required=True, type=click.Path(), help="Adapter folder to write.")
 @click.option("--scale", multiple=True, metavar="NAME=NUMBER", callback=_scales, help="Strength of a domain. Repeatable.")

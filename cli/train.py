@@ -11,7 +11,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, duration, size
 
 
-@click.command("train")
+@click.command("train", short_help="Train an adapter for MODEL on text; measure held-out loss.")
 @click.argument("model", required=False)
 @click.option("-o", "--output", "adapter", type=click.Path(), help="Adapter folder to write.")
 @click.option(

@@ -11,7 +11,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check a BANK against its records, or against its model.")
 @click.argument("bank")
 @click.option("--data", is_flag=True, help="Hash every byte instead of looking at sizes.")
 @click.option("--source", "model", metavar="MODEL", help="Compare the bases with the weights they were made from.")
