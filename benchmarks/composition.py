@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -186,22 +187,22 @@ def merging(model: Path, folders: Sequence[Path], place: Path, repeats: int) -> 
     from transformers import AutoModelForCausalLM
 
     place.mkdir(parents=True, exist_ok=True)
-    deltas = [dense(folder) for folder in folders]
-    modules = list(deltas[0])
+    deltas: list[dict[str, Tensor]] = []
 
     def weighted_sum(module: str) -> Tensor:
         return sum((weight * delta[module] for weight, delta in zip(WEIGHTS, deltas, strict=True)), torch.zeros(()))
 
+    @cache
     def ties_of_entries(module: str) -> Tensor:
-        return dense_ties([delta[module] for delta in deltas], (1.0,) * len(deltas))
+        return dense_ties([delta[module] for delta in deltas], (1.0,) * len(deltas)).float()
 
     rows = []
 
     def row(who: str, method: str, output: Path, call: float, job: float) -> None:
-        target = ties_of_entries if method == "ties" else weighted_sum
         nbytes, rank = size_and_rank(output)
-        found = {"who": who, "method": method, "error": error(output, target, modules), "rank": rank, "bytes": nbytes}
-        rows.append(found | {"call": call, "job": job})
+        rows.append(
+            {"who": who, "method": method, "rank": rank, "bytes": nbytes, "call": call, "job": job, "folder": str(output)}
+        )
         print(rows[-1], file=sys.stderr, flush=True)
 
     for method in ("linear", "ties"):
@@ -227,6 +228,12 @@ def merging(model: Path, folders: Sequence[Path], place: Path, repeats: int) -> 
                     median(call for call, _ in runs),
                     median(job for _, job in runs),
                 )
+    print("timed; errors follow", file=sys.stderr, flush=True)
+    deltas += [dense(folder) for folder in folders]
+    modules = list(deltas[0])
+    for found in rows:
+        target = ties_of_entries if found["method"] == "ties" else weighted_sum
+        found["error"] = error(Path(found.pop("folder")), target, modules)
     return rows
 
 

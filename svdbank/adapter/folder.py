@@ -280,6 +280,11 @@ def read_settings(folder: Path) -> LoraSettings:
     return settings
 
 
+def _finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity: their sum would be one. Only where a sum of large values overflows is every entry looked at."""
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def _read_factors(folder: Path, settings: LoraSettings) -> dict[str, Factors]:
     halves: dict[str, dict[str, Tensor]] = {}
     embeddings = set()
@@ -309,7 +314,7 @@ def _read_factors(folder: Path, settings: LoraSettings) -> dict[str, Factors]:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not rank {rank:g} as {CONFIG} says"
             )
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        if not (_finite(A) and _finite(B)):
             raise CheckpointError(f"{folder / WEIGHTS}: {module} holds NaN or infinity")
         factors[module] = Factors(A, B, embedding=module in embeddings)
     return factors

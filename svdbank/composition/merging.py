@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from svdbank.adapter.components import Component, InBank, singular_values, truncated
@@ -179,9 +180,7 @@ def _by_coefficients(
     if method in ("ties", "magnitude_prune"):
         C = trimmed(at.C, at.rows, density)
     else:
-        drawn = [
-            dropped(part[None], density, torch.Generator().manual_seed(seed)) for part, seed in zip(at.C, seeds, strict=True)
-        ]
+        drawn = [dropped(part[None], density, np.random.default_rng(seed)) for part, seed in zip(at.C, seeds, strict=True)]
         C = torch.cat(drawn)
     return at.component(elected(C, weights) if method in ("ties", "dare_ties") else summed(C, weights))
 

@@ -28,9 +28,9 @@ def elected(C: Tensor, weights: Sequence[float]) -> Tensor:
     In the dtype of ``C``: numbers of one sign are added, so nothing cancels.
     """
     weighted = C * torch.tensor(weights, dtype=C.dtype).view(-1, 1, 1)
-    sign = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0).to(C.dtype)
+    sign = weighted.sum(dim=0).sign_()
     agreeing = weighted.mul_(sign).clamp_(min=0)
-    return agreeing.sum(dim=0).div_(agreeing.count_nonzero(dim=0).clamp_(min=1)).mul_(sign)
+    return agreeing.sum(dim=0).div_(agreeing.sign().sum(dim=0).clamp_(min=1)).mul_(sign)
 
 
 def trimmed(C: Tensor, rows: Sequence[int], density: float) -> Tensor:
@@ -38,19 +38,20 @@ def trimmed(C: Tensor, rows: Sequence[int], density: float) -> Tensor:
 
     Coefficients as large as the smallest one kept are kept too.
     """
-    kept = C.clone()
-    for part, own in zip(kept, rows, strict=True):
+    kept = []
+    for part, own in zip(C, rows, strict=True):
         size = own * C.shape[2]
         count = max(1, int(density * size))
         if count < size:
-            magnitude = part.abs()
-            flat = magnitude.flatten().numpy()
-            threshold = np.partition(flat, len(flat) - count)[len(flat) - count]
-            part.masked_fill_(magnitude < float(threshold), 0.0)
-    return kept
+            magnitudes = part.abs().flatten().numpy()
+            smallest = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
+            # It keeps what is larger than its argument.
+            part = torch.nn.functional.hardshrink(part, float(np.nextafter(smallest, magnitudes.dtype.type(-1))))
+        kept.append(part)
+    return torch.stack(kept)
 
 
-def dropped(C: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def dropped(C: Tensor, density: float, generator: np.random.Generator) -> Tensor:
     """Each coefficient kept with probability ``density`` and divided by it, so that the mean stays (DARE, Yu et al., arXiv 2311.03099)."""
-    kept = torch.rand(C.shape, generator=generator) < density
-    return C * kept / density
+    kept = torch.from_numpy(generator.random(tuple(C.shape), dtype=np.float32) < density)
+    return kept.to(C.dtype).mul_(C).div_(density)
