@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -87,11 +88,17 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _seconds(report: Any) -> str:
+    """Of a step, with its standard error where more than one step was timed."""
+    error = report.step_seconds_error
+    return f"{report.step_seconds:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
+
+
 def _text(report: Any) -> str:
     lines = [
         f"trained   {report.steps} steps, {report.tokens:,} tokens in {duration(report.seconds)}"
         + (f", from the checkpoint of step {report.resumed_from}" if report.resumed_from is not None else ""),
-        f"step      {report.step_seconds:.2f} ± {report.step_seconds_error:.2f} s; {report.trainable_parameters:,} trainable parameters, "
+        f"step      {_seconds(report)} s; {report.trainable_parameters:,} trainable parameters, "
         f"{size(report.peak_bytes)} memory at most",
     ]
     for change in (report.held_out, *report.retained):

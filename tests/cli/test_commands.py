@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,13 +146,14 @@ def test_ctrl_c_has_exit_code_130_and_says_that_work_is_kept(minilm: Path, tmp_p
         "-o",
         str(tmp_path / "bank"),
         "--rank",
-        "64",
+        "all",
+        "--jobs",
+        "1",
         "--json",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
-        for _ in range(4):
-            process.stdout.readline()
+        assert any('"decompose"' in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         said = process.stderr.read()
@@ -198,3 +200,10 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(minilm: Path, tmp_path: Pat
     os.close(parent)
     assert process.returncode == 0
     assert b"100%" in shown and b"6/6" in shown
+
+
+@pytest.mark.parametrize(("error", "shown"), [(0.25, "10.90 ± 0.25"), (float("nan"), "10.90")])
+def test_a_single_timed_step_has_no_error_to_show(error: float, shown: str) -> None:
+    from svdbank_cli.train import _seconds
+
+    assert _seconds(SimpleNamespace(step_seconds=10.9, step_seconds_error=error)) == shown
