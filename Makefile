@@ -32,7 +32,7 @@ demo: $(VENV)/.demo
 	$(BIN)/svdbank demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not soak'
+	$(BIN)/python -m pytest -m 'not soak' -n auto --maxprocesses 4 --dist loadfile
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak

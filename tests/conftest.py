@@ -8,11 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 
 # No test may reach for a network: what is not on this machine is served by the tests themselves.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two workers with two OpenMP threads each fight over two processors, also in the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,4 +50,7 @@ def smollm2() -> Path:
     from svdbank.demonstration import smollm2_folder
     from tests.peft.models import smollm2_cache
 
-    return smollm2_folder(smollm2_cache())
+    place = smollm2_cache()
+    place.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(place / ".tests.lock"):
+        return smollm2_folder(place)

@@ -24,6 +24,7 @@ from svdbank.basis import Basis
 from svdbank.checkpoint import Checkpoint
 from svdbank.errors import NotFiniteError, SolverError, WrongBaseError
 from svdbank.pipeline.fetching import READ_AHEAD, FetchOptions, FetchPlan, FetchReport, fetched, files_of, plan_fetch
+from svdbank.pipeline.memory import give_back
 from svdbank.pipeline.planning import bank_bytes
 from svdbank.pipeline.reading import Loaded, Reader
 from svdbank.probe import probe_indices
@@ -253,6 +254,8 @@ class Execution:
             probe=tuple(probes),
         )
         record = writer.write_shard(work.shard, bases, record)
+        bases.clear()
+        give_back()
         self._log("shard", family=work.family.name, index=work.shard.index, seconds=round(time.perf_counter() - started, 4))
         return record
 

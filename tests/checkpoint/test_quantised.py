@@ -140,10 +140,11 @@ def test_what_is_decomposed_is_the_parameter_that_transformers_loads(checkpoints
             # A model loads what is not quantised in its own dtype; a bank describes it as stored.
             own = checkpoint.read(spec).dtype if spec.sources[0].quantisation else loaded.dtype
             assert torch.equal(checkpoint.read(spec).to(own), loaded), spec.name
+        # The rest is stored in bfloat16: transformers does not convert DeepSeek's kv_b_proj, nor gpt-oss's attention.
         assert sum(spec.dtype != "BF16" for spec in specs) == {
-            "deepseek": 12,
+            "deepseek": 11,
             "mxfp4": 4,
-            "mxfp4-float16": 8,
+            "mxfp4-float16": 4,
             "channel": 6,
         }.get(layout, 7)
 
