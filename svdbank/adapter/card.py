@@ -60,6 +60,9 @@ from svdbank.peft import load_adapter
 model = load_adapter(model, "path/to/this/folder", bank="path/to/the/bank")  # takes them out of the model's weights in memory
 ```
 
+Onto the checkpoint that `svdbank init --residual-out` wrote, from which they are gone, PEFT alone loads it:
+`PeftModel.from_pretrained(residual, "path/to/this/folder", is_trainable=True)`.
+
 After training, `svdbank export --to lora` makes a plain LoRA for the unchanged base.
 """
 
