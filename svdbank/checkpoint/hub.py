@@ -24,6 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILE_ID = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})?")
 _CONFIG = "config.json"
 
 
@@ -170,6 +171,8 @@ def _document(repository: str, commit: str, name: str, listed: dict[str, Any], l
 
 def _hub_file(folder: Path, name: str, listed: Any) -> HubFile:
     identity = str((listed.lfs.sha256 if listed.lfs is not None else listed.blob_id) or "")
+    if not _FILE_ID.fullmatch(identity):  # it becomes a file name in the cache
+        raise CheckpointError(f"{name}: the server names an id that is no hash: {identity[:80]!r}", hint="check HF_ENDPOINT")
     size = listed.size if listed.size is not None else (listed.lfs.size if listed.lfs is not None else None)
     if size is None:
         raise CheckpointError(f"{name}: the server does not say how large it is", hint="check HF_ENDPOINT")
@@ -189,26 +192,39 @@ def _download(snapshot: Snapshot, new: dict[str, str], progress: Progress | None
 
     where = f"{snapshot.repository}@{snapshot.commit[:12]}"
     names = [file.name for file in snapshot.files]
-    snapshot_download(
-        snapshot.repository,
-        revision=snapshot.commit,
-        allow_patterns=[glob.escape(name) for name in names],
-        tqdm_class=_silent_bar(progress),
-    )
+    failure: Exception | None = None
+    try:
+        snapshot_download(
+            snapshot.repository,
+            revision=snapshot.commit,
+            allow_patterns=[glob.escape(name) for name in names],
+            tqdm_class=_silent_bar(progress),
+        )
+    except Exception as cause:
+        failure = cause  # some files may have come
     folder = snapshot.folder.resolve()
+    if wrong := [name for name, identity in new.items() if _remove_if_wrong(folder, name, identity)]:
+        raise CheckpointError(
+            f"{where}: {', '.join(wrong[:3])} arrived with other bytes than the Hub's sha256 says ({len(wrong)} files); removed",
+            hint="run the command again; if it repeats, a proxy or mirror in between changes files",
+        )
+    if failure is not None:
+        raise failure
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{where}: {name} was not downloaded", hint="run the command again")
-    for name, identity in new.items():
-        path = member(folder, name)
-        if len(identity) == 64 and sha256_of(path) != identity:
-            # What is in the cache is trusted from then on by every program, so wrong bytes must not stay there.
-            path.unlink()
-            (folder / name).unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{where}: {name} arrived with other bytes than the Hub's sha256 {identity[:12]}…; it was removed",
-                hint="run the command again; if it repeats, a proxy or mirror in between changes files",
-            )
+
+
+def _remove_if_wrong(folder: Path, name: str, identity: str) -> bool:
+    """Remove a file that just came if it is not what the Hub's sha256 says: what is in the cache is trusted by every program."""
+    if len(identity) != 64 or not (folder / name).is_file():
+        return False
+    path = member(folder, name)
+    if sha256_of(path) == identity:
+        return False
+    path.unlink()
+    (folder / name).unlink(missing_ok=True)
+    return True
 
 
 def _from_cache(repository: str, revision: str | None) -> Snapshot | None:

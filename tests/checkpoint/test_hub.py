@@ -288,6 +288,33 @@ def test_wrong_bytes_are_found_by_their_sha256_and_do_not_stay_in_the_cache(hub:
     assert client(repo, read=True)["specs"] == 2
 
 
+def test_no_file_of_a_failed_download_stays_unchecked_in_the_cache(hub: LocalHub, client: Client, repo: str) -> None:
+    # Both shards arrive wrong, or one wrong and the other not at all: neither may be trusted by the next run.
+    parts = {f"model-{i}-of-2.safetensors": weights(i, 1) for i in (1, 2)}
+    parts["model-2-of-2.safetensors"] = save({"layers.1.q_proj.weight": torch.ones(8, 6)})
+    names = {"layers.0.q_proj.weight": "model-1-of-2.safetensors", "layers.1.q_proj.weight": "model-2-of-2.safetensors"}
+    commit = hub.commit(
+        repo, {"config.json": CONFIG, "model.safetensors.index.json": json.dumps({"weight_map": names}).encode(), **parts}
+    )
+    for first in (Fault("wrong-bytes", "model-1", times=9), Fault("status", "model-1", times=99, status=403)):
+        first.skip = 1  # the header
+        hub.faults[:] = [first, Fault("wrong-bytes", "model-2", times=9, skip=1)]
+        failed = client(repo, read=True)
+        assert "model-2-of-2.safetensors" in failed["error"] and "other bytes" in failed["error"]
+        assert not [path for path in client.snapshots(repo) if path.suffix == ".safetensors"]
+    hub.faults.clear()
+    seen = client(repo, read=True)
+    files = hub.repositories[repo].commits[commit]
+    assert seen["files"] == [[name, files[name].sha256] for name in sorted(parts)]
+
+
+def test_a_file_id_that_is_no_hash_is_refused_since_it_would_be_a_path(hub: LocalHub, client: Client, repo: str) -> None:
+    commit = hub.commit(repo, {"config.json": CONFIG, "model.safetensors": weights(0)})
+    hub.repositories[repo].commits[commit]["model.safetensors"].__dict__["sha256"] = "../../../outside"
+    seen = client(repo)
+    assert seen["kind"] == "CheckpointError" and "no hash" in seen["error"] and seen["hint"]
+
+
 @pytest.mark.parametrize("kind", ["drop", "status"])
 def test_a_connection_that_breaks_ends_in_the_right_bytes_or_a_clear_error_and_the_next_run_finishes(
     hub: LocalHub, client: Client, repo: str, kind: str
