@@ -36,7 +36,7 @@ class SizeType(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", value.strip().lower())
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?)b?|b)?", value.strip().lower())
         if found is None:
             self.fail(f"{value!r} is not a size: 500MB, 20GB, 16GiB", param, ctx)
         power = " kmgt".index(found[2] or " ")

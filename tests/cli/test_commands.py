@@ -176,6 +176,12 @@ def test_options_are_read_from_the_environment(
     assert json.loads(capsys.readouterr().out)["plan"]["options"]["rank"] == 5
 
 
+def test_a_disk_budget_that_is_no_size_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for budget in ("9" * 400, "-1", "nan", "1e9", ""):
+        assert run(["plan", "org/model", f"--disk-budget={budget}"]) == 2
+        assert "is not a size" in capsys.readouterr().err
+
+
 def test_control_characters_from_outside_do_not_reach_the_terminal() -> None:
     assert printable("model\x1b[2J\x07.weight\u202e") == "model\\x1b[2J\\x07.weight\\u202e"
 
