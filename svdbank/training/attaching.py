@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
 from svdbank.bank import Bank
+from svdbank.checkpoint.targets import ALL_LINEAR, parse_targets
 from svdbank.errors import BankError, OptionError, missing_extra
 from svdbank.loading import Source, quiet_transformers
 from svdbank.specs import to_json
@@ -77,20 +79,35 @@ def rehearse(options: TrainOptions, source: Source, bank: Bank | None) -> None:
                 hint=f"svdbank build {options.model} --rank {stop}, or a lower -r",
             )
     if options.method in RESIDUAL_METHODS or options.on_top_of:
-        return  # these need the values of weights
+        # These need the values of weights. An ordinary LoRA has the same targets.
+        options = msgspec.structs.replace(options, method="lora", on_top_of=())
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(source.config)
+        _check_targets(model, options)
         try:
             attach(model, options, bank)
         except ValueError as cause:
-            if isinstance(cause, OptionError) or "arget modules" not in str(cause):
+            if isinstance(cause, OptionError) or "arget module" not in str(cause):
                 raise
             raise OptionError(
-                f"{options.model}: {', '.join(map(repr, options.targets))} matches no module of this model",
-                hint="--targets all-linear",
+                f"{options.model}: {', '.join(map(repr, options.targets))} matches no module that can have an adapter",
+                hint=f"--targets {ALL_LINEAR}",
             ) from cause
+
+
+def _check_targets(model: Any, options: TrainOptions) -> None:
+    """Raise :class:`OptionError` for a target that matches no module: PEFT goes on where another one matches."""
+    targets = parse_targets(options.targets)
+    modules = [name for name, _ in model.named_modules()]
+    silent = [name for name in targets.names if not any(m == name or m.endswith("." + name) for m in modules)]
+    if targets.pattern is not None and not any(map(targets.named, modules)):
+        silent = list(options.targets)
+    if silent:
+        raise OptionError(
+            f"{options.model}: {', '.join(map(repr, silent))} matches no module of this model", hint=f"--targets {ALL_LINEAR}"
+        )
 
 
 def free_band(options: TrainOptions, bank: Bank) -> Band:
@@ -165,16 +182,28 @@ def trainable_parameters(model: Any) -> int:
 
 
 def _config(options: TrainOptions) -> Any:
-    targets: Any = options.targets[0] if len(options.targets) == 1 else list(options.targets)
     return _peft().LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
-        target_modules=targets,
+        target_modules=_target_modules(options.targets),
         init_lora_weights=True if options.method == "lora" else options.method,
         task_type="CAUSAL_LM",
     )
+
+
+def _target_modules(targets: tuple[str, ...]) -> str | list[str]:
+    """Targets as PEFT takes them: it reads any string but ``all-linear`` as a regular expression, so names are a list."""
+    parsed = parse_targets(targets)
+    if parsed.pattern is not None:
+        return targets[0]
+    if parsed.all_linear and parsed.names:
+        raise OptionError(
+            f"{ALL_LINEAR!r} stands beside other targets; PEFT takes either that or names",
+            hint=f"--targets {ALL_LINEAR} alone, or a --targets for each module",
+        )
+    return ALL_LINEAR if parsed.all_linear else list(parsed.names)
 
 
 def _move_to_band(model: Any, bank: Bank, band: Band) -> None:

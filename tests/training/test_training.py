@@ -272,6 +272,11 @@ def refuse_loading(progress: Progress) -> None:
         ({"rank": 200}, "200", None),
         ({"targets": "no_such_proj"}, "no_such_proj", None),
         ({"method": "lora", "targets": "no_such_proj"}, "no_such_proj", None),
+        ({"method": "milora", "targets": "no_such_proj"}, "no_such_proj", "--targets"),
+        ({"targets": ["q_proj", "no_such_proj"]}, "'no_such_proj' matches no module", "--targets"),
+        ({"targets": r".*\.no_such_proj"}, "matches no module", "--targets"),
+        ({"method": "lora", "targets": "self_attn"}, "no module that can have an adapter", "--targets"),
+        ({"targets": ["all-linear", "lm_head"]}, "stands beside other targets", "--targets"),
         ({"data": "nowhere.txt"}, "nowhere.txt: no such file", None),
         ({"field": "body"}, "no column 'body'", "--field"),
         ({"schedule": "sinus"}, "no schedule 'sinus'", "cosine"),
@@ -374,6 +379,18 @@ def test_a_config_with_a_mistake_is_refused(tmp_path: Path, content: str, says: 
     (tmp_path / "t.toml").write_text(content)
     with pytest.raises(OptionError, match=says):
         svdbank.train("m", config=tmp_path / "t.toml", output=tmp_path / "o", data="d")
+
+
+@pytest.mark.parametrize("method", ["mica", "milora", "lora"])
+@pytest.mark.parametrize("target", ["q_proj", "self_attn.q_proj", r".*\.q_proj"])
+def test_a_single_target_is_a_name_or_an_expression(small: Path, small_bank: Bank, method: str, target: str) -> None:
+    from svdbank.training.attaching import attach
+
+    given = {"model": str(small), "output": "o", "data": "d", "rank": 4, "alpha": 4.0, "method": method, "targets": target}
+    model = attach(load(small), resolve({}, given), small_bank)
+    layers = model.config.num_hidden_layers
+    adapted = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    assert len(adapted) == layers and all(".q_proj." in name for name in adapted)
 
 
 def test_only_a_trains(small: Path, small_bank: Bank) -> None:
