@@ -88,10 +88,12 @@ def next_bands(bank: Bank, ranks: Mapping[str, int], beside: Iterable[Adapter]) 
     for name, rank in ranks.items():
         start = first_free(bands_of(taken.get(name, ())), rank)
         if start + rank > bank[name].rank:
+            full = min(bank[name].out_features, bank[name].in_features)
+            more = f", or svdbank build MODEL --rank {start + rank}" if start + rank <= full else f": it has {full} in all"
             raise BankError(
                 f"{bank.path}: no free band of rank {rank} is left in {name}: it stores {bank[name].rank} directions, "
                 f"{len(taken.get(name, ()))} are taken",
-                hint=f"a smaller rank, or svdbank build MODEL --rank {start + rank}",
+                hint=f"a smaller rank{more}",
             )
         bands[name] = (start, start + rank)
     return bands

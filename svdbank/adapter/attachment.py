@@ -190,18 +190,19 @@ def check_rank(bank: Bank, name: str, rank: int, *, method: Method = "mica") -> 
     """Raise where ``rank`` is above what the weight allows (:class:`OptionError`) or the bank stores (:class:`BankError`)."""
     basis = bank[name]
     full = min(basis.out_features, basis.in_features)
-    if not 1 <= rank <= full:
-        raise OptionError(
-            f"rank {rank} is outside 1..{full}, what {name} of shape ({basis.out_features}, {basis.in_features}) allows",
-            hint=f"ask for rank {full} or less, or give this module its own rank",
-        )
     stored, end, option = basis.rank, "", "--rank"
     if method == "pissa":
         stored, end, option = basis.family.principal, "largest ", "--side both --principal"
+    if not 1 <= rank <= full:
+        more = f": the bank stores no more of it; svdbank build MODEL {option} {full} stores all" if stored < full else ""
+        raise OptionError(
+            f"rank {rank} is outside 1..{full}, what {name} of shape ({basis.out_features}, {basis.in_features}) allows",
+            hint=f"ask for rank {min(stored, full)} or less, or give this module its own rank{more}",
+        )
     if rank > stored:
         raise BankError(
             f"{bank.path}: rank {rank} was asked for, but the bank stores {stored} of the {full} {end}triplets of {name}",
-            hint=f"svdbank build MODEL {option} {rank}",
+            hint=f"ask for rank {stored} or less, or svdbank build MODEL {option} {rank}",
         )
 
 

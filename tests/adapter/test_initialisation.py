@@ -114,8 +114,9 @@ def test_ranks_that_cannot_be_had_are_errors_with_the_numbers(bank: Bank, tmp_pa
     with pytest.raises(BankError, match="rank 17 was asked for, but the bank stores 16 of the 384"):
         svdbank.init(bank, rank=17, output=tmp_path / "a")
     for rank in (385, 0, -1):
-        with pytest.raises(OptionError, match=rf"rank {rank} is outside 1\.\.384"):
+        with pytest.raises(OptionError, match=rf"rank {rank} is outside 1\.\.384") as caught:
             svdbank.init(bank, rank=rank, output=tmp_path / "a")
+        assert "rank 16 or less" in str(caught.value.hint) and "svdbank build MODEL --rank 384" in str(caught.value.hint)
     assert not (tmp_path / "a").exists()
 
 
