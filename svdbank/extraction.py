@@ -31,6 +31,7 @@ from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.checkpoint.targets import ALL_LINEAR
 from svdbank.errors import BankError, NotFiniteError, OptionError
 from svdbank.pipeline.locating import open as open_cached
+from svdbank.pipeline.locating import opened
 from svdbank.pipeline.planning import available_cpus
 from svdbank.solver import pinned_threads
 from svdbank.specs import Progress, ProgressCallback, Struct, WeightSpec
@@ -134,7 +135,7 @@ def extract(
     output: str | Path,
     rank: int = 16,
     targets: str | Sequence[str] = (ALL_LINEAR,),
-    bank: Bank | None = None,
+    bank: Bank | str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
@@ -150,7 +151,8 @@ def extract(
     targets
         Which weights, in PEFT's language.
     bank
-        A bank of the base, to say how much of the change lies in its minor directions; by default the cached one if there is one.
+        A bank of the base, to say how much of the change lies in its minor directions: a bank, its folder, or a model whose bank is in
+        the cache; by default the cached one if there is one.
 
     Weights are read one pair at a time. Raises :class:`OptionError` where the models do not have the same weights and shapes, or do not
     differ; :class:`NotFiniteError` for a weight with NaN or infinity.
@@ -161,7 +163,7 @@ def extract(
     with open_checkpoint(base) as one, open_checkpoint(finetuned) as other:
         chosen = [targets] if isinstance(targets, str) else list(targets)
         pairs = _pairs(one, other, chosen)
-        held = bank if bank is not None else _cached(base)
+        held = opened(bank) if bank is not None else _cached(base)
         work = _Work(one, other, rank, held)
         found: list[ExtractedWeight] = []
         weights: dict[str, AdaptedWeight] = {}

@@ -32,6 +32,7 @@ from svdbank.checkpoint.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.checkpoint.writing import check_folder, write_checkpoint
 from svdbank.errors import BankError, NotFiniteError, OptionError, WrongBaseError
+from svdbank.pipeline.locating import opened as opened_bank
 from svdbank.pipeline.planning import available_cpus
 from svdbank.solver import pinned_threads
 from svdbank.specs import ProgressCallback, Struct, TensorSource, WeightSpec, from_json
@@ -123,7 +124,7 @@ def fuse(
     output: str | Path,
     *,
     into: str | os.PathLike[str] | None = None,
-    bank: Bank | None = None,
+    bank: Bank | str | os.PathLike[str] | None = None,
     dtype: FusedDtype | None = None,
     progress: ProgressCallback | None = None,
 ) -> FuseReport:
@@ -140,7 +141,8 @@ def fuse(
     into
         Another model of the same shapes to change instead of the base, such as its instruct model.
     bank
-        The base's bank, which MiLoRA and PiSSA adapters need; by default the cached one.
+        The base's bank, which MiLoRA and PiSSA adapters need: a bank, its folder, or a model whose bank is in the cache; by default
+        the cached one of ``model``.
     dtype
         ``float32``, …: store every floating tensor so. By default each stays as it is stored, what is quantised becomes its values.
 
@@ -165,7 +167,7 @@ def fuse(
         stack.enter_context(pinned_threads(1))
         base = stack.enter_context(open_checkpoint(model))
         subject = base if into is None else stack.enter_context(open_checkpoint(into))
-        opened, saved, cache = _opened(adapter, bank, model)
+        opened, saved, cache = _opened(adapter, opened_bank(bank), model)
         matrices = _matched(opened, subject, other=into is not None)
         full = _full_weights(saved, subject)
         clash = {spec.sources[0].name for spec, _ in full} & {s.name for spec, _ in matrices for s in spec.sources}

@@ -90,6 +90,11 @@ def open(source: str | os.PathLike[str]) -> Bank:
     return open_bank(best)
 
 
+def opened(bank: Bank | str | os.PathLike[str] | None) -> Bank | None:
+    """What a ``bank=`` argument names: a bank as it is, else what :func:`open` finds; None stays None."""
+    return bank if bank is None or isinstance(bank, Bank) else open(bank)
+
+
 def ls() -> list[BankSummary]:
     """The banks in the cache, complete and unfinished, by model name."""
     summaries = [_summary(folder) for folder in _folders(home() / "banks")]

@@ -219,7 +219,7 @@ def test_milora_and_pissa_are_added_as_what_they_changed(method: str, minilm: Pa
     (tmp_path / "adapter" / "svdbank.json").unlink()
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": method}))
-    svdbank.fuse(model, tmp_path / "adapter", tmp_path / "again", bank=bank)
+    svdbank.fuse(model, tmp_path / "adapter", tmp_path / "again", bank=bank.path)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "fused" / "model.safetensors").read_bytes()
     with pytest.raises(BankError, match="needs the bank"):
         svdbank.fuse(model, tmp_path / "adapter", tmp_path / "no")
