@@ -61,7 +61,10 @@ def open_source(model: str) -> Source:
         try:
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         except Exception as cause:
-            raise CheckpointError(f"{model}: no model configuration to be read: {_first_line(cause)}") from cause
+            raise CheckpointError(
+                f"{model}: no model configuration to be read: {_first_line(cause)}",
+                hint="name a folder with config.json, or org/name[@revision]; HF_TOKEN for a private or gated model",
+            ) from cause
         # Encoders are in Transformers' table of causal models too, for those that were made decoders.
         encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
         if encoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
@@ -93,7 +96,10 @@ def load_model(source: Source, *, dtype: Dtype = "auto", load_in: LoadIn | None 
         try:
             return transformers.AutoModelForCausalLM.from_pretrained(source.name, **options)
         except (OSError, ValueError, ImportError) as cause:
-            raise CheckpointError(f"{source.name}: the model cannot be loaded: {_first_line(cause)}") from cause
+            raise CheckpointError(
+                f"{source.name}: the model cannot be loaded: {_first_line(cause)}",
+                hint="the weights have to lie beside config.json, whole; fetch the model again, or name another one",
+            ) from cause
 
 
 def chosen_dtype(dtype: Dtype) -> str:

@@ -157,7 +157,7 @@ def _files(path: Path) -> list[Path]:
     """The file, or every file of text below a folder, sorted; hidden files and those with zero bytes (binaries) left out."""
     if path.is_file():
         if path.stat().st_size == 0:
-            raise OptionError(f"{path}: the file is empty")
+            raise OptionError(f"{path}: the file is empty", hint="name text, .jsonl, .csv or .parquet")
         if _kind(path) is None and _is_binary(path):
             raise OptionError(f"{path}: not a text file", hint="name text, .jsonl, .csv or .parquet")
         return [path]
@@ -300,7 +300,10 @@ def document_marks(tokenizer: Any) -> tuple[list[int], int]:
     """Tokens before a document, and the one after it. Raises :class:`OptionError` for a tokenizer without an end of sequence."""
     end = tokenizer.eos_token_id
     if end is None:
-        raise OptionError("the model's tokenizer has no end-of-sequence token to put between documents")
+        raise OptionError(
+            "the model's tokenizer has no end-of-sequence token to put between documents",
+            hint="name one as eos_token in the model's tokenizer_config.json",
+        )
     before = list(tokenizer("")["input_ids"])
     while before and before[-1] == end and end != tokenizer.bos_token_id:
         before.pop()
@@ -319,7 +322,9 @@ def explained(sources: Sequence[str]) -> Iterator[None]:
     except SvdbankError:
         raise
     except OSError as cause:
-        raise CheckpointError(f"{cause.filename or ', '.join(sources)}: {cause.strerror or cause}") from cause
+        raise CheckpointError(
+            f"{cause.filename or ', '.join(sources)}: {cause.strerror or cause}", hint="check the path and its permissions"
+        ) from cause
     except Exception as error:
         causes: list[BaseException] = [error]
         while causes[-1].__cause__ is not None:

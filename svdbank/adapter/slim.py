@@ -30,6 +30,9 @@ from svdbank.specs import Struct, from_json, to_json
 COEFFICIENTS = "coefficients.safetensors"
 FILES = "files"
 
+#: What to do about a slim folder that is not as it was written.
+_AGAIN = "copy the folder again, or write it anew: svdbank export ADAPTER --to slim"
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -111,7 +114,7 @@ def expand_slim(source: Path, output: Path, bank: Bank, *, force: bool = False) 
     try:
         kept = safetensors.torch.load_file(source / COEFFICIENTS)
     except (OSError, safetensors.SafetensorError) as cause:
-        raise CheckpointError(f"{source / COEFFICIENTS}: {cause}") from cause
+        raise CheckpointError(f"{source / COEFFICIENTS}: {cause}", hint=_AGAIN) from cause
     raw = _restored(record, kept, bank, source)
     contents = {WEIGHTS: raw}
     for name in record.files:
@@ -125,7 +128,9 @@ def read_record(source: Path) -> SlimRecord:
     try:
         data = (source / SLIM).read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{source}: no slim adapter here ({SLIM} is missing)") from None
+        raise CheckpointError(
+            f"{source}: no slim adapter here ({SLIM} is missing)", hint="name the folder that svdbank export --to slim wrote"
+        ) from None
     return from_json(data, SlimRecord, where=str(source / SLIM), error=CheckpointError)
 
 
@@ -186,7 +191,10 @@ def _restored(record: SlimRecord, kept: Mapping[str, Tensor], bank: Bank, source
     names = sorted({piece.weight for reference in record.references.values() for piece in reference.pieces})
     lacking = [name for name in names if name not in bank]
     if lacking:
-        raise BankError(f"{bank.path}: the bank lacks {len(lacking)} weights of this adapter, first {lacking[0]}")
+        raise BankError(
+            f"{bank.path}: the bank lacks {len(lacking)} weights of this adapter, first {lacking[0]}",
+            hint=f"svdbank build {record.base} with --targets for them adds them to the bank",
+        )
     if bank.base_digest(names) != record.base_digest:
         raise WrongBaseError(
             f"{source}: its coefficients belong to another base than {bank.path}", hint=f"name a bank of {record.base}"
@@ -201,7 +209,7 @@ def _restored(record: SlimRecord, kept: Mapping[str, Tensor], bank: Bank, source
     for name, entry in entries.items():
         reference = record.references.get(name)
         if reference is None and name not in kept:
-            raise CheckpointError(f"{source / COEFFICIENTS}: lacks {name}")
+            raise CheckpointError(f"{source / COEFFICIENTS}: lacks {name}", hint=_AGAIN)
         value = kept[name] if reference is None else _made(reference, lefts, declared[name], source)
         if reference is not None and _sha256(value) != reference.sha256:
             raise BankError(
@@ -210,10 +218,10 @@ def _restored(record: SlimRecord, kept: Mapping[str, Tensor], bank: Bank, source
             )
         data = _raw(value)
         if len(data) != entry.end - entry.begin:
-            raise CheckpointError(f"{source / COEFFICIENTS}: {name} has another size than the header says")
+            raise CheckpointError(f"{source / COEFFICIENTS}: {name} has another size than the header says", hint=_AGAIN)
         raw[entry.begin : entry.end] = data
     if hashlib.sha256(raw).hexdigest() != record.sha256:
-        raise CheckpointError(f"{source}: does not come back as it was: {COEFFICIENTS} was changed")
+        raise CheckpointError(f"{source}: does not come back as it was: {COEFFICIENTS} was changed", hint=_AGAIN)
     return bytes(raw)
 
 
@@ -222,12 +230,19 @@ def _made(reference: Reference, lefts: Mapping[str, Tensor], entry: Mapping[str,
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}.get(entry["dtype"])
     rounding = _DTYPES.get(reference.rounding)
     if dtype is None or rounding is None or not reference.pieces:
-        raise CheckpointError(f"{source / SLIM}: a reference with dtype {entry['dtype']} and rounding {reference.rounding!r}")
+        raise CheckpointError(
+            f"{source / SLIM}: a reference with dtype {entry['dtype']} and rounding {reference.rounding!r}", hint=_AGAIN
+        )
     parts = []
     for piece in reference.pieces:
         left = lefts[piece.weight]
-        if not piece.columns or min(piece.columns) < 0 or max(piece.columns) >= left.shape[0]:
-            raise BankError(f"the bank stores {left.shape[0]} directions of {piece.weight}, the adapter needs more")
+        if not piece.columns or min(piece.columns) < 0:
+            raise CheckpointError(f"{source / SLIM}: columns of {piece.weight} that no bank has", hint=_AGAIN)
+        if max(piece.columns) >= left.shape[0]:
+            raise BankError(
+                f"the bank stores {left.shape[0]} directions of {piece.weight}, the adapter needs more",
+                hint=f"svdbank build MODEL --rank {max(piece.columns) + 1}",
+            )
         parts.append(left[list(piece.columns)].to(rounding).mT.to(dtype))
     return parts[0] if len(parts) == 1 else torch.stack(parts, dim=-1).flatten(1)
 

@@ -115,7 +115,10 @@ def attachment(model: nn.Module, adapter_name: str = "default") -> Attachment:
     """
     found = attachments(model)
     if adapter_name not in found:
-        raise OptionError(f"no bank was attached under the adapter name {adapter_name!r}")
+        raise OptionError(
+            f"no bank was attached under the adapter name {adapter_name!r}",
+            hint=f"there are: {', '.join(map(repr, found))}" if found else "get_peft_model(model, config, bank=…) attaches one",
+        )
     return found[adapter_name]
 
 
@@ -134,7 +137,10 @@ def _added_prefix(model: nn.Module, saved: Iterable[str]) -> str:
 def _check_digest(bank: Bank, digest: str, weights: tuple[str, ...], folder: str | Path) -> None:
     lacking = [name for name in weights if name not in bank]
     if lacking:
-        raise BankError(f"{bank.path}: the bank lacks {len(lacking)} weights of the adapter {folder}, first {lacking[0]}")
+        raise BankError(
+            f"{bank.path}: the bank lacks {len(lacking)} weights of the adapter {folder}, first {lacking[0]}",
+            hint="svdbank build MODEL with --targets for them adds them to the bank",
+        )
     if bank.base_digest(weights) != digest:
         raise WrongBaseError(
             f"{folder}: this adapter was made on other weights than those of {bank.path}",
