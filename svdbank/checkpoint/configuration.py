@@ -20,6 +20,10 @@ VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
 
 
+#: What to do about a configuration that no library writes.
+AGAIN = "config.json was edited or damaged: take it from the model's repository again"
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What ``config.json`` says about the weights; a key that is absent is None or empty.
@@ -42,7 +46,7 @@ def facts(config: dict[str, Any], where: str = "config.json") -> ModelFacts:
     vocab = _typed(config, "vocab_size", int, where)
     architectures = _typed(config, "architectures", list, where) or []
     if not all(isinstance(name, str) for name in architectures):
-        raise CheckpointError(f"{where}: 'architectures' must be a list of strings")
+        raise CheckpointError(f"{where}: 'architectures' must be a list of strings", hint=AGAIN)
     return ModelFacts(
         model_type=_typed(config, "model_type", str, where) or "",
         architectures=tuple(architectures),
@@ -91,5 +95,5 @@ def _typed(config: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     if value is None:
         return None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise CheckpointError(f"{where}: {key!r} must be {kind.__name__}, found {type(value).__name__}")
+        raise CheckpointError(f"{where}: {key!r} must be {kind.__name__}, found {type(value).__name__}", hint=AGAIN)
     return value

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from svdbank.checkpoint.configuration import text_part
+from svdbank.checkpoint.configuration import AGAIN, text_part
 from svdbank.errors import CheckpointError
 from svdbank.specs import Quantisation, TensorSource
 
@@ -41,7 +41,11 @@ _AFTERWARDS = {
     "vptq": "VPTQ",
 }
 _BITS = ("bits", "num_bits", "nbits", "w_bit", "wbits")
+_FLOAT_FORMATS = ("float-quantized", "naive-quantized")
 _READ = "fp8, mxfp4, and compressed-tensors in float-quantized or naive-quantized"
+
+#: What to do about codes and scales that do not fit each other.
+_DAMAGED = "the checkpoint is incomplete or was edited: download it again, or name the full-precision repository"
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 
@@ -72,7 +76,7 @@ class _Group(msgspec.Struct, frozen=True):
 class _CompressedTensors(msgspec.Struct, frozen=True):
     """The keys that are read of a configuration with ``quant_method: compressed-tensors``."""
 
-    config_groups: Annotated[dict[str, _Group], msgspec.Meta(max_length=1000)] = {}
+    config_groups: Annotated[dict[str, _Group | list[Any]], msgspec.Meta(max_length=1000)] = {}
     format: str = ""
     transform_config: dict[str, Any] | None = None
     sparsity_config: dict[str, Any] | None = None
@@ -108,13 +112,15 @@ def _refuse_compressed(about: _CompressedTensors, where: str, made_from: str | N
         raise _unreadable(where, "compressed-tensors with transform_config (rotated weights)", made_from)
     if (about.sparsity_config or {}).get("format", "dense") != "dense":
         raise _unreadable(where, "compressed-tensors with sparsity_config (compressed sparse weights)", made_from)
-    groups = [group for group in about.config_groups.values() if group.weights is not None]
+    if presets := [name for name, group in about.config_groups.items() if isinstance(group, list)]:
+        raise _unreadable(where, f"compressed-tensors with the preset scheme {presets[0][:40]!r}", made_from)
+    groups = _weight_groups(about)
     for group in groups:
         assert group.weights is not None
         stored = group.format or about.format
         if group.weights.type.lower() != "float" or group.weights.num_bits < 8:
             raise _afterwards(where, f"compressed-tensors, {stored[:40]}", group.weights.num_bits, made_from)
-        if stored not in ("float-quantized", "naive-quantized"):
+        if stored not in _FLOAT_FORMATS:
             raise _unreadable(where, f"compressed-tensors in the format {stored[:40]!r}", made_from)
         if group.weights.num_bits != 8 or not group.weights.symmetric:
             raise _unreadable(where, "compressed-tensors with zero points or more than 8 bits", made_from)
@@ -122,6 +128,14 @@ def _refuse_compressed(about: _CompressedTensors, where: str, made_from: str | N
             raise _unreadable(where, f"compressed-tensors with strategy {group.weights.strategy[:40]!r}", made_from)
         if (group.weights.strategy == "block") != (group.weights.block_structure is not None):
             raise _unreadable(where, "compressed-tensors in which strategy and block_structure disagree", made_from)
+    # Of several groups each has its own format; without any the weights are as the format says, or not quantised at all.
+    if about.format not in (*_FLOAT_FORMATS, "mixed-precision" if groups else "dense", ""):
+        raise _unreadable(where, f"compressed-tensors in the format {about.format[:40]!r}", made_from)
+
+
+def _weight_groups(about: _CompressedTensors) -> list[_Group]:
+    """The groups that quantise weights, not activations alone."""
+    return [group for group in about.config_groups.values() if isinstance(group, _Group) and group.weights is not None]
 
 
 def with_values(
@@ -131,9 +145,11 @@ def with_values(
 
     ``quantisation`` passed :func:`refuse_unreadable`. Values have the dtype that ``config`` gives the model, bfloat16 without one:
     what transformers makes of them when it dequantises. Tensors that are not quantised stay as they are. Raises CheckpointError for
-    codes without scales, scales without codes, and shapes that do not fit.
+    codes without scales, scales without codes, and shapes that do not fit; also, without ``quantisation``, for tensors named as GPTQ
+    and AWQ name theirs.
     """
     if quantisation is None:
+        _refuse_packed(tensors, where)
         return dict(tensors)
     target = _target(config)
     if quantisation.get("quant_method") == "mxfp4":
@@ -143,11 +159,25 @@ def with_values(
         return _fp8(
             tensors, target, where, scheme="fp8", suffix="_scale_inv", blocks=(block,), scale_kinds=(*_FLOAT_SCALES, "F8_E8M0")
         )
-    groups = _checked(quantisation, _CompressedTensors, where).config_groups.values()
+    groups = _weight_groups(_checked(quantisation, _CompressedTensors, where))
     blocks = {(1, 0) if g.weights.strategy == "channel" else g.weights.block_structure for g in groups if g.weights is not None}
     return _fp8(
         tensors, target, where, scheme="compressed-tensors", suffix="_scale", blocks=tuple(blocks), scale_kinds=_FLOAT_SCALES
     )
+
+
+def _refuse_packed(tensors: Mapping[str, TensorSource], where: str) -> None:
+    """CheckpointError for codes of GPTQ or AWQ: ``X.qweight`` beside ``X.qzeros`` and ``X.scales``."""
+    for name in tensors:
+        if not name.endswith(".qweight"):
+            continue
+        zeros, scales = (tensors.get(name.removesuffix("qweight") + part) for part in ("qzeros", "scales"))
+        if zeros is None or scales is None:
+            continue
+        bits = None
+        if zeros.dtype == "I32" and len(zeros.shape) == len(scales.shape) == 2 and scales.shape[1]:
+            bits = next((b for b in (2, 3, 4, 8) if 32 * zeros.shape[1] == b * scales.shape[1]), None)
+        raise _afterwards(where, f"{name!r} beside qzeros and scales, as GPTQ and AWQ store them", bits, None)
 
 
 def _fp8(
@@ -167,15 +197,20 @@ def _fp8(
     found = dict(tensors)
     for name, codes in tensors.items():
         if name.endswith("weight" + suffix) and name.removesuffix(suffix) not in tensors:
-            raise CheckpointError(f"{where}: {name!r} are scales of {name.removesuffix(suffix)!r}, which is not there")
+            raise CheckpointError(
+                f"{where}: {name!r} are scales of {name.removesuffix(suffix)!r}, which is not there", hint=_DAMAGED
+            )
         scales = tensors.get(name + suffix)
         if codes.dtype not in _FP8:
             if scales is not None and len(codes.shape) > 1:
-                raise CheckpointError(f"{where}: {name!r} is stored as {codes.dtype} and has scales, {scales.name!r}")
+                raise CheckpointError(
+                    f"{where}: {name!r} is stored as {codes.dtype} and has scales, {scales.name!r}", hint=_DAMAGED
+                )
             continue
         if scales is None:
             raise CheckpointError(
-                f"{where}: {name!r} is stored as {codes.dtype} and its scales {name + suffix!r} are not there"
+                f"{where}: {name!r} is stored as {codes.dtype} and its scales {name + suffix!r} are not there",
+                hint=_DAMAGED,
             )
         _check(codes, scales, scale_kinds, where)
         for block in sorted(blocks, key=lambda block: (block is None, block)):
@@ -187,7 +222,8 @@ def _fp8(
         else:
             raise CheckpointError(
                 f"{where}: the scales {scales.name!r} have the shape {scales.shape}, which is not that of {_shown(blocks)} "
-                f"for codes of shape {codes.shape}"
+                f"for codes of shape {codes.shape}",
+                hint=_DAMAGED,
             )
         del found[scales.name]
         how = Quantisation(scheme=scheme, codes=codes.dtype, shape=codes.shape, block=size, scales=scales)
@@ -204,21 +240,28 @@ def _mxfp4(tensors: Mapping[str, TensorSource], target: str, where: str) -> dict
     found = dict(tensors)
     for name, codes in tensors.items():
         if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" not in tensors:
-            raise CheckpointError(f"{where}: {name!r} are scales without {name.removesuffix('_scales') + '_blocks'!r}")
+            raise CheckpointError(
+                f"{where}: {name!r} are scales without {name.removesuffix('_scales') + '_blocks'!r}", hint=_DAMAGED
+            )
         if not name.endswith("_blocks"):
             continue
         logical = name.removesuffix("_blocks")
         scales = tensors.get(logical + "_scales")
         if scales is None:
-            raise CheckpointError(f"{where}: {name!r} are codes and their scales {logical + '_scales'!r} are not there")
+            raise CheckpointError(
+                f"{where}: {name!r} are codes and their scales {logical + '_scales'!r} are not there", hint=_DAMAGED
+            )
         if logical in tensors or not logical:
-            raise CheckpointError(f"{where}: {logical!r} is there beside its codes {name!r}")
+            raise CheckpointError(f"{where}: {logical!r} is there beside its codes {name!r}", hint=_DAMAGED)
         if codes.dtype != "U8" or len(codes.shape) < 3 or codes.shape[-1] != 16:
-            raise CheckpointError(f"{where}: {name!r} is {codes.dtype} of shape {codes.shape}, not U8 of (…, rows, groups, 16)")
+            raise CheckpointError(
+                f"{where}: {name!r} is {codes.dtype} of shape {codes.shape}, not U8 of (…, rows, groups, 16)", hint=_DAMAGED
+            )
         _check(codes, scales, ("U8",), where)
         if scales.shape != codes.shape[:-1]:
             raise CheckpointError(
-                f"{where}: the scales {scales.name!r} have the shape {scales.shape}, not {codes.shape[:-1]} as their codes"
+                f"{where}: the scales {scales.name!r} have the shape {scales.shape}, not {codes.shape[:-1]} as their codes",
+                hint=_DAMAGED,
             )
         *leading, rows, groups, _ = codes.shape
         how = Quantisation(
@@ -238,10 +281,13 @@ def _mxfp4(tensors: Mapping[str, TensorSource], target: str, where: str) -> dict
 
 def _check(codes: TensorSource, scales: TensorSource, kinds: tuple[str, ...], where: str) -> None:
     if len(codes.shape) < 2 or 0 in codes.shape:
-        raise CheckpointError(f"{where}: {codes.name!r} is stored as {codes.dtype} of shape {codes.shape}: no quantised matrix")
+        raise CheckpointError(
+            f"{where}: {codes.name!r} is stored as {codes.dtype} of shape {codes.shape}: no quantised matrix", hint=_DAMAGED
+        )
     if scales.dtype not in kinds:
         raise CheckpointError(
-            f"{where}: the scales {scales.name!r} are stored as {scales.dtype}; known for this scheme: {', '.join(kinds)}"
+            f"{where}: the scales {scales.name!r} are stored as {scales.dtype}; known for this scheme: {', '.join(kinds)}",
+            hint=_DAMAGED,
         )
 
 
@@ -314,4 +360,4 @@ def _checked(quantisation: Mapping[str, Any], kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(dict(quantisation), kind, strict=True)
     except msgspec.ValidationError as cause:
-        raise CheckpointError(f"{where}: quantization_config: {cause}") from cause
+        raise CheckpointError(f"{where}: quantization_config: {cause}", hint=AGAIN) from cause

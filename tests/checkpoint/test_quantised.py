@@ -330,6 +330,9 @@ UNKNOWN = {
     "no scheme named": {"bits": 4},
     "fp8 with expert_dtype 'fp4'": {"quant_method": "fp8", "expert_dtype": "fp4"},
     "compressed-tensors in the format 'mxfp8-quantized'": compressed(format="mxfp8-quantized"),
+    "compressed-tensors in the format 'pack-quantized'": compressed(format="pack-quantized", config_groups={}),
+    "compressed-tensors in the format 'mixed-precision'": compressed(format="mixed-precision", config_groups={}),
+    "compressed-tensors with the preset scheme 'W4A16'": compressed(config_groups={"W4A16": ["Linear"]}),
     "compressed-tensors with strategy 'group'": compressed({"strategy": "group"}),
     "compressed-tensors with zero points": compressed({"symmetric": False}),
     "compressed-tensors with transform_config": compressed(transform_config={"config_groups": {"u": {}}}),
@@ -343,6 +346,17 @@ def test_an_unknown_scheme_is_refused_by_name(tmp_path: Path, scheme: str) -> No
     with pytest.raises(CheckpointError, match=f"cannot read: {re.escape(scheme)}.*it reads fp8, mxfp4") as caught:
         open_checkpoint(folder)
     assert caught.value.hint == "name the full-precision repository this one was made from; its model card says which one"
+
+
+def test_codes_of_gptq_are_known_without_a_configuration(tmp_path: Path) -> None:
+    packed = {
+        "a.qweight": torch.zeros(16, 128, dtype=torch.int32),
+        "a.qzeros": torch.zeros(1, 16, dtype=torch.int32),
+        "a.scales": torch.ones(1, 128, dtype=torch.float16),
+    }
+    with pytest.raises(CheckpointError, match=r"to 4 bits after training .*GPTQ.*rounding noise") as caught:
+        open_checkpoint(write(tmp_path / "model", packed, None))
+    assert caught.value.hint and "full-precision" in caught.value.hint
 
 
 @pytest.mark.parametrize(
