@@ -20,7 +20,7 @@ from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, me
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
 from svdbank.checkpoint.layout import MAX_CARD, MAX_CONFIG, MAX_INDEX, Layout, choose, gguf, parse_index
 from svdbank.checkpoint.quantisation import full_precision, refuse_unreadable, with_values
-from svdbank.errors import CheckpointError
+from svdbank.errors import CheckpointError, OptionError
 from svdbank.specs import SourceFile, TensorSource, WeightSpec
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 #: Bytes fetched of a remote file at first: most headers fit.
 _HEADER_GUESS = 64 << 10
+
+#: How the addresses of the Hub's pages begin; :func:`~svdbank.checkpoint.hub.parse_id` says how to name what they show.
+_ADDRESSES = ("https://", "http://", "huggingface.co/", "hf.co/")
+
+#: What to do about an index and headers that disagree.
+_MIXED = "index and weight files are of different versions of the model: download all of them again, from one revision"
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +148,12 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
 
     A path that exists wins over a Hub id of the same spelling; ``hf://org/name[@revision]`` always means the Hub. A Hub model is
     pinned to the commit its revision resolved to. Only configuration, index and headers are read here; weights that the Hugging
-    Face cache lacks are fetched when they are read, range by range, or as ``checkpoint.remote`` is told. Raises CheckpointError.
+    Face cache lacks are fetched when they are read, range by range, or as ``checkpoint.remote`` is told. Raises
+    CheckpointError, and OptionError for what cannot be a name.
     """
     text = os.fspath(model)
+    if not text.strip():
+        raise OptionError("the model's name is empty", hint="name a model folder, a .safetensors file or org/name on the Hub")
     if text.startswith("hf://"):
         return _open_hub(text.removeprefix("hf://"))
     path = Path(text).expanduser()
@@ -156,7 +165,7 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         ) from cause
     if exists:
         return open_local(path)
-    if isinstance(model, str) and _could_be_hub_id(text):
+    if isinstance(model, str) and (_could_be_hub_id(text) or text.startswith(_ADDRESSES)):
         return _open_hub(text)
     raise CheckpointError(
         f"{text}: no such file or folder", hint="name a model folder, a .safetensors file or org/name on the Hub"
@@ -185,6 +194,11 @@ def open_local(path: Path) -> Checkpoint:
         index = member(folder, layout.index)
         weight_map = parse_index(read_document(index, MAX_INDEX), f"{where}: {layout.index}")
         names = sorted(set(weight_map.values()))
+        if missing := [name for name in names if not os.path.lexists(folder / name)]:
+            raise CheckpointError(
+                f"{folder / missing[0]}: there is no such file, and {layout.index} names it ({len(missing)} are missing)",
+                hint="every file that the index names is needed: copy or download the missing ones into this folder",
+            )
     else:
         assert layout.single is not None
         names = [layout.single]
@@ -241,7 +255,9 @@ def _assembled(
         files.append(part.source)
     if weight_map is not None and len(tensors) != len(weight_map):
         missing = next(tensor for tensor in weight_map if tensor not in tensors)
-        raise CheckpointError(f"{where}: the index names {missing!r} in {weight_map[missing]}, whose header does not have it")
+        raise CheckpointError(
+            f"{where}: the index names {missing!r} in {weight_map[missing]}, whose header does not have it", hint=_MIXED
+        )
     return Checkpoint(
         name=name,
         revision=revision,
@@ -289,7 +305,9 @@ def _agree(found: dict[str, TensorSource], weight_map: dict[str, str], file: str
         said = weight_map.get(tensor)
         if said != file:
             place = f"in {said}" if said else "nowhere"
-            raise CheckpointError(f"{where}: {file} holds the tensor {tensor!r}, which the index says lies {place}")
+            raise CheckpointError(
+                f"{where}: {file} holds the tensor {tensor!r}, which the index says lies {place}", hint=_MIXED
+            )
 
 
 def _cache_key(files: list[SourceFile]) -> str:

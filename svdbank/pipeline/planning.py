@@ -168,7 +168,10 @@ def checked_options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtyp
     from svdbank.solver import PATHS
 
     if rank != "all" and (not isinstance(rank, int) or rank < 1):
-        raise OptionError(f"rank is a positive number or 'all', not {rank!r}")
+        raise OptionError(
+            f"rank is a positive number or 'all', not {rank!r}",
+            hint="--rank 128 is the default, --rank all keeps every triplet",
+        )
     if side not in ("both", "left"):
         raise OptionError(f"side is 'both' or 'left', not {side!r}")
     if dtype not in STORED:
@@ -176,7 +179,9 @@ def checked_options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtyp
     if solver != "auto" and solver not in PATHS:
         raise OptionError(f"solver is auto or one of {', '.join(PATHS)}, not {solver!r}")
     if principal < 0:
-        raise OptionError(f"principal is a number of triplets, not {principal}")
+        raise OptionError(
+            f"principal is a number of triplets, not {principal}", hint="--principal 0 keeps none, and is the default"
+        )
     return BuildOptions(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 import svdbank
 from svdbank.checkpoint import decomposable, open_checkpoint
-from svdbank.errors import BankNotFoundError, CheckpointError, SvdbankError
+from svdbank.errors import BankNotFoundError, CheckpointError, OptionError, SvdbankError
 from tests.checkpoint.attacks import FILE_NAMES, FOLDERS, HEADERS, Loaded, entry, raw, tensors_file
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3)}
@@ -125,6 +125,16 @@ def test_whatever_is_changed_in_a_file_is_refused_or_means_what_the_reference_re
     assert all(base <= begin <= end <= len(changed) for _, begin, end in seen.values())
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tensors_file(tmp_path / "model.safetensors", WEIGHTS)
+    monkeypatch.chdir(tmp_path)
+    open_checkpoint(".").close()
+    with pytest.raises(OptionError, match="empty") as caught:
+        open_checkpoint(name)
+    assert caught.value.hint
+
+
 def test_a_path_too_long_to_exist_is_an_ordinary_error() -> None:
     with pytest.raises(CheckpointError, match="cannot be looked at"):
         open_checkpoint("a" * 5000)
@@ -165,8 +175,9 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_as_text(tmp_path: Path
 )
 def test_index_and_headers_must_agree(tmp_path: Path, weight_map: object, reason: str) -> None:
     shards = {"1.safetensors": {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, "2.safetensors": {"d": torch.ones(1)}}
-    with pytest.raises(CheckpointError, match=reason):
+    with pytest.raises(CheckpointError, match=reason) as caught:
         open_checkpoint(indexed(tmp_path / "model", weight_map, shards))
+    assert caught.value.hint or reason in ("missing or empty", "not a string", "control characters")
 
 
 def test_a_tensor_named_twice_in_an_index_is_refused(tmp_path: Path) -> None:
@@ -253,8 +264,10 @@ def test_a_pipe_or_folder_in_place_of_a_weight_file_is_refused_at_once(tmp_path:
 def test_a_configuration_key_of_the_wrong_type_is_refused_by_name(tmp_path: Path, config: str) -> None:
     tensors_file(tmp_path / "model.safetensors", WEIGHTS)
     (tmp_path / "config.json").write_text(config)
-    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=next(iter(json.loads(config)))):
+    key = next(iter(json.loads(config)))
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=key) as caught:
         decomposable(checkpoint)
+    assert caught.value.hint
 
 
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:

@@ -382,6 +382,24 @@ def test_what_is_no_id_is_refused_before_any_request(text: str) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://huggingface.co/org/name/", "org/name"),
+        ("hf.co/org/na.me?library=x", "org/na.me"),
+        ("https://huggingface.co/org/name/tree/v1.0", "org/name@v1.0"),
+        ("https://huggingface.co/org/name/resolve/main/model.safetensors", "org/name@main"),
+        ("https://huggingface.co/datasets/org/name", None),
+        ("https://example.org/org/name", None),
+    ],
+)
+def test_the_address_of_a_page_is_refused_with_the_name_of_its_model(address: str, named: str | None) -> None:
+    with pytest.raises(OptionError) as caught:
+        open_checkpoint(address)
+    assert caught.value.hint == (f"name it as {named}" if named else "write org/name or org/name@revision, or check the path")
+
+
 def test_a_blob_that_repositories_share_is_read_and_a_link_elsewhere_is_not(tmp_path: Path) -> None:
     """The Hub client keeps Xet files once for all repositories: the blob is then a link into the cache's own store."""
     repository = tmp_path / "hub" / "models--org--name"
