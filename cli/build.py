@@ -76,7 +76,8 @@ def fetch_line(fetch: Any) -> str | None:
         return None
     parts = [f"fetched {size(fetch.nbytes)} by {fetch.way}"]
     if fetch.requests:
-        parts.append(f"{fetch.requests} requests, {fetch.retries} of them repeated")
+        whose = " for headers (the Hub client does not count its own)" if fetch.way == "cache" else ""
+        parts.append(f"{fetch.requests} requests{whose}, {fetch.retries} of them repeated")
     parts.append(f"solver waited {duration(fetch.waiting_seconds)}")
     if not fetch.checked:
         parts.append("not checked against a hash: the Hub has none for a range")

@@ -75,7 +75,7 @@ class Execution:
         traffic = self.checkpoint.remote.traffic if self.checkpoint.remote is not None else None
         return FetchReport(
             way=self.way.way if self.way is not None else "local",
-            checked=self.way is None or self.way.checked,
+            checked=self.way is not None and self.way.checked,
             nbytes=traffic.nbytes if traffic is not None else 0,
             requests=traffic.requests if traffic is not None else 0,
             retries=traffic.retries if traffic is not None else 0,

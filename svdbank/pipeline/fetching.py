@@ -42,7 +42,8 @@ class FetchPlan(Struct, frozen=True):
     ``way`` is ``local`` (nothing to fetch), ``cache`` (the whole model into the Hugging Face cache first), ``shards`` (file by file,
     ahead of the solver) or ``ranges`` (only the bytes of the weights, nothing on disk). ``nbytes`` are downloaded out of ``files``,
     ``disk_bytes`` is the most that lies on disk at a time, ``keep`` whether it stays. ``checked`` is true where whole files arrive
-    and are held to the Hub's hash of them; the Hub has none for a range, so there only its place, size and ETag are compared.
+    and are held to the Hub's hash of them; the Hub has none for a range, so there only its place, size and ETag are compared, and
+    what is here already (``local``) is trusted, not hashed again.
     """
 
     way: Literal["local", "cache", "shards", "ranges"]
@@ -56,8 +57,9 @@ class FetchPlan(Struct, frozen=True):
 class FetchReport(Struct, frozen=True):
     """How the bytes came. ``waiting_seconds`` is the time in which a solver had nothing to do because they had not.
 
-    ``nbytes``, ``requests`` and ``retries`` count what went over the network for weights; with ``way`` ``cache`` the Hub client makes the
-    requests and does not count them.
+    ``nbytes``, ``requests`` and ``retries`` count what went over the network for weights and their headers. With ``way`` ``cache`` the Hub
+    client makes the requests for the files and does not count them: ``requests`` and ``retries`` are then those for headers.
+    ``checked`` is that of :class:`FetchPlan`.
     """
 
     way: Literal["local", "cache", "shards", "ranges"]
@@ -109,7 +111,7 @@ def plan_fetch(
     sizes = {name: file.source.size for name, file in remote.files.items()} if remote is not None else {}
     needed = {name: sizes[name] for weight in weights for name in files_of(weight) if name in sizes}
     if remote is None or not needed:
-        return FetchPlan(way="local", files=0, nbytes=0, disk_bytes=0, keep=True, checked=True)
+        return FetchPlan(way="local", files=0, nbytes=0, disk_bytes=0, keep=True, checked=False)
     free = fsio.free_bytes(remote.folder) - _HEADROOM
     if fsio.same_disk(remote.folder, root):
         free -= bank_bytes
