@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from svdbank.errors import MissingExtraError, OptionError
-from svdbank.loading import Dtype, LoadIn, check_quantiser, load_model, open_source, out_of_memory
+from svdbank.loading import Dtype, LoadIn, check_quantiser, load_model, open_source, out_of_memory, quiet_transformers
 from svdbank.specs import Progress, ProgressCallback, Struct
 from svdbank.texts import document_marks, documents_of
 
@@ -149,15 +149,16 @@ def eval(
     for text in texts.values():
         _first_document(text, field, split)
     tell = progress or _ignore
-    tell(Progress("loading the model", 0, 1, "model", source.name))
-    loaded = _with_adapters(load_model(source, dtype=dtype, load_in=load_in), stacks)
-    tell(Progress("loading the model", 1, 1, "model", source.name))
-    scores = []
-    with out_of_memory("lower --batch-size or --length, or load the base with --load-in 4bit"):
-        for name, text in texts.items():
-            documents = documents_of(text, field=field, split=split)
-            scores += _measure(loaded, source.tokenizer, stacks, name, documents, window, tokens, batch_size, tell)
-        results = _tasks(loaded, source.tokenizer, stacks, tasks, task_limit, task_folder, batch_size) if tasks else ()
+    with quiet_transformers():
+        tell(Progress("loading the model", 0, 1, "model", source.name))
+        loaded = _with_adapters(load_model(source, dtype=dtype, load_in=load_in), stacks)
+        tell(Progress("loading the model", 1, 1, "model", source.name))
+        scores = []
+        with out_of_memory("lower --batch-size or --length, or load the base with --load-in 4bit"):
+            for name, text in texts.items():
+                documents = documents_of(text, field=field, split=split)
+                scores += _measure(loaded, source.tokenizer, stacks, name, documents, window, tokens, batch_size, tell)
+            results = _tasks(loaded, source.tokenizer, stacks, tasks, task_limit, task_folder, batch_size) if tasks else ()
     return EvalReport(source.name, window, str(loaded.dtype).removeprefix("torch."), tuple(scores), tuple(results))
 
 
@@ -442,11 +443,12 @@ class Gauge:
     def losses(self, folder: str | Path | None) -> dict[str, float]:
         """Loss in nats a token on each text, with the adapter in ``folder`` or, for None, of the base alone."""
         stack = () if folder is None else (str(folder),)
-        self._model = _with_adapters(self._model, {"": stack} if stack else {})
-        losses = {}
-        for name, batches in self._batches.items():
-            total = math.fsum(value for batch in batches for value in _sums(self._model, stack, batch))
-            losses[name] = total / sum(window.predicted for batch in batches for window in batch)
-        if stack:
-            self._model = self._model.unload()
+        with quiet_transformers():
+            self._model = _with_adapters(self._model, {"": stack} if stack else {})
+            losses = {}
+            for name, batches in self._batches.items():
+                total = math.fsum(value for batch in batches for value in _sums(self._model, stack, batch))
+                losses[name] = total / sum(window.predicted for batch in batches for window in batch)
+            if stack:
+                self._model = self._model.unload()
         return losses
