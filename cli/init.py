@@ -101,7 +101,8 @@ class LayersType(click.ParamType):
     "--residual-out",
     type=click.Path(),
     metavar="DIR",
-    help="For milora and pissa: also write the base W − s·B·A, to which the adapter belongs, as a checkpoint.",
+    help="For milora and pissa: also write the base W − s·B·A, to which the adapter belongs, as a checkpoint. Where BANK is "
+    "named, --base-model has to name the model whose weights are read.",
 )
 @click.option(
     "--base-model", metavar="NAME", help="Name or path of the base model to write into the config. [default: the bank's]"
