@@ -8,7 +8,7 @@ Sections:
   folder, PEFT's with the base model in memory already.
 - ``losses``: held-out loss of the base, of each adapter and of every way to put them together, domain by domain.
 
-    python -m benchmarks.composition [merging|losses]… [--folder FOLDER] [--steps N]
+    python -m benchmarks.composition [--only merging|losses] [--folder FOLDER] [--steps N]
 
 Adapters are trained where they are missing in the folder: one a domain in the band 0:16, and code and medical once more on top of the
 others in bands of their own. Prints tables and, last, one line of JSON.
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import svdbank
-from benchmarks import domains
+from benchmarks import domains, sections
 from svdbank.composition.fitting import FitOptions
 from svdbank.composition.inputs import Places
 
@@ -346,14 +346,13 @@ def main() -> None:
     from svdbank.pipeline import locating
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=["merging", "losses"], help="default: all")
+    sections.add_option(parser, ("merging", "losses"))
     parser.add_argument(
         "--folder", type=Path, default=locating.home() / "benchmarks" / "composition", help="adapters and results"
     )
     parser.add_argument("--steps", type=int, default=30, help="of training, where adapters are missing")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    sections = options.sections or ["merging", "losses"]
     model = smollm2_folder()
     try:
         svdbank.open(model)
@@ -361,9 +360,9 @@ def main() -> None:
         svdbank.build(model)
     places = trained(model, options.folder, options.steps)
     figures: dict[str, Any] = {"cpus": os.cpu_count(), "load_at_start": os.getloadavg()[0], "steps": options.steps}
-    if "merging" in sections:
+    if "merging" in options.only:
         figures["merging"] = merging(model, [places[name] for name in NAMES], options.folder / "merged", options.repeats)
-    if "losses" in sections:
+    if "losses" in options.only:
         figures["losses"] = losses(model, places, options.folder)
     print(tables(figures))
     print(json.dumps(figures))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import sections
 from benchmarks import solver_cases as cases
 from benchmarks import solver_rivals as rivals
 from svdbank.basis import EPSILON, UNRESOLVED
@@ -314,20 +315,17 @@ def environment(threads: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes only")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, comma-separated: {', '.join(SECTIONS)}")
+    sections.add_option(parser, SECTIONS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
-    chosen = options.only.split(",")
-    if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"no section is called {', '.join(sorted(unknown))}")
     facts = environment(options.threads)
     for key, value in facts.items():
         print(f"{key}: {value}")
     rows: list[Row] = []
     start = time.perf_counter()
     with pinned_threads(options.threads):
-        for name in chosen:
+        for name in options.only:
             rows += SECTIONS[name](options.quick)
             print(f"-- {name} done after {time.perf_counter() - start:.0f} s", flush=True)
             if options.json is not None:

@@ -6,7 +6,7 @@ Sections, each one or more runs of the command in a process of its own:
 - ``domains``: an adapter for legal, code and medical text by each method, at its best rate of the sweep;
 - ``time``: seconds a step and peak memory, the methods in turn. Only a quiet machine gives figures worth keeping.
 
-    python -m benchmarks.training [sweep|domains|time]… [--folder FOLDER] [--steps N] [--rates mica=RATE,lora=RATE]
+    python -m benchmarks.training [--only sweep,domains,time] [--folder FOLDER] [--steps N] [--rates mica=RATE,lora=RATE]
 
 Runs that are finished in the folder are not repeated and an unfinished one goes on, so it can be stopped at any moment. The adapters stay
 in the folder as ``domains/METHOD-DOMAIN``. Prints tables and, last, one line of JSON.
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks import domains
+from benchmarks import domains, sections
 
 #: LoRA trains (in + out) numbers a rank where MiCA trains in: on SmolLM2's layers half the rank is the same budget within 2 %.
 RANKS = {"mica": 16, "lora": 8}
@@ -149,12 +149,11 @@ def main() -> None:
     from svdbank.pipeline import locating
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=["sweep", "domains", "time"], help="default: all")
+    sections.add_option(parser, ("sweep", "domains", "time"))
     parser.add_argument("--folder", type=Path, default=locating.home() / "benchmarks" / "training", help="runs and adapters")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rates", metavar="mica=RATE,lora=RATE", help="instead of a sweep; only the methods named are trained")
     options = parser.parse_args()
-    sections = options.sections or ["sweep", "domains", "time"]
     folder: Path = options.folder
     model = smollm2_folder()
     texts = domains.write(folder / "texts")
@@ -166,12 +165,12 @@ def main() -> None:
     given = {
         method: float(rate) for method, _, rate in (pair.partition("=") for pair in (options.rates or "").split(",") if pair)
     }
-    if "sweep" in sections or ("domains" in sections and not given):
+    if "sweep" in options.only or ("domains" in options.only and not given):
         figures["sweep"] = sweep(model, folder, texts, options.steps)
-    if "domains" in sections:
+    if "domains" in options.only:
         rates = given or {method: best_rate(figures["sweep"], method) for method in RANKS}
         figures["domains"] = over_domains(model, folder, texts, options.steps, rates)
-    if "time" in sections:
+    if "time" in options.only:
         figures["time"] = timed(model, folder, texts, options.steps)
     print(tables(figures))
     print(json.dumps(figures))
