@@ -16,6 +16,8 @@ from torch import Tensor
 
 from svdbank.basis import EPSILON
 from svdbank.solver.contract import Failure
+from svdbank.solver.orthogonal import thin_qr
+from svdbank.solver.storage import padded_rows
 
 #: Checks before an iteration counts as stuck; converging ones here take 1 to 8.
 MAX_CHECKS = 24
@@ -25,8 +27,6 @@ LOCKED = 1e-14
 NOISE = 64
 #: Rounding of the operator itself, in units of ε times its largest θ, locked or not (seen: 0.001 to 0.006 on square weights, κ 1e5).
 OPERATOR = 1 / 128
-#: Least ratio of pivots at which Cholesky QR serves: squared, it is far above ε.
-CHOLESKY_QR = 1e-5
 #: Ratio of the largest θ in the projection to the last wanted one that its eigh is trusted with.
 SPREAD = 100.0
 
@@ -75,7 +75,7 @@ def largest(
     ``next_block`` (block, k) is the direction that all of them point in; below ``noise`` a residual says nothing.
     """
     block, limit, k = shape.block, shape.limit, start.shape[1]
-    basis = torch.empty(limit + block, k, dtype=torch.float64, device=start.device)
+    basis = padded_rows(limit + block, k, start.device)
     basis[:block] = torch.linalg.qr(start.mT).Q.mT
     projected = torch.zeros(limit + block, limit + block, dtype=torch.float64, device=start.device)
     # Rows before ``locked`` have converged and left the projection: eigh is accurate to ε times the largest eigenvalue it is
@@ -134,22 +134,6 @@ def largest(
     return Failure(f"no convergence after {products} products")
 
 
-def _orthonormalised(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """QR factors (k, b), (b, b) of the transpose of ``rows`` (b, k).
-
-    Cholesky QR, twice (Yamamoto, Nakatsukasa, Yanagisawa & Fukaya, *Roundoff error analysis of the CholeskyQR2 algorithm*, ETNA 44,
-    2015): as orthonormal as Householder's up to κ ≈ 1e7 at a fraction of its time on blocks this thin; beyond, Householder's.
-    """
-    first, info = torch.linalg.cholesky_ex(rows @ rows.mT)
-    pivots = first.diagonal()
-    if info.item() != 0 or not bool(pivots.min() > CHOLESKY_QR * pivots.max()):
-        columns, upper = torch.linalg.qr(rows.mT)
-        return columns, upper
-    once = torch.linalg.solve_triangular(first, rows, upper=False)
-    second = torch.linalg.cholesky(once @ once.mT)
-    return torch.linalg.solve_triangular(second, once, upper=False).mT, (first @ second).mT
-
-
 def _steps_left(former: float, behind: float, steps: int) -> int:
     """Steps until the excess is 1 if it goes on falling at the rate of the last ``steps``; at least one."""
     if not (math.isfinite(former) and 1.0 < behind < former):
@@ -168,7 +152,7 @@ def orthogonalise(image: Tensor, basis: Tensor, generator: torch.Generator) -> t
     image = image.addmm_(coefficients, basis, alpha=-1)
     again = image @ basis.mT
     image = image.addmm_(again, basis, alpha=-1)
-    columns, upper = _orthonormalised(image)
+    remainder, upper = thin_qr(image)
     lost = upper.diagonal().abs() <= 16 * EPSILON * scale
     if bool(lost.any()):
         # The Krylov space is exhausted in these directions (repeated eigenvalues): go on with new random ones.
@@ -179,6 +163,6 @@ def orthogonalise(image: Tensor, basis: Tensor, generator: torch.Generator) -> t
             fresh = fresh - (fresh @ basis.mT) @ basis
         columns = torch.linalg.qr(fresh.mT).Q
         columns = columns - basis.mT @ (basis @ columns)
-        columns = torch.linalg.qr(columns).Q
-        upper = columns.mT @ image.mT
-    return coefficients + again, columns.mT, upper
+        remainder = torch.linalg.qr(columns).Q.mT
+        upper = remainder @ image.mT
+    return coefficients + again, remainder, upper

@@ -6,7 +6,8 @@ from svdbank.errors import OptionError
 from svdbank.solver.cholesky import BLOCK
 from svdbank.solver.lanczos import shape_for
 from svdbank.solver.ritz import buffer_size
-from svdbank.solver.triangles import TILE
+from svdbank.solver.storage import PADDING
+from svdbank.solver.triangles import tile_side
 from svdbank.solver.weight import panel_width
 
 #: Names a caller may force; ``auto`` follows :func:`choose_path`.
@@ -38,7 +39,7 @@ def flops(out_features: int, in_features: int, rank: int, path: str) -> float:
     size = rank + buffer_size(k, rank)
     # Rayleigh–Ritz product, both residuals; two QR-like passes over the long vectors.
     thin = 2.0 * k * n * (size + 2 * rank) + 8.0 * n * size**2
-    gram = (1 + min(1.0, TILE / k)) * k * k * n
+    gram = (1 + tile_side(k) / k) * k * k * n
     if path == "shift-invert":
         columns = 8.0 * rank + 100.0
         iteration = columns * (2.0 * k * k + 8.0 * k * 4 * size) + 3 * 9.0 * (5 * size) ** 3
@@ -63,13 +64,13 @@ def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dty
     held = k * n * dtype_bytes
     size = min(k, rank + buffer_size(k, rank))
     square = entry * k * k
-    panel = 2 * entry * k * panel_width(k, n)  # one in use while the next is made
+    panel = 2 * entry * k * (panel_width(k, n) + PADDING)  # one in use while the next is made
     # Widest moment, a Newton step: triplets with their buffer, product, difference, QR's copy and result, signed vectors, defects.
     thin = entry * (8 * n + 8 * k) * size
     if path == "shift-invert":
         shape = shape_for(k, size)
         rows = 0 if shape is None else 2 * shape.limit + 4 * shape.block
-        return held + 2 * square + panel + max(thin, entry * k * rows) + entry * 3 * k * BLOCK
+        return held + 2 * square + panel + max(thin, entry * (k + PADDING) * rows) + entry * 3 * k * BLOCK
     if path == "dense":
         # G, its eigenvectors, and syevd's workspace of 2 k² entries.
         return held + 5 * square + panel + thin

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svdbank.solver.contract import Block
+from svdbank.solver.orthogonal import thin_qr
 from svdbank.solver.weight import Weight
 
 
@@ -26,9 +27,9 @@ def rayleigh_ritz(weight: Weight, subspace: Tensor) -> Block:
     ``T = Mᵀ X``, thin QR ``T = Q F``, SVD of the s × s factor: ``T = V Σ Cᵀ``, ``U = X C``. It restores what
     squaring lost in σ and orders the vectors. V comes from T, never from ``Mᵀ U / σ``, which loses orthogonality for tiny σ.
     """
-    orthonormal, factor = torch.linalg.qr(weight.transposed_times(subspace))  # (n, s), (s, s)
+    orthonormal, factor = thin_qr(weight.transposed_times(subspace).mT)  # (s, n), (s, s)
     inner, sigma, outer = torch.linalg.svd(factor)
-    return Block(subspace @ outer.mH, orthonormal @ inner, sigma).flipped()
+    return Block(subspace @ outer.mH, (inner.mT @ orthonormal).mT, sigma).flipped()
 
 
 def refined(weight: Weight, block: Block, defect: Tensor, apply_inverse: Callable[[Tensor], Tensor]) -> Block:

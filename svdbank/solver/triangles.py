@@ -5,18 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Side of the diagonal tiles, which alone do double work.
-TILE = 512
+#: Largest side of the diagonal tiles, which alone do double work, and into how many rows of them a small matrix is cut at least.
+TILE, ROWS = 512, 4
 #: Side of the tiles that are transposed.
 TURNED = 256
 
 
-def lower_tiles(start: int, stop: int) -> list[tuple[slice, slice]]:
-    """The lower triangle of rows ``start`` to ``stop`` in (rows, columns) tiles, halved recursively: few, large and nearly square."""
-    if stop - start <= TILE:
+def tile_side(k: int) -> int:
+    """Largest side of a diagonal tile of a (k, k) matrix."""
+    return min(TILE, -(-k // ROWS))
+
+
+def lower_tiles(k: int) -> list[tuple[slice, slice]]:
+    """The lower triangle of a (k, k) matrix in (rows, columns) tiles, halved recursively: few, large and nearly square."""
+    return _halved(0, k, tile_side(k))
+
+
+def _halved(start: int, stop: int, side: int) -> list[tuple[slice, slice]]:
+    if stop - start <= side:
         return [(slice(start, stop), slice(start, stop))]
     middle = (start + stop) // 2
-    return [(slice(middle, stop), slice(start, middle)), *lower_tiles(start, middle), *lower_tiles(middle, stop)]
+    return [(slice(middle, stop), slice(start, middle)), *_halved(start, middle, side), *_halved(middle, stop, side)]
 
 
 def mirror(matrix: Tensor) -> None:

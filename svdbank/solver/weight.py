@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdbank.basis import EPSILON
 from svdbank.solver.contract import Block
+from svdbank.solver.storage import padded_rows
 from svdbank.solver.triangles import lower_tiles, mirror
 
 #: float64 entries of a widened panel: 128 MiB.
@@ -62,7 +63,7 @@ class Weight:
             yield slice(0, self.n), self._widened
             return
         # One buffer for all panels: fresh pages cost as much as the conversion.
-        buffer = torch.empty_like(self.matrix[:, :width], dtype=dtype)
+        buffer = padded_rows(self.k, width, self.device, dtype)
         for start in range(0, self.n, width):
             columns = slice(start, min(start + width, self.n))
             panel = buffer[:, : columns.stop - start]
@@ -72,7 +73,7 @@ class Weight:
     @cached_property
     def _widened(self) -> Tensor:
         """M in float64, kept, where it is a single panel: a solve reads it four to seven times."""
-        return self.matrix.to(torch.float64)
+        return padded_rows(self.k, self.n, self.device).copy_(self.matrix)
 
     def gram(self) -> Tensor:
         """``M Mᵀ`` (k, k) in float64, symmetric to the last bit: the lower triangle by tiles, then mirrored.
@@ -81,7 +82,7 @@ class Weight:
         """
         dtype = self.precision.gram
         result = torch.zeros(self.k, self.k, dtype=dtype, device=self.device)
-        tiles = lower_tiles(0, self.k)
+        tiles = lower_tiles(self.k)
         for _, panel in self.panels(dtype):
             for row, column in tiles:
                 result[row, column].addmm_(panel[row], panel[column].mT)
@@ -98,20 +99,20 @@ class Weight:
 
     def transposed_times(self, short: Tensor) -> Tensor:
         """``Mᵀ X`` for X (k, s): (n, s) in float64."""
-        result = torch.empty(self.n, short.shape[1], dtype=torch.float64, device=self.device)
+        result = padded_rows(short.shape[1], self.n, self.device)
         for columns, panel in self.panels():
-            torch.mm(panel.mT, short, out=result[columns])
-        return result
+            torch.mm(short.mT, panel, out=result[:, columns])
+        return result.mT
 
     def both_products(self, block: Block) -> tuple[Tensor, Tensor]:
         """``M V`` (k, s) and ``Mᵀ U`` (n, s) of a block of triplets, in one pass over the weight."""
         count = block.sigma.shape[0]
         short = torch.zeros(self.k, count, dtype=torch.float64, device=self.device)
-        long = torch.empty(self.n, count, dtype=torch.float64, device=self.device)
+        long = padded_rows(count, self.n, self.device)
         for columns, panel in self.panels():
             short.addmm_(panel, block.long[columns])
-            torch.mm(panel.mT, block.short, out=long[columns])
-        return short, long
+            torch.mm(block.short.mT, panel, out=long[:, columns])
+        return short, long.mT
 
     @property
     def rounding(self) -> float:
