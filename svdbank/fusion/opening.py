@@ -1,0 +1,72 @@
+"""The adapter that is added in: read, and refused where it is no sum on its base or adds nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from svdbank.adapter.folder import CACHE, AdapterCache, read_settings
+from svdbank.adapter.methods import RESIDUAL_METHODS
+from svdbank.adapter.model import Adapter
+from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.saved import SavedModules, saved_modules
+from svdbank.bank.reading import Bank
+from svdbank.errors import BankError, OptionError
+from svdbank.specs import from_json
+
+#: ``init_lora_weights`` of PEFT with which an adapter belongs to a base that was changed when it was made.
+_CHANGED_BASE = ("pissa", "milora", "olora", "corda", "loftq", "lora_ga")
+
+
+def open_adapter(
+    adapter: str | Path | Adapter, bank: Bank | None, model: str | os.PathLike[str]
+) -> tuple[Adapter, SavedModules, AdapterCache | None]:
+    """The adapter, what its folder holds beside its factors, and what svdbank recorded in it."""
+    if isinstance(adapter, Adapter):
+        return _not_zero(adapter, SavedModules()), SavedModules(), None
+    folder = Path(adapter).expanduser()
+    settings = read_settings(folder)
+    cache = None
+    if (folder / CACHE).is_file():
+        cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=OptionError)
+    saved = saved_modules(folder)
+    made_as = cache.method if cache is not None else None
+    said = settings.init_lora_weights
+    if cache is None and isinstance(said, str) and said.lower().startswith(_CHANGED_BASE):
+        if said.lower() not in RESIDUAL_METHODS:
+            raise OptionError(
+                f"{folder}: initialised as {said!r}, which changed the base it was trained on; added to the unchanged base it would be "
+                "another model",
+                hint="save it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…): that is for the base",
+            )
+        made_as = said.lower()
+    if made_as in RESIDUAL_METHODS and bank is None:
+        bank = _cached_bank(model, folder, made_as)
+    # Without a need for it the bank is not asked: it would only be compared.
+    residual = made_as in RESIDUAL_METHODS
+    opened = read_adapter(folder, bank=bank if residual else None, method=made_as if residual else None)
+    return _not_zero(opened, saved), saved, cache
+
+
+def _cached_bank(model: str | os.PathLike[str], folder: Path, method: str) -> Bank:
+    from svdbank.pipeline.locating import open as open_cached
+
+    try:
+        return open_cached(model)
+    except BankError as cause:
+        raise BankError(
+            f"{folder}: a {method} adapter belongs to W − s·B₀·A₀, and adding it to W needs the bank ({cause})",
+            hint=f"svdbank build {model}, or name the bank with --bank",
+        ) from cause
+
+
+def _not_zero(adapter: Adapter, saved: SavedModules) -> Adapter:
+    """The adapter, unless it adds nothing to any weight."""
+    if saved.tensors:
+        return adapter
+    for weight in adapter.weights.values():
+        A, B = weight.total().factors
+        if bool(A.any()) and bool(B.any()):
+            return adapter
+    what = "ΔW is zero in every weight, as in an adapter that was not trained" if adapter.weights else "it touches no weight"
+    raise OptionError(f"this adapter changes nothing: {what}", hint="train it first: svdbank train MODEL … -o ADAPTER")

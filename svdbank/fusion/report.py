@@ -1,0 +1,133 @@
+"""What a fuse did, for people and programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from svdbank.adapter.model import Adapter
+from svdbank.checkpoint.source import Checkpoint
+from svdbank.fusion.addition import Addition
+from svdbank.fusion.matching import some
+from svdbank.specs import Struct, WeightSpec
+
+FusedDtype = Literal["float32", "bfloat16", "float16"]
+
+#: Share of ΔW that rounding may take before it is worth a warning.
+_SWALLOWED = 0.1
+
+
+class FusedWeight(Struct, frozen=True):
+    """What became of one weight.
+
+    Attributes
+    ----------
+    name, module
+        In the model; of an expert, the module is its parameter.
+    elements, changed
+        Entries of the weight, and how many of them have other bits now.
+    norm
+        ``‖ΔW‖`` (Frobenius), as intended.
+    error
+        ``‖(W' − W) − ΔW‖ / ‖ΔW‖`` with W' as stored; 0 where ΔW is zero.
+    """
+
+    name: str
+    module: str
+    elements: int
+    changed: int
+    norm: float
+    error: float
+
+
+class FuseReport(Struct, frozen=True):
+    """What :func:`fuse` did.
+
+    Attributes
+    ----------
+    checkpoint, base, adapter
+        The folder written; the model whose weights were changed; the adapter.
+    dtype
+        What changed weights are stored in; several names where the checkpoint has several.
+    weights
+        Each changed weight, in the order of the files.
+    elements, changed, error
+        The same figures over all of them.
+    replaced
+        Tensors that the adapter's ``modules_to_save`` replaced whole.
+    dequantised
+        True where the checkpoint held codes and scales, and now holds values.
+    nbytes
+        Size of the weight files.
+    notes
+        What a reader should know, in sentences.
+    """
+
+    checkpoint: str
+    base: str
+    adapter: str
+    dtype: str
+    weights: tuple[FusedWeight, ...]
+    elements: int
+    changed: int
+    error: float
+    replaced: tuple[str, ...]
+    dequantised: bool
+    nbytes: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.checkpoint
+
+
+def report_of(
+    addition: Addition,
+    specs: Sequence[WeightSpec],
+    full: Sequence[tuple[WeightSpec, Tensor]],
+    adapter: Adapter,
+    subject: Checkpoint,
+    named: str | Path | Adapter,
+    path: str,
+    nbytes: int,
+) -> FuseReport:
+    order = {name: number for number, name in enumerate(addition.tallies)}
+    weights = []
+    for spec in sorted(specs, key=lambda spec: order[spec.name]):
+        tally = addition.tallies[spec.name]
+        error = math.sqrt(tally.lost / tally.intended) if tally.intended else 0.0
+        weights.append(FusedWeight(spec.name, spec.module, tally.elements, tally.changed, math.sqrt(tally.intended), error))
+    tallies = [addition.tallies[spec.name] for spec in specs]
+    intended, lost = math.fsum(t.intended for t in tallies), math.fsum(t.lost for t in tallies)
+    dtype = ", ".join(addition.dtypes)
+    error = math.sqrt(lost / intended) if intended else 0.0
+    still = [weight.name for weight in weights if not weight.changed and weight.norm]
+    notes = list(adapter.notes)
+    quantised = any(source.quantisation is not None for source in subject.tensors.values())
+    if quantised:
+        notes.append(
+            f"{subject.name} holds codes and scales: every weight was written as its values, quantization_config removed"
+        )
+    if error > _SWALLOWED:
+        notes.append(
+            f"{dtype} rounds {error:.0%} of the intended change away (norm of the error over norm of ΔW); --dtype float32 keeps all of it"
+        )
+    if still:
+        notes.append(f"{len(still)} weights did not change at all: {some(still)}")
+    return FuseReport(
+        checkpoint=path,
+        base=subject.name if subject.revision is None else f"{subject.name}@{subject.revision}",
+        adapter=repr(named) if isinstance(named, Adapter) else str(named),
+        dtype=dtype,
+        weights=tuple(weights),
+        elements=sum(t.elements for t in tallies),
+        changed=sum(t.changed for t in tallies),
+        error=error,
+        replaced=tuple(spec.sources[0].name for spec, _ in full),
+        dequantised=quantised,
+        nbytes=nbytes,
+        notes=tuple(notes),
+    )
