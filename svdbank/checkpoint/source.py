@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from svdbank.checkpoint.dequantisation import dequantise
 from svdbank.checkpoint.documents import parse_object
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
 from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, member, open_regular, read_document
-from svdbank.checkpoint.header import PREFIX, header_length, parse_header
+from svdbank.checkpoint.header import MAX_HEADER, PREFIX, header_length, parse_header
 from svdbank.checkpoint.layout import MAX_CARD, MAX_CONFIG, MAX_INDEX, Layout, choose, gguf, parse_index
 from svdbank.checkpoint.quantisation import full_precision, refuse_unreadable, with_values
 from svdbank.errors import CheckpointError, OptionError
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from svdbank.checkpoint.remote import Remote, RemoteFile
 
 
-#: Bytes fetched of a remote file at first: most headers fit.
-_HEADER_GUESS = 64 << 10
+#: Bytes fetched of a remote file at first, and for each of its tensors beside the name: most headers fit.
+_HEADER_GUESS, _ENTRY_GUESS = 64 << 10, 100
 
 #: How the addresses of the Hub's pages begin; :func:`~svdbank.checkpoint.hub.parse_id` says how to name what they show.
 _ADDRESSES = ("https://", "http://", "huggingface.co/", "hf.co/")
@@ -331,13 +332,16 @@ def _open_hub(text: str) -> Checkpoint:
     snapshot = look_up(name, revision)
     where = f"{name}@{snapshot.commit[:12]}"
     remote = Remote(snapshot, revision) if any(file.path is None for file in snapshot.files) else None
+    expected: Counter[str] = Counter()
+    for tensor, file_name in (snapshot.weight_map or {}).items():
+        expected[file_name] += len(tensor) + _ENTRY_GUESS
 
     def part(file: HubFile) -> _Part:
         if file.path is not None:
             return _local_part(file.path, file.name, file.identity)
         assert remote is not None
         reader = remote.files[file.name]
-        return _Part(reader.source, _fetch_header(reader, where), reader)
+        return _Part(reader.source, _fetch_header(reader, where, expected[file.name]), reader)
 
     try:
         # Headers of remote files are some round trips each: several at a time.
@@ -359,11 +363,11 @@ def _open_hub(text: str) -> Checkpoint:
         raise
 
 
-def _fetch_header(file: RemoteFile, where: str) -> dict[str, TensorSource]:
-    """The header of a file that is not here: its first bytes, and what is missing of it then."""
+def _fetch_header(file: RemoteFile, where: str, expected: int) -> dict[str, TensorSource]:
+    """The header of a file that is not here: about as many bytes as are expected of it, and what is missing of it then."""
     size = file.source.size
     place = f"{where}: {file.name}"
-    start = bytearray(min(size, _HEADER_GUESS))
+    start = bytearray(min(size, max(_HEADER_GUESS, min(expected, MAX_HEADER))))
     file.read_into(memoryview(start), 0)
     length = header_length(bytes(start[:PREFIX]), size=size, where=place)
     header = bytearray(length)

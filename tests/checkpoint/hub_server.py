@@ -93,6 +93,8 @@ class LocalHub:
         self.requests: list[str] = []
         #: (path, Range header) of each request that asked for a part of a file.
         self.ranges: list[tuple[str, str]] = []
+        #: Requests that are being answered, and the most that were at a time.
+        self.under_way = self.most_at_once = 0
         #: Whether large files are answered by a redirect to another host, as the Hub does it, and what tokens came there.
         self.redirects = False
         self.leaked: list[str] = []
@@ -144,13 +146,23 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        self._count_and_answer(body=True)
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self._count_and_answer(body=False)
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def _count_and_answer(self, *, body: bool) -> None:
+        with self.hub.lock:
+            self.hub.under_way += 1
+            self.hub.most_at_once = max(self.hub.most_at_once, self.hub.under_way)
+        try:
+            self._answer(body=body)
+        finally:
+            with self.hub.lock:
+                self.hub.under_way -= 1
 
     def _answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
