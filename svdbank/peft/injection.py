@@ -17,7 +17,7 @@ from svdbank.adapter.methods import RESIDUAL_METHODS, Method
 from svdbank.adapter.recognition import lies_in
 from svdbank.bank.reading import Bank
 from svdbank.errors import CheckpointError, OptionError, WrongBaseError
-from svdbank.peft import residuals, sharding
+from svdbank.peft import quantised, residuals, sharding
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.layers import Slot, slots
 
@@ -55,6 +55,8 @@ def inject(source: Source, original: Callable[..., Any], tuner: Any, model: Any,
     before = _Snapshot(root)
     if not source.overwritten:
         _check_company(root, adapter_name, method)
+    if not config.inference_mode:
+        quantised.check_gradients(root)
     begun = time.perf_counter()
     try:
         # PEFT's own initialisation is switched off, and its layers are made on the meta device: nothing is drawn at random,
@@ -69,6 +71,8 @@ def inject(source: Source, original: Callable[..., Any], tuner: Any, model: Any,
     except BaseException:
         before.restore(adapter_name)
         raise
+    if not config.inference_mode:
+        quantised.keep_gradients(root)
 
 
 def check_reload(source: Source, root: nn.Module, adapter_name: str) -> None:

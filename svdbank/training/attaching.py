@@ -35,10 +35,12 @@ def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:
     """The model as a ``PeftModel``: the new adapter trainable, those of ``on_top_of`` frozen and acting. Raises what the bank raises."""
     peft = _peft()
     from svdbank.peft import get_peft_model, load_adapter
+    from svdbank.peft.quantised import keep_gradients
 
     torch.manual_seed(options.seed)
     if options.method == "lora":
         wrapped = peft.get_peft_model(model, _config(options))
+        keep_gradients(model)
     else:
         assert bank is not None
         wrapped = get_peft_model(model, _config(options), bank=bank)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdbank.bank import Bank
 from svdbank.errors import OptionError
 from svdbank.peft import UnverifiedBaseWarning, attachment, get_peft_model, load_adapter, use_bank
-from tests.peft.models import factors, lora_layers, mica, only_a_trains, quiet, without_svd
+from tests.peft.models import factors, lora_layers, mica, only_a_trains, quiet, trainable, without_svd
 
 KINDS = ["nf4", "int8"]
 RANK = 8
@@ -94,6 +94,42 @@ def test_a_quantised_base_trains_and_its_adapter_works_on_the_bf16_base(
         back = load_adapter(short(kind), tmp_path / "a", bank=smollm2_bank)
     assert only_a_trains(back) and frozen_and_the_banks(back, smollm2_bank)
     assert steps(back, windows, 1)[0] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_takes_no_gradient_away(
+    kind: str, short: Callable[..., Any], smollm2_bank: Bank, legal_windows: Tensor
+) -> None:
+    """bitsandbytes packs 4-bit weights for AVX512-BF16 at the first evaluation, and no gradient passes those."""
+    windows = legal_windows[:2, :32]
+
+    def gradients(*, evaluated: bool) -> dict[str, Tensor]:
+        model = get_peft_model(short(kind), mica(RANK), bank=smollm2_bank)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids=windows)
+        model.train()(input_ids=windows, labels=windows).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    fresh, evaluated = gradients(evaluated=False), gradients(evaluated=True)
+    assert len(fresh) == 14 and all(grad.any() for grad in fresh.values())
+    assert fresh.keys() == evaluated.keys() and all(torch.equal(fresh[name], evaluated[name]) for name in fresh)
+
+
+def test_a_base_that_was_packed_before_is_not_trained(short: Callable[..., Any], smollm2_bank: Bank, tmp_path: Path) -> None:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    get_peft_model(short("nf4"), mica(RANK), bank=smollm2_bank).save_pretrained(tmp_path / "a")
+    model = short("nf4")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data, _ = _convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )  # what an evaluation does where the CPU can
+    with pytest.raises(OptionError, match=r"packed 1 weights .*model\.layers\.1\.mlp\.up_proj"):
+        get_peft_model(model, mica(RANK), bank=smollm2_bank)
+    with use_bank(smollm2_bank):
+        served = peft.PeftModel.from_pretrained(model, tmp_path / "a", is_trainable=False)
+    assert not trainable(served)
 
 
 @pytest.mark.parametrize("kind", KINDS)
