@@ -180,6 +180,14 @@ def safe_join(root: Path, name: str, *, error: type[SvdbankError] = OptionError)
     return root.joinpath(*parts)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` and ``~user`` replaced; that of a user who is not there stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def free_bytes(path: Path) -> int:
     """Free space for an ordinary user on the file system that holds ``path`` or its nearest existing parent."""
     while not path.exists():

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from svdbank import fsio
 from svdbank.checkpoint.assembly import assemble
 from svdbank.checkpoint.configuration import digest, quantisation_of
 from svdbank.checkpoint.dequantisation import dequantise
@@ -157,7 +158,7 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         raise OptionError("the model's name is empty", hint="name a model folder, a .safetensors file or org/name on the Hub")
     if text.startswith("hf://"):
         return _open_hub(text.removeprefix("hf://"))
-    path = Path(text).expanduser()
+    path = fsio.expanded(text)
     try:
         exists = path.exists()
     except OSError as cause:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +17,10 @@ from svdbank.bank import Bank, clean, open_bank, read_manifest
 from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import LOG, MANIFEST, plan_name
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
-from svdbank.errors import BankError, DamageError, OptionError, WrongBaseError
+from svdbank.errors import BankError, DamageError, OptionError, SvdbankError, WrongBaseError
 from svdbank.pipeline.execution import Execution
 from svdbank.pipeline.fetching import Fetch, FetchReport, checked_fetch
-from svdbank.pipeline.locating import default_output
+from svdbank.pipeline.locating import default_output, output_folder
 from svdbank.pipeline.planning import available_cpus, bank_bytes, checked_options, make_plan, refuse_other_options
 from svdbank.specs import (
     Plan,
@@ -116,11 +117,12 @@ def build(
     started = time.perf_counter()
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
     fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
+    folder = output_folder(output)
     with open_checkpoint(model) as checkpoint:
         weights, skips = decomposable(checkpoint, targets)
-        root = Path(output) if output is not None else default_output(checkpoint, options)
+        root = folder or default_output(checkpoint, options)
         _refuse_foreign_folder(root)
-        with fsio.locked(root):
+        with _nothing_left_of_a_refusal(root), fsio.locked(root):
             run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), fetching, progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
             earlier, known, same_bytes = None, list[WeightSpec](), True
@@ -165,6 +167,18 @@ def build(
     if on_report is not None:
         on_report(summary)
     return bank
+
+
+@contextlib.contextmanager
+def _nothing_left_of_a_refusal(root: Path) -> Iterator[None]:
+    """Folders that were made for a build which is then refused go again, as long as nothing is in them."""
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        yield
+    except SvdbankError:
+        for folder in made:
+            fsio.remove_empty(folder)
+        raise
 
 
 def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpec]) -> list[WeightSpec]:

@@ -12,8 +12,11 @@ from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.metadata import checked_metadata
 from svdbank.checkpoint import Checkpoint, open_checkpoint
-from svdbank.errors import BankError, BankNotFoundError, DamageError
+from svdbank.errors import BankError, BankNotFoundError, DamageError, OptionError
 from svdbank.specs import BuildOptions, Plan, Struct, from_json
+
+#: A folder's name may have 255 bytes, and twelve digits of a hash follow.
+_LONGEST_SLUG = 200
 
 
 class BankSummary(Struct, frozen=True):
@@ -41,7 +44,7 @@ def home() -> Path:
 
 def model_folder(checkpoint: Checkpoint) -> Path:
     """Where the cached banks of a checkpoint lie: named for people, told apart by the identity of its weight files."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", checkpoint.name).strip("-.") or "model"
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", checkpoint.name).strip("-.")[:_LONGEST_SLUG] or "model"
     return home() / "banks" / f"{slug}-{checkpoint.cache_key[:12]}"
 
 
@@ -51,13 +54,27 @@ def default_output(checkpoint: Checkpoint, options: BuildOptions) -> Path:
     return model_folder(checkpoint) / f"r{options.rank}-{options.side}-{options.dtype}{suffix}"
 
 
+def output_folder(output: str | os.PathLike[str] | None) -> Path | None:
+    """The folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
+    if output is None:
+        return None
+    return _named(output, "leave -o out for a bank in the cache, or name a folder")
+
+
+def _named(place: str | os.PathLike[str], hint: str) -> Path:
+    """A path from outside. An empty one would mean the working folder, which nobody who passes an unset variable means."""
+    if not os.fspath(place).strip():
+        raise OptionError("the bank's name is empty", hint=hint)
+    return fsio.expanded(place)
+
+
 def open(source: str | os.PathLike[str]) -> Bank:
     """Open a bank by its folder, or the cached bank of a model by the model's name or folder.
 
     Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
-    Raises BankNotFoundError where there is none.
+    Raises BankNotFoundError where there is none, OptionError for an empty name.
     """
-    path = Path(source).expanduser()
+    path = _named(source, "name a bank's folder or a model; svdbank ls shows the banks there are")
     if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
         return open_bank(path)
     if path.exists():
@@ -106,7 +123,7 @@ def rm(path: str | os.PathLike[str]) -> int:
 
     Raises BankNotFoundError for a folder that is no bank or a link to one; nothing is touched then.
     """
-    root = Path(path).expanduser()
+    root = _named(path, "svdbank ls shows the banks there are")
     if root.is_symlink() or not _is_bank(root):
         why = "a link, which is not followed" if root.is_symlink() else "no bank here"
         raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")

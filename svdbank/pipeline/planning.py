@@ -17,7 +17,7 @@ from svdbank.bank.layout import MANIFEST, STORED, plan_name, rank_extent, record
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
 from svdbank.errors import BankError, OptionError
 from svdbank.pipeline.fetching import FETCHING, Fetch, FetchPlan, checked_fetch, plan_fetch
-from svdbank.pipeline.locating import default_output
+from svdbank.pipeline.locating import default_output, output_folder
 from svdbank.specs import (
     Alias,
     BaseSpec,
@@ -106,9 +106,10 @@ def plan(
     """
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
     fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
+    folder = output_folder(output)
     with open_checkpoint(model) as checkpoint:
         asked, skips = decomposable(checkpoint, targets)
-        root = Path(output) if output is not None else default_output(checkpoint, options)
+        root = folder or default_output(checkpoint, options)
         published, recorded, generation = standing(root, options)
         new = [weight for weight in asked if weight.name not in published]
         left = [weight for weight in new if weight.name not in recorded]

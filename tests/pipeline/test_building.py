@@ -348,3 +348,41 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> 
     # And the plan's bound holds.
     bound = svdbank.plan(tmp_path / "layers-24", tmp_path / "nowhere", rank=16, jobs=1).peak_bytes
     assert peaks[1] <= bound, f"{peaks[1] >> 20} MiB where the plan said {bound >> 20}"
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_name_is_no_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
+    """``-o "$UNSET"`` would mean the working folder, and ``rm`` would take the bank that stands there."""
+    _build(model, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    before = tree(tmp_path / "here")
+    refused = (svdbank.open, svdbank.info, svdbank.rm, svdbank.verify, svdbank.plan, svdbank.build)
+    calls = [lambda f=f: f(empty) for f in refused] + [lambda f=f: f(model, empty) for f in (svdbank.plan, svdbank.build)]
+    for call in calls:
+        with pytest.raises(svdbank.OptionError, match="name is empty") as caught:
+            call()
+        assert caught.value.hint
+    assert tree(tmp_path / "here") == before
+    assert svdbank.open(".").names
+
+
+def test_a_refused_build_leaves_no_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsio, "free_bytes", lambda path: 1000)
+    with pytest.raises(svdbank.OptionError, match="are free"):
+        svdbank.build(model, tmp_path / "new" / "bank")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tilde_means_home_for_building_as_for_opening(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert svdbank.build("~/model", "~/bank", rank=8).path == tmp_path / "bank"
+    assert svdbank.open("~/bank").names
+    with pytest.raises(svdbank.CheckpointError, match="no such file"):
+        svdbank.plan("~nobody-of-this-name/model")
+
+
+def test_a_model_whose_name_is_as_long_as_a_name_may_be_has_its_place_in_the_cache(minilm: Path, tmp_path: Path) -> None:
+    model = write_small_checkpoint(tmp_path / ("m" * 255), minilm)
+    svdbank.build(model, rank=8)
+    assert len(svdbank.open(model)) == 2
