@@ -30,7 +30,7 @@ def _text(info: Any) -> str:
     rows = [
         (
             f.name,
-            f.weights,
+            f"{f.weights} + {f.tied} tied" if f.tied else f.weights,
             f"{f.out_features}x{f.in_features}",
             f.rank,
             f"{f.residual:.0e}",
@@ -55,6 +55,12 @@ def _text(info: Any) -> str:
         "residual: worst ‖Wv − σu‖/‖W‖ before the cast to storage; unresolved: ranks whose gap is too small for the data to",
         "define their subspace to 1e-6, whoever computes it",
     ]
+    if info.tied:
+        lines.append("")
+        lines += [
+            f"tied: {name} is {of} with the sides exchanged: one decomposition serves both"
+            for name, of in sorted(info.tied.items())
+        ]
     if info.fallbacks:
         lines.append("")
         lines += [f"second method: {name}: {'; '.join(tried)}" for name, tried in sorted(info.fallbacks.items())]

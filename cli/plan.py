@@ -78,6 +78,7 @@ def _text(report: Any) -> str:
         lines.insert(-2, _fetch(report.fetch))
     if report.quantised:
         lines.append(f"quantised {dequantised(report.quantised)}")
+    lines += [f"tied      {alias.name} is {alias.of} with the sides exchanged: solved once" for alias in report.plan.aliases]
     for reason, count in reasons.most_common():
         names = ", ".join(examples[reason][:_SHOWN_SKIPS]) + (", …" if count > _SHOWN_SKIPS else "")
         lines.append(f"skipped   {count}: {reason} ({names})")

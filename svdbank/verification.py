@@ -24,7 +24,10 @@ _STORED_RESIDUAL = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 class FamilyInfo(Struct, frozen=True):
-    """One family of a bank. Residual and orthogonality are the worst of its weights; σ are ranges over them."""
+    """One family of a bank. Residual and orthogonality are the worst of its weights; σ are ranges over them.
+
+    ``tied`` more weights are stored nowhere, because one of these with its sides exchanged serves them.
+    """
 
     name: str
     kind: str
@@ -38,12 +41,14 @@ class FamilyInfo(Struct, frozen=True):
     sigma_min: float
     sigma_max: float
     unresolved: int
+    tied: int = 0
 
 
 class BankInfo(Struct, frozen=True):
     """What a bank holds. ``unresolved`` counts (weight, rank) pairs whose subspace the data do not define to 1e-6.
 
-    ``quantised`` counts the weights that the base stores as codes and scales, by format; the bank describes their values.
+    ``quantised`` counts the weights that the base stores as codes and scales, by format; the bank describes their values. ``tied`` maps
+    the weights that share a decomposition, sides exchanged, to the weight that it is stored of: an output head to its embedding.
     """
 
     path: str
@@ -61,6 +66,7 @@ class BankInfo(Struct, frozen=True):
     fallbacks: dict[str, tuple[str, ...]]
     unresolved: int
     quantised: dict[str, int]
+    tied: dict[str, str]
 
 
 class Damage(Struct, frozen=True):
@@ -91,6 +97,7 @@ def info(source: str | os.PathLike[str]) -> BankInfo:
     """Describe a bank, or the cached bank of a model, from its index. Errors as :func:`svdbank.open`."""
     bank = open_source(source)
     families, paths, fallbacks = [], dict[str, int](), dict[str, tuple[str, ...]]()
+    tied = {alias.name: alias.of for alias in bank.index.aliases}
     for family in bank.index.families:
         certificates = [weight.certificate for weight in family.weights]
         sigma = bank.sigma(family.spec.weights, family.spec.rank)
@@ -111,6 +118,7 @@ def info(source: str | os.PathLike[str]) -> BankInfo:
                     len(unresolved_ranks(sigma[w.name].flip(0).tolist(), w.certificate.sigma_next, w.certificate.sigma_max))
                     for w in family.weights
                 ),
+                tied=sum(of in family.spec.weights for of in tied.values()),
             )
         )
         for weight in family.weights:
@@ -134,6 +142,7 @@ def info(source: str | os.PathLike[str]) -> BankInfo:
         fallbacks=fallbacks,
         unresolved=sum(family.unresolved for family in families),
         quantised=quantised_formats(bank[name].dtype for name in bank),
+        tied=tied,
     )
 
 

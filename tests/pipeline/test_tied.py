@@ -18,6 +18,7 @@ from svdbank.bank.layout import Index
 from svdbank.errors import DamageError
 from svdbank.pipeline.building import BuildReport
 from svdbank.specs import Alias, to_json
+from svdbank_cli.main import run
 from tests.docs.spec_reader import RefusedError, SpecBank
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -74,6 +75,33 @@ def test_one_svd_serves_both_and_the_vectors_are_stored_once(checkpoint: Path, t
     only, _ = build(checkpoint, tmp_path / "only", "embed_tokens", "q_proj", principal=3)
     assert only.manifest.nbytes == bank.manifest.nbytes
     assert only.base_digest() == bank.base_digest(only.names) != bank.base_digest()
+
+
+def test_plan_and_info_show_that_one_decomposition_serves_both(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, ends = str(tmp_path / "bank"), ["--targets", "embed_tokens", "--targets", "lm_head"]
+    said = f"{HEAD} is {EMBEDDING} with the sides exchanged"
+    assert run(["plan", str(checkpoint), "-o", place, "--rank", "6", *ends]) == 0
+    assert said in capsys.readouterr().out
+    build(checkpoint, tmp_path / "bank", "embed_tokens")
+    assert run(["plan", str(checkpoint), "-o", place, "--rank", "6", *ends]) == 0
+    text = capsys.readouterr().out
+    assert said in text and "weights   0 of tied" in text and "1 are in the bank already" in text
+    build(checkpoint, tmp_path / "bank", "q_proj", "embed_tokens", "lm_head")
+    assert run(["info", place]) == 0
+    text = capsys.readouterr().out
+    assert said in text and "3 weights" in text
+    rows = {line.split()[0]: line for line in text.splitlines() if "24x" in line}
+    assert "1 + 1 tied" in rows["model.embed_tokens-24x60"]
+    assert all("tied" not in row for name, row in rows.items() if "embed" not in name) and len(rows) == 2
+    assert run(["info", place, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tied"] == {HEAD: EMBEDDING}
+    assert {family["name"]: family["tied"] for family in document["families"]} == {
+        "model.embed_tokens-24x60": 1,
+        "model.layers.self_attn.q_proj-24x24-x1": 0,
+    }
 
 
 def test_a_reader_of_the_format_finds_the_head(checkpoint: Path, tmp_path: Path) -> None:
