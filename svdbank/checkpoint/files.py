@@ -16,6 +16,9 @@ from svdbank.errors import CheckpointError
 #: Bytes read, and hashed while they are in the processor's cache, at a time.
 PIECE = 8 << 20
 
+#: The model card, and how much of it is looked at.
+CARD, MAX_CARD = "README.md", 100_000
+
 _SNAPSHOT = re.compile(r"(?:models|datasets|spaces)--.+")
 _SHARED = re.compile(r"[0-9a-f]{64}")
 
@@ -108,6 +111,15 @@ def read_document(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise CheckpointError(f"{path}: more than {limit} bytes")
     return data
+
+
+def read_card(folder: Path) -> str | None:
+    """The beginning of the model card in a resolved folder; None where there is none that can be read."""
+    try:
+        with os.fdopen(open_regular(member(folder, CARD)), "rb") as file:
+            return file.read(MAX_CARD).decode("utf-8", "replace")
+    except (CheckpointError, OSError):
+        return None
 
 
 @dataclass(frozen=True)

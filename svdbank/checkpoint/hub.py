@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdbank.checkpoint.files import blob_id, member, read_document, sha256_of
+from svdbank.checkpoint.files import CARD, blob_id, member, read_card, read_document, sha256_of
 from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, choose, parse_index
 from svdbank.checkpoint.refusals import ATTEMPTS, explain, is_connection_error, status_of, wait_before_retry
 from svdbank.errors import CheckpointError, OptionError
@@ -54,6 +54,7 @@ class Snapshot:
     config: bytes | None
     weight_map: dict[str, str] | None
     files: tuple[HubFile, ...]
+    has_card: bool
 
 
 def parse_id(text: str) -> tuple[str, str | None]:
@@ -106,7 +107,21 @@ def look_up(repository: str, revision: str | None) -> Snapshot:
         files = tuple(_hub_file(folder, name, listed[name]) for name in names)
     except Exception as cause:
         raise explain(cause, shown) from cause
-    return Snapshot(repository, commit, folder, config, weight_map, files)
+    has_card = CARD in listed and (listed[CARD].size or 0) <= MAX_CONFIG
+    return Snapshot(repository, commit, folder, config, weight_map, files, has_card)
+
+
+def fetch_card(snapshot: Snapshot) -> str | None:
+    """The beginning of a commit's model card, fetched into the cache; None where there is none, or it cannot be had now."""
+    from huggingface_hub import hf_hub_download
+
+    if not snapshot.has_card:
+        return None
+    # It only makes an error's advice better: nothing that goes wrong here may take that error's place.
+    with contextlib.suppress(Exception):
+        path = hf_hub_download(snapshot.repository, CARD, revision=snapshot.commit, tqdm_class=_silent_bar(None))
+        return read_card(Path(path).parent.resolve())
+    return None
 
 
 def storage_folder(repository: str) -> Path:
@@ -261,7 +276,7 @@ def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
     for name in names:
         path = member(folder, name)
         files.append(HubFile(name, path.stat().st_size, blob_id(folder, name) or "", path))
-    return Snapshot(repository, folder.name, folder, config, weight_map, tuple(files))
+    return Snapshot(repository, folder.name, folder, config, weight_map, tuple(files), (folder / CARD).is_file())
 
 
 def _silent_bar(progress: Progress | None) -> Any:

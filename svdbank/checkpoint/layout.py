@@ -12,8 +12,6 @@ from svdbank.errors import CheckpointError
 #: Size limits of the JSON files read whole.
 MAX_INDEX = 100_000_000
 MAX_CONFIG = 10_000_000
-#: How much of a model card is looked at.
-MAX_CARD = 100_000
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

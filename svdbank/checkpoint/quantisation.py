@@ -7,7 +7,7 @@ compressed-tensors, and MXFP4. Whatever else ``config.json`` says about quantisa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -82,11 +82,18 @@ class _CompressedTensors(msgspec.Struct, frozen=True):
     sparsity_config: dict[str, Any] | None = None
 
 
-def refuse_unreadable(quantisation: Mapping[str, Any] | None, where: str, *, made_from: str | None = None) -> None:
+#: Finds the full-precision repository where the model names one (:func:`full_precision`); called when something is refused.
+MadeFrom = Callable[[], str | None]
+
+
+def _unknown() -> None:
+    return None
+
+
+def refuse_unreadable(quantisation: Mapping[str, Any] | None, where: str, *, made_from: MadeFrom = _unknown) -> None:
     """CheckpointError for a ``quantization_config`` whose weights cannot be read, or would not be worth decomposing.
 
-    ``made_from`` is the full-precision repository where one is known (:func:`full_precision`). Needs no header, so it can be
-    called before anything is downloaded.
+    Needs no header, so it can be called before anything is downloaded.
     """
     if quantisation is None:
         return
@@ -107,7 +114,7 @@ def refuse_unreadable(quantisation: Mapping[str, Any] | None, where: str, *, mad
         raise _unreadable(where, repr(method[:60]), made_from)
 
 
-def _refuse_compressed(about: _CompressedTensors, where: str, made_from: str | None) -> None:
+def _refuse_compressed(about: _CompressedTensors, where: str, made_from: MadeFrom) -> None:
     if about.transform_config:
         raise _unreadable(where, "compressed-tensors with transform_config (rotated weights)", made_from)
     if (about.sparsity_config or {}).get("format", "dense") != "dense":
@@ -139,7 +146,12 @@ def _weight_groups(about: _CompressedTensors) -> list[_Group]:
 
 
 def with_values(
-    tensors: Mapping[str, TensorSource], quantisation: Mapping[str, Any] | None, config: Mapping[str, Any], where: str
+    tensors: Mapping[str, TensorSource],
+    quantisation: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    made_from: MadeFrom = _unknown,
 ) -> dict[str, TensorSource]:
     """``tensors`` in which codes and scales are replaced by the tensors of values that they stand for, as the model names them.
 
@@ -149,7 +161,7 @@ def with_values(
     and AWQ name theirs.
     """
     if quantisation is None:
-        _refuse_packed(tensors, where)
+        _refuse_packed(tensors, where, made_from)
         return dict(tensors)
     target = _target(config)
     if quantisation.get("quant_method") == "mxfp4":
@@ -166,7 +178,7 @@ def with_values(
     )
 
 
-def _refuse_packed(tensors: Mapping[str, TensorSource], where: str) -> None:
+def _refuse_packed(tensors: Mapping[str, TensorSource], where: str, made_from: MadeFrom) -> None:
     """CheckpointError for codes of GPTQ or AWQ: ``X.qweight`` beside ``X.qzeros`` and ``X.scales``."""
     for name in tensors:
         if not name.endswith(".qweight"):
@@ -177,7 +189,7 @@ def _refuse_packed(tensors: Mapping[str, TensorSource], where: str) -> None:
         bits = None
         if zeros.dtype == "I32" and len(zeros.shape) == len(scales.shape) == 2 and scales.shape[1]:
             bits = next((b for b in (2, 3, 4, 8) if 32 * zeros.shape[1] == b * scales.shape[1]), None)
-        raise _afterwards(where, f"{name!r} beside qzeros and scales, as GPTQ and AWQ store them", bits, None)
+        raise _afterwards(where, f"{name!r} beside qzeros and scales, as GPTQ and AWQ store them", bits, made_from)
 
 
 def _fp8(
@@ -334,7 +346,7 @@ def _bits(quantisation: Mapping[str, Any]) -> int | None:
     return next((bits for bits in found if type(bits) is int and 0 < bits < 17), None)
 
 
-def _afterwards(where: str, method: str, bits: int | None, made_from: str | None) -> CheckpointError:
+def _afterwards(where: str, method: str, bits: int | None, made_from: MadeFrom) -> CheckpointError:
     width = f"to {bits} bits " if bits else ""
     return CheckpointError(
         f"{where}: the weights were quantised {width}after training ({method}); the minor singular directions of such weights are "
@@ -343,17 +355,17 @@ def _afterwards(where: str, method: str, bits: int | None, made_from: str | None
     )
 
 
-def _unreadable(where: str, scheme: str, made_from: str | None) -> CheckpointError:
+def _unreadable(where: str, scheme: str, made_from: MadeFrom) -> CheckpointError:
     return CheckpointError(
         f"{where}: the weights are quantised in a way that svdbank cannot read: {scheme}; it reads {_READ}",
         hint=_elsewhere(made_from),
     )
 
 
-def _elsewhere(made_from: str | None) -> str:
-    if made_from is None:
+def _elsewhere(made_from: MadeFrom) -> str:
+    if (named := made_from()) is None:
         return "name the full-precision repository this one was made from; its model card says which one"
-    return f"name the full-precision repository; this one says it was made from {made_from}"
+    return f"name the full-precision repository; this one says it was made from {named}"
 
 
 def _checked(quantisation: Mapping[str, Any], kind: type[T], where: str) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,9 @@ from svdbank.checkpoint.configuration import digest, quantisation_of
 from svdbank.checkpoint.dequantisation import dequantise
 from svdbank.checkpoint.documents import parse_object
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
-from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, member, open_regular, read_document
+from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, member, open_regular, read_card, read_document
 from svdbank.checkpoint.header import MAX_HEADER, PREFIX, header_length, parse_header
-from svdbank.checkpoint.layout import MAX_CARD, MAX_CONFIG, MAX_INDEX, Layout, choose, gguf, parse_index
+from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, Layout, choose, gguf, parse_index
 from svdbank.checkpoint.quantisation import full_precision, refuse_unreadable, with_values
 from svdbank.errors import CheckpointError, OptionError
 from svdbank.specs import SourceFile, TensorSource, WeightSpec
@@ -209,7 +209,7 @@ def open_local(path: Path) -> Checkpoint:
         path.name if path.name not in ("", "..") else path.resolve().name,
         where,
         config=_read_config(folder),
-        card=_read_card(folder),
+        card=lambda: read_card(folder),
         weight_map=weight_map,
         parts=(_local_part(located[file], file, blob_id(folder, file)) for file in names),
         folder=folder,
@@ -236,16 +236,23 @@ def _assembled(
     where: str,
     *,
     config: dict[str, Any],
-    card: str | None,
+    card: Callable[[], str | None],
     weight_map: dict[str, str] | None,
     parts: Iterable[_Part],
     folder: Path,
     revision: str | None = None,
     remote: Remote | None = None,
 ) -> Checkpoint:
-    """A checkpoint of these files, once index and headers are found to agree. What cannot be read is refused before any header."""
+    """A checkpoint of these files, once index and headers are found to agree. What cannot be read is refused before any header.
+
+    ``card`` is called for an error alone: on the Hub the model card is one file more to fetch.
+    """
     quantised = quantisation_of(config, f"{where}: config.json")
-    refuse_unreadable(quantised, where, made_from=full_precision(config, card, name) if quantised else None)
+
+    def made_from() -> str | None:
+        return full_precision(config, card(), name)
+
+    refuse_unreadable(quantised, where, made_from=made_from)
     tensors: dict[str, TensorSource] = {}
     opened: dict[str, WeightBytes] = {}
     files = []
@@ -265,7 +272,7 @@ def _assembled(
         revision=revision,
         folder=folder,
         config=config,
-        tensors=with_values(tensors, quantised, config, where),
+        tensors=with_values(tensors, quantised, config, where, made_from=made_from),
         files=tuple(files),
         cache_key=_cache_key(files),
         config_digest=digest(config),
@@ -293,15 +300,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return parse_object(read_document(path, MAX_CONFIG), str(folder / "config.json"))
 
 
-def _read_card(folder: Path) -> str | None:
-    """The beginning of the model card beside the weights, if there is one."""
-    try:
-        with os.fdopen(open_regular(member(folder, "README.md")), "rb") as file:
-            return file.read(MAX_CARD).decode("utf-8", "replace")
-    except CheckpointError:
-        return None
-
-
 def _agree(found: dict[str, TensorSource], weight_map: dict[str, str], file: str, where: str) -> None:
     for tensor in found:
         said = weight_map.get(tensor)
@@ -326,7 +324,7 @@ def _could_be_hub_id(text: str) -> bool:
 
 
 def _open_hub(text: str) -> Checkpoint:
-    from svdbank.checkpoint.hub import look_up, parse_id
+    from svdbank.checkpoint.hub import fetch_card, look_up, parse_id
     from svdbank.checkpoint.remote import Remote
 
     name, revision = parse_id(text)
@@ -344,6 +342,9 @@ def _open_hub(text: str) -> Checkpoint:
         reader = remote.files[file.name]
         return _Part(reader.source, _fetch_header(reader, where, expected[file.name]), reader)
 
+    def parts(pool: ThreadPoolExecutor) -> Iterator[_Part]:
+        yield from pool.map(part, snapshot.files)  # not before the first is asked for
+
     try:
         # Headers of remote files are some round trips each: several at a time.
         with ThreadPoolExecutor(8, "svdbank-headers") as pool:
@@ -351,9 +352,9 @@ def _open_hub(text: str) -> Checkpoint:
                 name,
                 where,
                 config=parse_object(snapshot.config, f"{where}: config.json") if snapshot.config is not None else {},
-                card=None,
+                card=lambda: fetch_card(snapshot),
                 weight_map=snapshot.weight_map,
-                parts=pool.map(part, snapshot.files),
+                parts=parts(pool),
                 folder=snapshot.folder,
                 revision=snapshot.commit,
                 remote=remote,

@@ -251,6 +251,45 @@ def test_what_the_hub_refuses_is_said_with_the_next_step(
     assert client.snapshots(repo) == []
 
 
+QUANTISED = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("scheme", QUANTISED)
+def test_a_quantised_repository_is_refused_with_the_model_that_its_card_names(
+    hub: LocalHub, client: Client, repo: str, scheme: str
+) -> None:
+    config = json.dumps({"model_type": "llama", "quantization_config": QUANTISED[scheme]}).encode()
+    card = b"---\nlicense: mit\nbase_model:\n- Org/Full-7B\n---\n# Quantised\n"
+    hub.commit(repo, {"config.json": config, "model.safetensors": weights(0), "README.md": card})
+    seen = client(repo)
+    assert "after training" in seen["error"]
+    assert seen["hint"] == "name the full-precision repository; this one says it was made from Org/Full-7B"
+    assert [path.name for path in client.snapshots(repo)] == ["README.md", "config.json"]
+    assert not [path for path, _ in hub.ranges if repo in path], "refused before any header"
+    hub.faults.append(Fault("status", "README.md", times=99, status=403, method="HEAD"))
+    hub.commit(repo, {"README.md": card + b"more"})
+    seen = client(repo)
+    assert "after training" in seen["error"] and "its model card says which one" in seen["hint"]
+
+
+def test_packed_weights_without_a_configuration_are_refused_with_the_model_that_the_card_names(
+    hub: LocalHub, client: Client, repo: str
+) -> None:
+    packed = {
+        "a.qweight": torch.zeros(16, 128, dtype=torch.int32),
+        "a.qzeros": torch.zeros(1, 16, dtype=torch.int32),
+        "a.scales": torch.ones(1, 128, dtype=torch.float16),
+    }
+    card = b"---\nbase_model: Org/Full-7B\n---\n"
+    hub.commit(repo, {"config.json": CONFIG, "model.safetensors": save(packed), "README.md": card})
+    assert client(repo)["hint"].endswith("made from Org/Full-7B")
+
+
 def test_a_token_opens_a_gated_repository_and_is_never_shown(hub: LocalHub, client: Client, repo: str) -> None:
     hub.commit(repo, {"config.json": CONFIG, "model.safetensors": weights(0)}, gated=True)
     seen = client(repo, HF_TOKEN="hf_secretsecret")
