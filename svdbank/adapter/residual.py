@@ -41,8 +41,8 @@ def write_residual(
         )
     lost: dict[str, list[float]] = {}
 
-    def without_start(spec: WeightSpec, values: Tensor, rows: slice) -> Tensor:
-        A, B = factors[spec.name]
+    def without_start(spec: WeightSpec, values: Tensor, rows: slice, columns: slice) -> Tensor:
+        A, B = factors[spec.name][0][:, columns], factors[spec.name][1]
         start, scale = B[rows], scales[spec.name]
         rounded = added(values, A, start, -scale)
         tally = lost.setdefault(spec.name, [0.0, 0.0])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -90,18 +89,19 @@ def fuse(
         if into is not None:
             check_kinds(match_weights(opened, base, other=False), matrices, base, subject)
         expected = check_base(opened, cache, match_weights(opened, base, other=False) if into is not None else matrices, base)
-        pool = stack.enter_context(ThreadPoolExecutor(available_cpus(), "svdbank-fuse"))
         factors = {spec.name: weight.total().factors for spec, weight in matrices}
-        addition = Addition(factors, {spec.name: values for spec, values in full}, dtype, pool)
+        addition = Addition(factors, {spec.name: values for spec, values in full}, dtype)
         stack.enter_context(_downloads(subject, Path(output).expanduser(), progress))
+        specs = [spec for spec, _ in (*matrices, *full)]
         written = write_checkpoint(
             subject,
             output,
-            [spec for spec, _ in (*matrices, *full)],
+            specs,
             addition,
             dtype=dtype,
             expected=expected if into is None else None,
-            approve=lambda: addition.refuse_nothing(opened),
+            approve=lambda: addition.refuse_nothing(opened, specs),
+            threads=available_cpus(),
             progress=progress,
         )
         return report_of(addition, [spec for spec, _ in matrices], full, opened, subject, adapter, written.path, written.nbytes)

@@ -94,16 +94,16 @@ def report_of(
     path: str,
     nbytes: int,
 ) -> FuseReport:
-    order = {name: number for number, name in enumerate(addition.tallies)}
-    weights = []
-    for spec in sorted(specs, key=lambda spec: order[spec.name]):
-        tally = addition.tallies[spec.name]
-        error = math.sqrt(tally.lost / tally.intended) if tally.intended else 0.0
-        weights.append(FusedWeight(spec.name, spec.module, tally.elements, tally.changed, math.sqrt(tally.intended), error))
-    tallies = [addition.tallies[spec.name] for spec in specs]
-    intended, lost = math.fsum(t.intended for t in tallies), math.fsum(t.lost for t in tallies)
-    dtype = ", ".join(addition.dtypes)
-    error = math.sqrt(lost / intended) if intended else 0.0
+    order = {file.name: number for number, file in enumerate(subject.files)}
+    specs = sorted(specs, key=lambda spec: (order[spec.sources[0].file], spec.sources[0].begin))
+    tallies = [addition.tally(spec.name) for spec in specs]
+    sizes = [addition.intended(spec.name) for spec in specs]
+    weights = [
+        FusedWeight(spec.name, spec.module, tally.elements, tally.changed, math.sqrt(size), _relative(tally.lost, size))
+        for spec, tally, size in zip(specs, tallies, sizes, strict=True)
+    ]
+    dtype = ", ".join(addition.dtypes([*specs, *(spec for spec, _ in full)]))
+    error = _relative(math.fsum(tally.lost for tally in tallies), math.fsum(sizes))
     still = [weight.name for weight in weights if not weight.changed and weight.norm]
     notes = list(adapter.notes)
     quantised = any(source.quantisation is not None for source in subject.tensors.values())
@@ -131,3 +131,8 @@ def report_of(
         nbytes=nbytes,
         notes=tuple(notes),
     )
+
+
+def _relative(lost: float, size: float) -> float:
+    """Norm by norm, of their squares."""
+    return math.sqrt(lost / size) if size else 0.0
