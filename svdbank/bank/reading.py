@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from math import ceil
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import msgspec
@@ -243,7 +244,7 @@ class Bank:
             try:
                 found.update({members[row]: values for row, values in self._rows(family, stored, sorted(members), rank)})
             except DamageError as damage:
-                raise DamageError(str(damage), hint=f"svdbank verify --data {self.path}") from damage
+                raise DamageError(str(damage), hint=f"svdbank verify --data {quote(str(self.path))}") from damage
         for basis in wanted:
             yield basis.name, found[basis.name]
 
@@ -348,7 +349,7 @@ def read_manifest(root: Path) -> Manifest:
     _check_format(data, path)
     manifest = from_json(data, Manifest, where=str(path), error=DamageError)
     if manifest_digest(data, manifest.digest) != manifest.digest:
-        raise DamageError(f"{path}: not the manifest that was published", hint=f"svdbank rm {root}, then build it again")
+        raise DamageError(f"{path}: not the manifest that was published", hint=f"svdbank rm {quote(str(root))}, then build it again")
     return manifest
 
 
@@ -372,9 +373,9 @@ def _recorded_bytes(root: Path, manifest: Manifest, name: str) -> bytes:
     try:
         data = read_regular(root / name)
     except FileNotFoundError:
-        raise DamageError(f"{root / name}: missing", hint=f"svdbank verify {root}") from None
+        raise DamageError(f"{root / name}: missing", hint=f"svdbank verify {quote(str(root))}") from None
     if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
-        raise DamageError(f"{root / name}: not the bytes that were published", hint=f"svdbank verify {root}")
+        raise DamageError(f"{root / name}: not the bytes that were published", hint=f"svdbank verify {quote(str(root))}")
     return data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from svdbank import fsio
@@ -96,12 +97,12 @@ def open(source: str | os.PathLike[str]) -> Bank:
         ]
     candidates = [entry for entry in found if entry is not None]
     if not candidates:
-        raise BankNotFoundError(f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {source}")
+        raise BankNotFoundError(f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {shlex.quote(os.fspath(source))}")
     revisions = {manifest.base.revision for _, manifest in candidates}
     if len(revisions) > 1:
         raise BankError(
             f"{str(source)!r} has banks of {len(revisions)} revisions",
-            hint=f"name one: {source}@{sorted(map(str, revisions))[0]}",
+            hint=f"name one: {shlex.quote(str(source))}@{sorted(map(str, revisions))[0]}",
         )
     best, _ = max(candidates, key=lambda entry: _richness(entry[1]))
     return open_bank(best)
