@@ -64,7 +64,7 @@ def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dty
     held = k * n * dtype_bytes
     size = min(k, rank + buffer_size(k, rank))
     square = entry * k * k
-    panel = 2 * entry * k * (panel_width(k, n) + PADDING)  # one in use while the next is made
+    panel = 2 * entry * (k + PADDING) * (panel_width(k, n) + PADDING)  # one in use while the next is made
     # Widest moment, a Newton step: triplets with their buffer, product, difference, QR's copy and result, signed vectors, defects.
     thin = entry * (8 * n + 8 * k) * size
     if path == "shift-invert":

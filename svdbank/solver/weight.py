@@ -63,7 +63,7 @@ class Weight:
             yield slice(0, self.n), self._widened
             return
         # One buffer for all panels: fresh pages cost as much as the conversion.
-        buffer = padded_rows(self.k, width, self.device, dtype)
+        buffer = self._buffer(width, dtype)
         for start in range(0, self.n, width):
             columns = slice(start, min(start + width, self.n))
             panel = buffer[:, : columns.stop - start]
@@ -73,7 +73,12 @@ class Weight:
     @cached_property
     def _widened(self) -> Tensor:
         """M in float64, kept, where it is a single panel: a solve reads it four to seven times."""
-        return padded_rows(self.k, self.n, self.device).copy_(self.matrix)
+        return self._buffer(self.n, torch.float64).copy_(self.matrix)
+
+    def _buffer(self, width: int, dtype: torch.dtype) -> Tensor:
+        """(k, width), laid out as the matrix is: turning a tall weight while widening it costs more than its products gain."""
+        turned = self.matrix.stride(0) < self.matrix.stride(1)
+        return padded_rows(width, self.k, self.device, dtype).mT if turned else padded_rows(self.k, width, self.device, dtype)
 
     def gram(self) -> Tensor:
         """``M Mᵀ`` (k, k) in float64, symmetric to the last bit: the lower triangle by tiles, then mirrored.
