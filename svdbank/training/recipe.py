@@ -330,10 +330,24 @@ def _before(run: _Run, trainer: Any, texts: _Texts) -> dict[str, list[float]]:
         known: dict[str, list[float]] = msgspec.json.decode(path.read_bytes(), type=dict[str, list[float]])
         return known
     losses = _measure(trainer, texts.measured, run.tell, "loss before")
+    _release(trainer)
     run.processes.wait_for_everyone()
     if run.is_main:
         fsio.write_bytes(path, to_json(losses))
     return losses
+
+
+def _release(trainer: Any) -> None:
+    """Let training prepare the model anew.
+
+    For an evaluation, accelerate prepares a model without DistributedDataParallel and marks it prepared; training then takes it as it is,
+    and each process would follow its own gradients. FSDP and DeepSpeed wrap it for both.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    trainer.model._is_accelerate_prepared = False
 
 
 def _measure(trainer: Any, measured: Mapping[str, Any], tell: ProgressCallback, stage: str) -> dict[str, list[float]]:

@@ -24,7 +24,7 @@ def test_two_processes_train_what_one_trains(small: Path, small_bank: Bank, lega
     arguments = [part for name, value in RECIPE.items() for part in ("--" + name.replace("_", "-"), str(value))]
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
             *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "svdbank_cli.main", "train", str(small)),
             *("-o", str(tmp_path / "both"), "--data", str(legal), "--batch-size", "1", "--json", *arguments),
         ],
