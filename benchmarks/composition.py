@@ -47,7 +47,7 @@ WEIGHTS = (0.5, 0.3, 0.2)
 DENSITY = 0.5
 
 #: Documents of a domain: trained on, fitted on, measured on. Those fitted and measured on are cut to so many characters.
-PARTS = {"train": (0, 400), "fit": (400, 408), "test": (450, 462)}
+PARTS = {"train": (0, 400), "fit": (400, 408), "test": (450, 474)}
 CUT = 384
 
 

@@ -21,6 +21,9 @@ from svdbank_cli.output import Output, size, table
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Store every floating tensor so. [default: as each is stored; what is quantised becomes its values]",
 )
+@click.option(
+    "--untie", is_flag=True, help="Write embedding and output head apart where they are one and ADAPTER changes either."
+)
 @click.option("--bank", metavar="BANK", help="Bank of MODEL, for MiLoRA and PiSSA adapters. [default: the cached one]")
 @click.option("--per-weight", is_flag=True, help="A line for each weight instead of one for each role.")
 @with_output
@@ -30,6 +33,7 @@ def fuse_command(
     checkpoint: str,
     into: str | None,
     dtype: str | None,
+    untie: bool,
     bank: str | None,
     per_weight: bool,
     output: Output,
@@ -50,7 +54,16 @@ def fuse_command(
 
     opened = None if bank is None else svdbank.open(bank)
     with output.progress() as progress:
-        report = svdbank.fuse(model, adapter, checkpoint, into=into, bank=opened, dtype=dtype, progress=progress)  # type: ignore[arg-type]
+        report = svdbank.fuse(
+            model,
+            adapter,
+            checkpoint,
+            into=into,
+            bank=opened,
+            dtype=dtype,  # type: ignore[arg-type]
+            untie=untie,
+            progress=progress,
+        )
     for note in report.notes:
         output.say(f"Note: {note}")
     output.data(report, lambda value: _text(value, per_weight))

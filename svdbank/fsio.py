@@ -7,11 +7,13 @@ the program, or make it fail, before any single operation (:func:`observe`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -31,7 +33,7 @@ TEMPORARY = ".tmp"
 def observe(observer: Callable[[str, Path], None]) -> Iterator[None]:
     """Call ``observer(operation, path)`` before every operation; what it raises stops that operation.
 
-    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``, ``rmdir``.
+    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``exchange``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``, ``rmdir``.
     """
     _observers.append(observer)
     try:
@@ -97,6 +99,23 @@ def replace(source: Path, target: Path) -> None:
     _about_to("rename", target)
     source.replace(target)
     fsync_dir(target.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two entries of one folder in a single step and fsync the folder; False where the system or the file system cannot.
+
+    Linux: ``renameat2`` with ``RENAME_EXCHANGE`` (ext4, xfs, btrfs, tmpfs, overlayfs and others).
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    _about_to("exchange", other)
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), flag) != 0:
+        return False
+    for folder in {one.parent, other.parent}:
+        fsync_dir(folder)
+    return True
 
 
 def append(path: Path, data: bytes) -> None:

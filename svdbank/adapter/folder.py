@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -164,29 +164,22 @@ def write_folder(
     extra: Mapping[str, bytes] = MappingProxyType({}),
     force: bool = False,
 ) -> None:
-    """Write an adapter folder so that it appears whole or not at all: a sibling folder, fsynced, then renamed.
+    """Write an adapter folder so that it appears whole or not at all (:func:`unfinished`).
 
     ``readme`` is the model card, by default that of a fresh MiCA adapter; ``extra`` holds further files by name, for svdbank alone.
     Raises :class:`OptionError` where ``output`` exists and is not an empty folder, unless ``force``, which replaces an adapter folder
     (and nothing else).
     """
     check_output(output, force=force)
-    fsio.make_dirs(output.parent)
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}{fsio.TEMPORARY}")
-    try:
-        fsio.make_dirs(temporary)
+    with unfinished(output, force=force) as folder:
         tensors = {key: value for module, pair in factors.items() for key, value in _tensors(module, pair)}
-        fsio.write_new(temporary / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        fsio.write_new(temporary / CONFIG, to_json(settings, indent=2))
-        fsio.write_new(temporary / CACHE, to_json(cache, indent=2))
-        fsio.write_new(temporary / "README.md", (card(settings, cache) if readme is None else readme).encode())
+        fsio.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        fsio.write_new(folder / CONFIG, to_json(settings, indent=2))
+        fsio.write_new(folder / CACHE, to_json(cache, indent=2))
+        fsio.write_new(folder / "README.md", (card(settings, cache) if readme is None else readme).encode())
         for name, data in extra.items():
-            fsio.write_new(temporary / name, data)
-        fsio.fsync_dir(temporary)
-        publish(temporary, output)
-    finally:
-        if temporary.exists():
-            fsio.remove_tree(temporary)
+            fsio.write_new(folder / name, data)
+        fsio.fsync_dir(folder)
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -209,20 +202,54 @@ def check_output(output: Path, *, force: bool) -> None:
         )
 
 
-def publish(temporary: Path, output: Path) -> None:
-    """Rename a finished folder over an absent or empty one; what was there before is moved aside first: no moment shows half an adapter."""
-    aside = None
-    if output.exists() and any(output.iterdir()):
-        aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.old{fsio.TEMPORARY}")
-        fsio.replace(output, aside)
+@contextlib.contextmanager
+def unfinished(output: Path, *, force: bool) -> Iterator[Path]:
+    """An empty folder to fill, fsynced by the caller, which becomes ``output`` at the end; nothing is left of it after an error.
+
+    It lies in a hidden folder beside ``output``, under the writer's lock; what a killed run left there goes first. An adapter in
+    ``output`` is exchanged for the new one in a single step where the system can (:func:`svdbank.fsio.exchange`). Elsewhere it is moved
+    aside first, and the next run puts it back if this one was killed in between.
+    """
+    work = output.with_name(f".{output.name}{fsio.TEMPORARY}")
+    folder, replaced = work / "new", work / "replaced"
+    fsio.make_dirs(output.parent)
     try:
-        fsio.replace(temporary, output)
+        with fsio.locked(work):
+            if replaced.exists() and not output.exists():
+                fsio.replace(replaced, output)
+                check_output(output, force=force)
+            _remove(folder, replaced)
+            try:
+                fsio.make_dirs(folder)
+                yield folder
+                _publish(folder, output, replaced)
+            finally:
+                _remove(folder, replaced)
+    finally:
+        fsio.remove_empty(work)
+
+
+def _publish(folder: Path, output: Path, replaced: Path) -> None:
+    """Rename a finished folder over an absent or empty one, or exchange it for the adapter there."""
+    if not output.exists() or not any(output.iterdir()):
+        fsio.replace(folder, output)
+        fsio.fsync_dir(folder.parent)
+        return
+    if fsio.exchange(folder, output):
+        return
+    fsio.replace(output, replaced)
+    fsio.fsync_dir(output.parent)
+    try:
+        fsio.replace(folder, output)
     except OSError:
-        if aside is not None:
-            fsio.replace(aside, output)
+        fsio.replace(replaced, output)
         raise
-    if aside is not None:
-        fsio.remove_tree(aside)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        if folder.exists():
+            fsio.remove_tree(folder)
 
 
 def _tensors(module: str, factors: Factors) -> list[tuple[str, Tensor]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from svdbank import fsio
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import SLIM, WEIGHTS, AdapterFolder, check_output, publish, read_folder
+from svdbank.adapter.folder import SLIM, WEIGHTS, AdapterFolder, check_output, read_folder, unfinished
 from svdbank.adapter.naming import bank_names
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
@@ -100,7 +99,7 @@ def write_slim(source: Path, output: Path, bank: Bank, *, force: bool = False) -
     kept = {name: value for name, value in tensors.items() if name not in references}
     contents = {SLIM: to_json(record), COEFFICIENTS: safetensors.torch.save(kept, metadata={"format": "pt"})}
     contents |= {f"{FILES}/{path.name}": path.read_bytes() for path in carried}
-    _write(output, contents)
+    _write(output, contents, force=force)
     return record
 
 
@@ -119,7 +118,7 @@ def expand_slim(source: Path, output: Path, bank: Bank, *, force: bool = False) 
     contents = {WEIGHTS: raw}
     for name in record.files:
         contents[name] = fsio.safe_join(source / FILES, name, error=CheckpointError).read_bytes()
-    _write(output, contents)
+    _write(output, contents, force=force)
     return record
 
 
@@ -255,17 +254,10 @@ def _sha256(value: Tensor) -> str:
     return hashlib.sha256(_raw(value)).hexdigest()
 
 
-def _write(output: Path, contents: Mapping[str, bytes]) -> None:
-    fsio.make_dirs(output.parent)
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}{fsio.TEMPORARY}")
-    try:
-        fsio.make_dirs(temporary)
+def _write(output: Path, contents: Mapping[str, bytes], *, force: bool) -> None:
+    with unfinished(output, force=force) as folder:
         for name, data in contents.items():
-            fsio.make_dirs((temporary / name).parent)
-            fsio.write_new(temporary / name, data)
-        for folder in {(temporary / name).parent for name in contents}:
-            fsio.fsync_dir(folder)
-        publish(temporary, output)
-    finally:
-        if temporary.exists():
-            fsio.remove_tree(temporary)
+            fsio.make_dirs((folder / name).parent)
+            fsio.write_new(folder / name, data)
+        for path in {(folder / name).parent for name in contents}:
+            fsio.fsync_dir(path)

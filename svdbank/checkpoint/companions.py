@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from svdbank import fsio
@@ -17,12 +17,14 @@ _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".ggu
 _NESTED_BYTES = 10 << 20
 
 
-def carry(checkpoint: Checkpoint, folder: Path, *, dtype: str | None, quantised: bool, anew: bool) -> None:
+def carry(
+    checkpoint: Checkpoint, folder: Path, *, settings: Mapping[str, object], dtype: str | None, quantised: bool, anew: bool
+) -> None:
     """Write everything else of the model: as it is, except what would be wrong now in ``config.json`` and the index."""
     for name, path in companions(checkpoint):
         data = path.read_bytes()
         if name == "config.json" and anew:
-            data = _config(data, dtype, quantised)
+            data = _config(data, settings, dtype, quantised)
         fsio.make_dirs((folder / name).parent)
         fsio.write_new(folder / name, data)
     for path in sorted(checkpoint.folder.glob("*.safetensors.index.json")) if len(checkpoint.files) > 1 else ():
@@ -69,8 +71,8 @@ def _fetch_companions(checkpoint: Checkpoint) -> None:
         )
 
 
-def _config(data: bytes, dtype: str | None, quantised: bool) -> bytes:
-    config = json.loads(data)
+def _config(data: bytes, settings: Mapping[str, object], dtype: str | None, quantised: bool) -> bytes:
+    config = json.loads(data) | settings
     for key in ("dtype", "torch_dtype"):
         if key in config and dtype is not None:
             config[key] = dtype

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from svdbank import fsio
@@ -92,6 +93,7 @@ def write_checkpoint(
     edit: Edit,
     *,
     dtype: str | None = None,
+    settings: Mapping[str, object] = MappingProxyType({}),
     expected: Mapping[str, str] | None = None,
     approve: Callable[[], None] | None = None,
     threads: int = 1,
@@ -106,6 +108,9 @@ def write_checkpoint(
     dtype
         ``float32``, ``bfloat16``, …: store every floating tensor so. By default as it is; quantised weights then come out in the dtype
         of their values, and the configuration loses its quantisation.
+    settings
+        Keys of ``config.json`` to set. A tensor of ``checkpoint`` that is not in its files by that name, but a second name for what is,
+        is then written too.
     expected
         sha256 of the stored bytes by name: a weight with others raises :class:`WrongBaseError`, and nothing appears.
     approve
@@ -123,7 +128,11 @@ def write_checkpoint(
     pieces = _pieces(specs)
     quantised = any(source.quantisation is not None for source in checkpoint.tensors.values())
     stored_as = _NAMES[dtype] if dtype is not None else None
-    anew = quantised or any(stored_as not in (None, s.dtype) for s in checkpoint.tensors.values() if s.dtype in FLOATING)
+    anew = (
+        bool(settings)
+        or quantised
+        or any(stored_as not in (None, s.dtype) for s in checkpoint.tensors.values() if s.dtype in FLOATING)
+    )
     need = sum(_stored_bytes(source, stored_as) for source in checkpoint.tensors.values())
     if need > (free := fsio.free_bytes(target)):
         raise OptionError(f"{target}: {need} bytes to write, {free} free", hint="choose another disk")
@@ -135,7 +144,7 @@ def write_checkpoint(
         _check_base(checkpoint, found, expected or {})
         if approve is not None:
             approve()
-        carry(checkpoint, folder, dtype=dtype, quantised=quantised, anew=anew)
+        carry(checkpoint, folder, settings=settings, dtype=dtype, quantised=quantised, anew=anew)
         fsio.fsync_dir(folder)
         fsio.replace(folder, target)
     return WrittenCheckpoint(

@@ -22,6 +22,7 @@ from svdbank.fusion.addition import Addition
 from svdbank.fusion.matching import check_base, check_kinds, match_weights, whole_tensors
 from svdbank.fusion.opening import open_adapter
 from svdbank.fusion.report import FusedDtype, FuseReport, report_of
+from svdbank.fusion.untying import UNTIED, needed, untied
 from svdbank.pipeline.locating import opened as opened_bank
 from svdbank.pipeline.planning import available_cpus
 from svdbank.solver import pinned_threads
@@ -39,6 +40,7 @@ def fuse(
     into: str | os.PathLike[str] | None = None,
     bank: Bank | str | os.PathLike[str] | None = None,
     dtype: FusedDtype | None = None,
+    untie: bool = False,
     progress: ProgressCallback | None = None,
 ) -> FuseReport:
     """Write a checkpoint that holds ``model`` with ``adapter`` added in; it loads without PEFT and without svdbank.
@@ -48,7 +50,8 @@ def fuse(
     model
         The adapter's base: a folder, a file or ``org/name[@revision]``.
     adapter
-        A PEFT LoRA folder, ours or anybody's, or an :class:`~svdbank.adapter.model.Adapter`.
+        A PEFT LoRA folder, ours or anybody's, ``org/name[@revision]`` of one on the Hub, or an
+        :class:`~svdbank.adapter.model.Adapter`.
     output
         Folder to write. It appears whole or not at all.
     into
@@ -58,6 +61,9 @@ def fuse(
         the cached one of ``model``.
     dtype
         ``float32``, …: store every floating tensor so. By default each stays as it is stored, what is quantised becomes its values.
+    untie
+        Where embedding and output head are one tensor, write two, so that an adapter can change one of them; the configuration then
+        says ``tie_word_embeddings: false``. Only where the adapter changes one of them, and only for causal language models.
 
     Shard layout, metadata and tensors that the adapter does not touch are kept byte for byte (with ``dtype``, or of a quantised
     checkpoint, their values); configuration, tokenizer and other files are carried over.
@@ -66,7 +72,7 @@ def fuse(
     ------
     OptionError
         An adapter that touches no weight, names a module that the model lacks, or changes no bit; an embedding tied to the output
-        head; an output in use; a disk with too little space.
+        head, without ``untie``; an output in use; a disk with too little space.
     WrongBaseError
         The adapter records other weights than those of ``model``, or has other shapes.
     CheckpointError
@@ -80,7 +86,11 @@ def fuse(
         stack.enter_context(pinned_threads(1))
         base = stack.enter_context(open_checkpoint(model))
         subject = base if into is None else stack.enter_context(open_checkpoint(into))
-        opened, saved, cache = open_adapter(adapter, opened_bank(bank), model)
+        opened, saved, cache, shown = open_adapter(adapter, opened_bank(bank), model)
+        pair = needed(subject, opened, saved) if untie else ()
+        if pair:
+            subject = untied(subject)
+            base = subject if into is None else untied(base)
         matrices = match_weights(opened, subject, other=into is not None)
         full = whole_tensors(saved, subject)
         clash = {spec.sources[0].name for spec, _ in full} & {s.name for spec, _ in matrices for s in spec.sources}
@@ -99,12 +109,13 @@ def fuse(
             specs,
             addition,
             dtype=dtype,
+            settings=UNTIED if pair else {},
             expected=expected if into is None else None,
             approve=lambda: addition.refuse_nothing(opened, specs),
             threads=available_cpus(),
             progress=progress,
         )
-        return report_of(addition, [spec for spec, _ in matrices], full, opened, subject, adapter, written.path, written.nbytes)
+        return report_of(addition, [spec for spec, _ in matrices], full, opened, subject, pair, shown, written)
 
 
 @contextlib.contextmanager

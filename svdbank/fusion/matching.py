@@ -19,6 +19,12 @@ from svdbank.checkpoint.source import Checkpoint
 from svdbank.errors import OptionError, WrongBaseError
 from svdbank.specs import TensorSource, WeightSpec
 
+#: What to do about whole modules that do not fit a checkpoint's tensors.
+_WITH_PEFT = "merge it with PEFT: PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(…)"
+
+#: What to do about an adapter that changes one of a tied pair.
+_UNTIE = "--untie writes a tensor for each, and tie_word_embeddings: false"
+
 #: Names spelled out in an error before "and n more".
 _NAMED = 3
 
@@ -61,7 +67,7 @@ def _refuse_tied(chosen: Sequence[WeightSpec], specs: Sequence[WeightSpec], chec
             raise OptionError(
                 f"{checkpoint.name}: {spec.module} and {others[0]} are one tensor, {spec.sources[0].name}; the adapter changes "
                 f"{spec.module} alone, and one tensor cannot hold both",
-                hint="untie them first: load the model, give the head a copy, set tie_word_embeddings to false, save_pretrained",
+                hint=_UNTIE,
             )
 
 
@@ -123,17 +129,17 @@ def whole_tensors(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[Wei
     full = []
     for key, values in saved.tensors.items():
         source = found[names[key]].sources[0] if key in names else None
-        why = None
+        why, hint = None, _WITH_PEFT
         if source is None:
             why = "the model stores no tensor of that name"
         elif source.shape != tuple(values.shape):
             why = f"its shape is {tuple(values.shape)}, the model's {source.shape}: a vocabulary that was resized, or another head"
         elif len(shared := users.get(source, ())) > 1:
-            why = f"{' and '.join(shared)} are one tensor"
+            why, hint = f"{' and '.join(shared)} are one tensor", _UNTIE
         if source is None or why is not None:
             raise OptionError(
                 f"the adapter holds a whole {key} (modules_to_save) that cannot be carried over: {why}",
-                hint="merge it with PEFT: PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(…)",
+                hint=hint,
             )
         spec = WeightSpec(
             name=f"{names[key]} (whole)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import CACHE, AdapterCache, read_settings
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.adapter.model import Adapter
@@ -20,11 +21,11 @@ _CHANGED_BASE = ("pissa", "milora", "olora", "corda", "loftq", "lora_ga")
 
 def open_adapter(
     adapter: str | Path | Adapter, bank: Bank | None, model: str | os.PathLike[str]
-) -> tuple[Adapter, SavedModules, AdapterCache | None]:
-    """The adapter, what its folder holds beside its factors, and what svdbank recorded in it."""
+) -> tuple[Adapter, SavedModules, AdapterCache | None, str]:
+    """The adapter, what its folder holds beside its factors, what svdbank recorded in it, and its name for a report."""
     if isinstance(adapter, Adapter):
-        return _not_zero(adapter, SavedModules()), SavedModules(), None
-    folder = Path(adapter).expanduser()
+        return _not_zero(adapter, SavedModules()), SavedModules(), None, repr(adapter)
+    folder, shown = located(adapter)
     settings = read_settings(folder)
     cache = None
     if (folder / CACHE).is_file():
@@ -44,8 +45,9 @@ def open_adapter(
         bank = _cached_bank(model, folder, made_as)
     # Without a need for it the bank is not asked: it would only be compared.
     residual = made_as in RESIDUAL_METHODS
-    opened = read_adapter(folder, bank=bank if residual else None, method=made_as if residual else None)
-    return _not_zero(opened, saved), saved, cache
+    name = shown.partition("@")[0].rpartition("/")[2] if shown != str(adapter) else None
+    opened = read_adapter(folder, bank=bank if residual else None, name=name, method=made_as if residual else None)
+    return _not_zero(opened, saved), saved, cache, shown
 
 
 def _cached_bank(model: str | os.PathLike[str], folder: Path, method: str) -> Bank:

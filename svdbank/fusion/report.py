@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from svdbank.adapter.model import Adapter
 from svdbank.checkpoint.source import Checkpoint
+from svdbank.checkpoint.writing import WrittenCheckpoint
 from svdbank.fusion.addition import Addition
 from svdbank.fusion.matching import some
 from svdbank.specs import Struct, WeightSpec
@@ -59,6 +59,8 @@ class FuseReport(Struct, frozen=True):
         The same figures over all of them.
     replaced
         Tensors that the adapter's ``modules_to_save`` replaced whole.
+    untied
+        The two tensors of what was one for embedding and head, if that was asked for and needed.
     dequantised
         True where the checkpoint held codes and scales, and now holds values.
     nbytes
@@ -76,6 +78,7 @@ class FuseReport(Struct, frozen=True):
     changed: int
     error: float
     replaced: tuple[str, ...]
+    untied: tuple[str, ...]
     dequantised: bool
     nbytes: int
     notes: tuple[str, ...]
@@ -90,9 +93,9 @@ def report_of(
     full: Sequence[tuple[WeightSpec, Tensor]],
     adapter: Adapter,
     subject: Checkpoint,
-    named: str | Path | Adapter,
-    path: str,
-    nbytes: int,
+    untied: tuple[str, ...],
+    shown: str,
+    written: WrittenCheckpoint,
 ) -> FuseReport:
     order = {file.name: number for number, file in enumerate(subject.files)}
     specs = sorted(specs, key=lambda spec: (order[spec.sources[0].file], spec.sources[0].begin))
@@ -111,6 +114,8 @@ def report_of(
         notes.append(
             f"{subject.name} holds codes and scales: every weight was written as its values, quantization_config removed"
         )
+    if untied:
+        notes.append(f"{' and '.join(untied)} were one tensor and are two: config.json says tie_word_embeddings: false")
     if error > _SWALLOWED:
         notes.append(
             f"{dtype} rounds {error:.0%} of the intended change away (norm of the error over norm of ΔW); --dtype float32 keeps all of it"
@@ -118,17 +123,18 @@ def report_of(
     if still:
         notes.append(f"{len(still)} weights did not change at all: {some(still)}")
     return FuseReport(
-        checkpoint=path,
+        checkpoint=written.path,
         base=subject.name if subject.revision is None else f"{subject.name}@{subject.revision}",
-        adapter=repr(named) if isinstance(named, Adapter) else str(named),
+        adapter=shown,
         dtype=dtype,
         weights=tuple(weights),
         elements=sum(t.elements for t in tallies),
         changed=sum(t.changed for t in tallies),
         error=error,
         replaced=tuple(spec.sources[0].name for spec, _ in full),
+        untied=untied,
         dequantised=quantised,
-        nbytes=nbytes,
+        nbytes=written.nbytes,
         notes=tuple(notes),
     )
 

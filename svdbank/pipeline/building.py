@@ -14,14 +14,13 @@ import torch
 
 from svdbank import fsio
 from svdbank.bank import Bank, clean, open_bank, read_manifest
-from svdbank.bank.chunks import read_regular
-from svdbank.bank.layout import LOG, MANIFEST, plan_name
+from svdbank.bank.layout import MANIFEST, plan_name
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
-from svdbank.errors import BankError, DamageError, OptionError, SvdbankError, WrongBaseError
+from svdbank.errors import DamageError, OptionError, SvdbankError, WrongBaseError
 from svdbank.pipeline.execution import Execution
 from svdbank.pipeline.fetching import Fetch, FetchReport, checked_fetch
-from svdbank.pipeline.locating import default_output, output_folder
-from svdbank.pipeline.planning import available_cpus, bank_bytes, checked_options, make_plan, refuse_other_options
+from svdbank.pipeline.locating import default_output, output_folder, refuse_foreign_folder
+from svdbank.pipeline.planning import bank_bytes, checked_jobs, checked_options, make_plan, read_plan, refuse_other_options
 from svdbank.specs import (
     Plan,
     Progress,
@@ -30,7 +29,6 @@ from svdbank.specs import (
     StoredDtype,
     Struct,
     WeightSpec,
-    from_json,
     quantised_formats,
 )
 from svdbank.verification import verify
@@ -117,13 +115,13 @@ def build(
     started = time.perf_counter()
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
     fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
-    folder = output_folder(output)
+    folder, at_once = output_folder(output), checked_jobs(jobs)
     with open_checkpoint(model) as checkpoint:
         weights, skips = decomposable(checkpoint, targets)
         root = folder or default_output(checkpoint, options)
-        _refuse_foreign_folder(root)
+        refuse_foreign_folder(root)
         with _nothing_left_of_a_refusal(root), fsio.locked(root):
-            run = Execution(checkpoint, root, _device(device), jobs or available_cpus(), fetching, progress or _ignore)
+            run = Execution(checkpoint, root, _device(device), at_once, fetching, progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
             earlier, known, same_bytes = None, list[WeightSpec](), True
             if published is not None:
@@ -202,7 +200,7 @@ def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpe
 
 def _frozen_plan(path: Path, plan: Plan) -> Plan:
     """The plan of an unfinished build or extension, which is carried out as it stands; errors name what is now asked otherwise."""
-    frozen = from_json(read_regular(path), Plan, where=str(path), error=BankError)
+    frozen = read_plan(path)
     refuse_other_options(path.parent, frozen.options, plan.options)
     if frozen.base.config_digest != plan.base.config_digest:
         raise WrongBaseError(
@@ -229,17 +227,6 @@ def _refuse_damaged(root: Path) -> None:
         raise DamageError(f"{root} is damaged: {first.file}: {first.what} ({len(report.damage)} in all)", hint=report.next)
 
 
-def _refuse_foreign_folder(root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise OptionError(f"{root} is a file, not a folder for a bank")
-    if root.is_dir() and not (root / MANIFEST).exists() and not (root / "plan.json").exists():
-        strangers = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.name != LOG)
-        if strangers:
-            raise OptionError(
-                f"{root} is not empty and no bank (it holds {', '.join(strangers[:3])})", hint="choose an empty folder with -o"
-            )
-
-
 def _refuse_full_disk(root: Path, plan: Plan) -> None:
     needed = bank_bytes(root, plan)
     if needed > (free := fsio.free_bytes(root)):
@@ -258,6 +245,10 @@ def _device(name: str) -> torch.device:
         raise OptionError(f"no device is called {name!r}", hint="auto, cpu, cuda, cuda:0 …") from cause
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"the solver runs on cpu and cuda, not on {name!r}", hint="auto, cpu, cuda, cuda:0 …")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() > 0:
+        raise OptionError(
+            f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices", hint="they begin at cuda:0"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(
             f"device {name!r} was asked for, but torch sees no CUDA device", hint="svdbank env shows what it sees"

@@ -10,7 +10,7 @@ from pathlib import Path
 from svdbank import fsio
 from svdbank.bank import Bank, Manifest, open_bank, read_manifest
 from svdbank.bank.chunks import read_regular
-from svdbank.bank.layout import MANIFEST
+from svdbank.bank.layout import LOG, MANIFEST
 from svdbank.bank.metadata import checked_metadata
 from svdbank.checkpoint import Checkpoint, open_checkpoint
 from svdbank.errors import BankError, BankNotFoundError, DamageError, OptionError
@@ -69,6 +69,21 @@ def _named(place: str | os.PathLike[str], hint: str) -> Path:
     return fsio.expanded(place)
 
 
+def refuse_foreign_folder(root: Path) -> None:
+    """OptionError for a place where no bank can be written, or where something else stands."""
+    if root.is_symlink() and not root.exists():
+        raise OptionError(f"{root} is a link to {root.readlink()}, which is not there", hint="choose another place with -o")
+    above = next((parent for parent in (root, *root.parents) if parent.exists()), Path())
+    if not above.is_dir():
+        raise OptionError(f"{above} is a file, not a folder for a bank", hint="choose another place with -o")
+    if above == root and not (root / MANIFEST).exists() and not (root / "plan.json").exists():
+        strangers = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.name != LOG)
+        if strangers:
+            raise OptionError(
+                f"{root} is not empty and no bank (it holds {', '.join(strangers[:3])})", hint="choose an empty folder with -o"
+            )
+
+
 def open(source: str | os.PathLike[str]) -> Bank:
     """Open a bank by its folder, or the cached bank of a model by the model's name or folder.
 
@@ -97,7 +112,9 @@ def open(source: str | os.PathLike[str]) -> Bank:
         ]
     candidates = [entry for entry in found if entry is not None]
     if not candidates:
-        raise BankNotFoundError(f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {shlex.quote(os.fspath(source))}")
+        raise BankNotFoundError(
+            f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {shlex.quote(os.fspath(source))}"
+        )
     revisions = {manifest.base.revision for _, manifest in candidates}
     if len(revisions) > 1:
         raise BankError(

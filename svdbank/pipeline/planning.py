@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from svdbank.bank.layout import MANIFEST, STORED, plan_name, rank_extent, record
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
 from svdbank.errors import BankError, OptionError
 from svdbank.pipeline.fetching import FETCHING, Fetch, FetchPlan, checked_fetch, plan_fetch
-from svdbank.pipeline.locating import default_output, output_folder
+from svdbank.pipeline.locating import default_output, output_folder, refuse_foreign_folder
 from svdbank.specs import (
     Alias,
     BaseSpec,
@@ -43,6 +44,13 @@ _OVERHEAD_PER_WEIGHT = 64 << 10
 
 #: Memory of the process itself once torch and zarr are loaded, bytes.
 _RESIDENT = 450 << 20
+
+
+#: Largest rank that may be asked for; no weight has more.
+_LARGEST = 2**31 - 1
+
+#: Most weights solved at a time: each takes a thread. More than processors only cost memory.
+_MOST_JOBS = 1024
 
 
 class FamilySummary(Struct, frozen=True):
@@ -106,10 +114,11 @@ def plan(
     """
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
     fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
-    folder = output_folder(output)
+    folder, at_once = output_folder(output), checked_jobs(jobs)
     with open_checkpoint(model) as checkpoint:
         asked, skips = decomposable(checkpoint, targets)
         root = folder or default_output(checkpoint, options)
+        refuse_foreign_folder(root)
         published, recorded, generation = standing(root, options)
         new = [weight for weight in asked if weight.name not in published]
         left = [weight for weight in new if weight.name not in recorded]
@@ -124,7 +133,7 @@ def plan(
             {weight.name: weight for weight in left},
             model=checkpoint.name,
             output=root,
-            jobs=jobs,
+            jobs=at_once,
             present=len(asked) - len(left),
             fetch=plan_fetch(checkpoint, left, fetching, root=root, bank_bytes=bank_bytes(root, whole)),
         )
@@ -144,7 +153,7 @@ def standing(root: Path, options: BuildOptions) -> tuple[frozenset[str], frozens
     frozen = root / plan_name(generation)
     if not frozen.exists():
         return published, frozenset(), generation
-    unfinished = from_json(read_regular(frozen), Plan, where=str(frozen), error=BankError)
+    unfinished = read_plan(frozen)
     refuse_other_options(root, unfinished.options, options)
     families = {family.name: family for family in unfinished.families}
     recorded: set[str] = set()
@@ -152,6 +161,14 @@ def standing(root: Path, options: BuildOptions) -> tuple[frozenset[str], frozens
         if (root / record_file(shard.family, shard.index)).is_file():
             recorded.update(families[shard.family].weights[shard.start : shard.stop])
     return published, frozenset(recorded), generation
+
+
+def read_plan(path: Path) -> Plan:
+    """The frozen plan of an unfinished build; BankError for one that is not what was written."""
+    try:
+        return from_json(read_regular(path), Plan, where=str(path), error=BankError)
+    except BankError as cause:
+        raise BankError(str(cause), hint="the file is damaged: delete this bank, or choose another place with -o") from cause
 
 
 def refuse_other_options(root: Path, theirs: BuildOptions, ours: BuildOptions) -> None:
@@ -168,9 +185,9 @@ def checked_options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtyp
     """Build options, or OptionError naming the one that cannot be meant."""
     from svdbank.solver import PATHS
 
-    if rank != "all" and (not isinstance(rank, int) or rank < 1):
+    if rank != "all" and not (type(rank) is int and 1 <= rank <= _LARGEST):
         raise OptionError(
-            f"rank is a positive number or 'all', not {rank!r}",
+            f"rank is a positive number up to {_LARGEST}, or 'all', not {rank!r}",
             hint="--rank 128 is the default, --rank all keeps every triplet",
         )
     if side not in ("both", "left"):
@@ -179,11 +196,21 @@ def checked_options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtyp
         raise OptionError(f"dtype is one of {', '.join(STORED)}, not {dtype!r}")
     if solver != "auto" and solver not in PATHS:
         raise OptionError(f"solver is auto or one of {', '.join(PATHS)}, not {solver!r}")
-    if principal < 0:
+    if not (type(principal) is int and 0 <= principal <= _LARGEST):
         raise OptionError(
-            f"principal is a number of triplets, not {principal}", hint="--principal 0 keeps none, and is the default"
+            f"principal is a number of triplets up to {_LARGEST}, not {principal!r}",
+            hint="--principal 0 keeps none, and is the default",
         )
     return BuildOptions(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
+
+
+def checked_jobs(jobs: int | None) -> int:
+    """How many small weights are solved at a time: by default one a processor. OptionError for what cannot be meant."""
+    if jobs is None:
+        return available_cpus()
+    if not (type(jobs) is int and 1 <= jobs <= _MOST_JOBS):
+        raise OptionError(f"jobs is a number from 1 to {_MOST_JOBS}, not {jobs!r}", hint="leave --jobs out for one a processor")
+    return jobs
 
 
 def make_plan(
@@ -272,14 +299,13 @@ def report(
     *,
     model: str,
     output: Path,
-    jobs: int | None = None,
+    jobs: int,
     present: int = 0,
     fetch: FetchPlan,
 ) -> PlanReport:
     """Costs of a plan. ``weights`` maps the names in it to their specs."""
     from svdbank.solver import flops
 
-    jobs = jobs or available_cpus()
     paths = {shard.family: shard.path for shard in plan.shards}
     summaries = tuple(
         FamilySummary(
@@ -328,8 +354,13 @@ def family_bytes(family: FamilySpec, options: BuildOptions) -> int:
 def bank_bytes(root: Path, plan: Plan) -> int:
     """Bytes that a build will still add below ``root``: what the plan comes to without what is there."""
     needed = sum(family_bytes(family, plan.options) + _OVERHEAD_PER_WEIGHT * len(family.weights) for family in plan.families)
-    folders = [root / family.name for family in plan.families]
-    return needed - sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    present = 0
+    for family in plan.families:
+        for file in (root / family.name).rglob("*"):
+            # What a build under way writes and renames may be gone by now.
+            with contextlib.suppress(FileNotFoundError):
+                present += file.stat().st_size if file.is_file() else 0
+    return needed - present
 
 
 def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int) -> int:

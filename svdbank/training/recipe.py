@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import msgspec
 import numpy
 
 from svdbank import fsio
-from svdbank.adapter.folder import TRAINING_CONFIG, TRAINING_FIGURES, check_output, publish
+from svdbank.adapter.folder import TRAINING_CONFIG, TRAINING_FIGURES, check_output, unfinished
 from svdbank.bank import Bank
 from svdbank.errors import BankNotFoundError, OptionError, SvdbankError, missing_extra
 from svdbank.evaluation import row_loss
@@ -437,19 +436,12 @@ def _peak_bytes() -> int:
 
 def _write(run: _Run, model: Any, initial: dict[str, Any], report: TrainReport) -> None:
     """The adapter's folder, whole or not at all; the checkpoints have done their work then."""
-    fsio.make_dirs(run.output.parent)
-    temporary = run.output.with_name(f".{run.output.name}.{secrets.token_hex(4)}{fsio.TEMPORARY}")
-    try:
-        fsio.make_dirs(temporary)
-        write_adapter(model, temporary, run.options, run.bank, initial, card(run.options, report))
-        fsio.write_bytes(temporary / TRAINING_CONFIG, to_toml(run.options))
-        fsio.write_bytes(temporary / TRAINING_FIGURES, to_json(report, indent=2))
-        fsio.fsync_tree(temporary)
-        check_output(run.output, force=run.force)
-        publish(temporary, run.output)
-    finally:
-        if temporary.exists():
-            fsio.remove_tree(temporary)
+    check_output(run.output, force=run.force)
+    with unfinished(run.output, force=run.force) as folder:
+        write_adapter(model, folder, run.options, run.bank, initial, card(run.options, report))
+        fsio.write_bytes(folder / TRAINING_CONFIG, to_toml(run.options))
+        fsio.write_bytes(folder / TRAINING_FIGURES, to_json(report, indent=2))
+        fsio.fsync_tree(folder)
     fsio.remove_tree(run.folder)
 
 

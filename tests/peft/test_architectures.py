@@ -21,6 +21,7 @@ from svdbank.errors import WrongBaseError
 from svdbank.peft import attachment, get_peft_model
 from tests.checkpoint.small_models import STACKED_IN_OUT, WITH_EXPERTS, configurations, load
 from tests.peft.models import factors, float32_angle, lora_layers, mica, only_a_trains, quiet, sine
+from tests.peft.test_experts import expert_b, wrappers
 from tests.pipeline.test_accuracy import BOUND
 from tests.pipeline.test_accuracy import sine as exact_sine
 
@@ -159,6 +160,35 @@ def test_an_experts_basis_is_that_of_its_slice_of_the_loaded_parameter(name: str
             assert exact_sine(basis.right(RANK).double(), Vh[-RANK:].mT) <= BOUND
             held.remove(basis)
     assert held == []
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_EXPERTS if name != "llama4"])
+def test_experts_through_target_parameters_hold_the_banks_directions_and_one_step_moves_only_a(name: str, saved: Saved) -> None:
+    """Where PEFT refuses mica: the freeze is ours."""
+    folder, bank = saved(name)
+    parameters = [f"experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    config = mica(RANK, target_modules=attention_of(loaded(name, folder)), target_parameters=parameters)
+    with pytest.raises(ValueError, match="variant"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        peft.get_peft_model(loaded(name, folder), config)
+    model = get_peft_model(loaded(name, folder), config, bank=bank)
+    assert attachment(model).state == "verified"
+    layers = wrappers(model)
+    assert layers and only_a_trains(model)
+    for path, layer in layers.items():
+        stacked = layer.get_param().detach()
+        for expert, matrix in enumerate(stacked.mT if name in STACKED_IN_OUT else stacked):
+            own = bank[f"{path}.{expert}"].left(RANK)
+            assert torch.equal(expert_b(layer, expert), own)
+            U = torch.linalg.svd(matrix.double(), full_matrices=False)[0]
+            assert exact_sine(own.double(), U[:, -RANK:]) <= BOUND
+    before = {path: layer.lora_B["default"].weight.clone() for path, layer in layers.items()}
+    step = loss(name, model.train())
+    step.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    assert all(torch.equal(layer.lora_B["default"].weight, before[path]) for path, layer in layers.items())
+    assert all(layer.lora_A["default"].weight.any() for layer in layers.values())
+    assert only_a_trains(model)
 
 
 def test_a_tied_embedding_and_head_are_attached_from_one_stored_svd(saved: Saved, tmp_path: Path) -> None:

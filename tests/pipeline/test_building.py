@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -386,3 +387,63 @@ def test_a_model_whose_name_is_as_long_as_a_name_may_be_has_its_place_in_the_cac
     model = write_small_checkpoint(tmp_path / ("m" * 255), minilm)
     svdbank.build(model, rank=8)
     assert len(svdbank.open(model)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 10**20}, "rank is a positive number up to"),
+        ({"rank": True}, "rank is a positive number"),
+        ({"rank": 1.5}, "rank is a positive number"),
+        ({"principal": 10**20}, "principal is a number of triplets"),
+        ({"principal": -1}, "principal is a number of triplets"),
+        ({"jobs": 0}, "jobs is a number from 1 to"),
+        ({"jobs": 10**6}, "jobs is a number from 1 to"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused_by_plan_and_build_alike(
+    model: Path, tmp_path: Path, options: dict[str, object], said: str
+) -> None:
+    for verb in (svdbank.plan, svdbank.build):
+        with pytest.raises(svdbank.OptionError, match=said) as caught:
+            verb(model, tmp_path / "bank", **options)  # type: ignore[operator]
+        assert caught.value.hint
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_place_where_no_bank_can_be_is_refused_by_plan_as_by_build(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    places = {
+        "file": "is a file, not a folder",
+        "file/below": "is a file, not a folder",
+        "link": "is a link to nowhere, which is not there",
+        "full": "is not empty and no bank",
+    }
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for place, said in places.items():
+        for verb in (svdbank.plan, svdbank.build):
+            with pytest.raises(svdbank.OptionError, match=said) as caught:
+                verb(model, tmp_path / place)  # type: ignore[operator]
+            assert caught.value.hint
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_plan_of_an_unfinished_build_is_said_with_what_to_do(model: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    _build(model, bank)
+    (bank / MANIFEST).unlink()
+    (bank / "plan.json").write_bytes(b"{}")
+    for verb in (svdbank.plan, svdbank.build):
+        with pytest.raises(svdbank.BankError, match=r"plan\.json") as caught:
+            verb(model, bank, rank=8)  # type: ignore[operator]
+        assert caught.value.hint and "delete this bank" in caught.value.hint
+
+
+def test_advice_can_be_pasted_into_a_shell_whatever_the_name(minilm: Path, tmp_path: Path) -> None:
+    model = write_small_checkpoint(tmp_path / "it's a model; rm x", minilm)
+    with pytest.raises(svdbank.BankNotFoundError) as caught:
+        svdbank.open(model)
+    assert caught.value.hint is not None and shlex.split(caught.value.hint) == ["svdbank", "build", str(model)]

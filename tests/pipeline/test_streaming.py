@@ -8,16 +8,21 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import svdbank
+from svdbank.bank.layout import RECORDS
+from svdbank_cli.main import run
 from tests.checkpoint.hub_server import Fault, LocalHub
+from tests.checkpoint.small_models import load, quiet
 from tests.pipeline.small import tree
 
 ROOT = Path(__file__).parents[2]
@@ -282,6 +287,33 @@ def test_a_server_that_stays_down_is_an_error_and_the_next_run_goes_on_in_the_mi
     assert again["reused"] >= 3
 
 
+def test_a_build_that_is_killed_while_files_come_is_finished_by_the_next(
+    hub: LocalHub, model: Path, repo: str, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    hub.faults.append(Fault("slow", "00003-of", times=100, skip=1, seconds=4))  # longer than the client waits: it asks again
+    killed = Builder(hub, tmp_path)
+    assert killed.process.stdin is not None
+    killed.process.stdin.write(json.dumps(["build", repo, str(tmp_path / "bank"), {"fetch": "shards"}]) + "\n")
+    killed.process.stdin.flush()
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "bank" / RECORDS).rglob("*.json"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the three weights of each of the first two files
+    killed.process.kill()
+    killed.process.wait()
+    hub.faults.clear()
+    assert not (tmp_path / "bank" / "manifest.json").exists()
+    asked = len(hub.ranges)
+    builder = Builder(hub, tmp_path)
+    report = builder("build", repo, tmp_path / "bank", fetch="shards")
+    builder.close()
+    assert (report["reused"], report["solved"]) == (6, 6)
+    assert content(tmp_path / "bank") == expected
+    assert {path[-len("00003-of-00004.safetensors") :] for path, _ in hub.ranges[asked:]} == {
+        f"0000{number}-of-00004.safetensors" for number in (3, 4)
+    }, "what had come is not fetched again"
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
 def test_wrong_bytes_of_a_shard_are_fetched_again_and_if_they_stay_wrong_are_an_error(
     hub: LocalHub, builder: Builder, repo: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -418,4 +450,35 @@ def test_the_same_values_in_another_dtype_are_recognised_and_a_change_that_is_no
         svdbank.build(tmp_path / "tuned", tmp_path / "bank", rank=8, targets=["query"])
     with pytest.raises(svdbank.WrongBaseError, match="saved in another dtype"):
         svdbank.build(tmp_path / "fp32", tmp_path / "bank", rank=8)
+    assert tree(tmp_path / "bank") == before
+
+
+def test_a_model_saved_again_is_recognised_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """bfloat16 in one file, then by transformers again in shards, in float32, and with one value of a weight changed."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        load("llama-untied").to(torch.bfloat16).save_pretrained(tmp_path / "first")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype="auto")
+        again.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+        again.float().save_pretrained(tmp_path / "float32", max_shard_size="200KB")
+        with torch.no_grad():
+            again.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+        again.save_pretrained(tmp_path / "tuned")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2 < len(list((tmp_path / "float32").glob("*.safetensors")))
+    command = ["-o", str(tmp_path / "bank"), "--rank", "4", "--targets", "up_proj"]
+    assert run(["build", str(tmp_path / "first"), *command]) == 0
+    before = tree(tmp_path / "bank")
+    seen = {}
+    for name in ("shards", "float32"):
+        capsys.readouterr()
+        assert run(["build", str(tmp_path / name), *command]) == 0
+        seen[name] = capsys.readouterr().out
+        assert "reused 3 of 3 weights: nothing to do" in seen[name]
+        assert run(["build", str(tmp_path / name), *command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["same_bytes"] == (name == "shards")
+    said = "the same values saved in another dtype: it serves this model as it is"
+    assert said in seen["float32"] and said not in seen["shards"]
+    assert run(["build", str(tmp_path / "tuned"), *command]) == 12
+    assert "layers.1.mlp.up_proj.weight of tuned has other bytes" in capsys.readouterr().err
     assert tree(tmp_path / "bank") == before
