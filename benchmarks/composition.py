@@ -6,12 +6,13 @@ Sections:
   rank, file size and time. PEFT's side runs twice: on MiCA adapters as PEFT knows them, and on the same files saved with
   ``init_lora_weights: true``, so that it runs no SVD. *call* is the merge of adapters in memory; *job* is from adapter folders to a
   folder, PEFT's with the base model in memory already.
+- ``many``: two to eight adapters, in one band and in several, merged and stacked: error against the dense float64 sum.
 - ``losses``: held-out loss of the base, of each adapter and of every way to put them together, domain by domain.
 
-    python -m benchmarks.composition [--only merging|losses] [--folder FOLDER] [--steps N]
+    python -m benchmarks.composition [--only merging,many,losses] [--folder FOLDER] [--steps N]
 
-Adapters are trained where they are missing in the folder: one a domain in the band 0:16, and code and medical once more on top of the
-others in bands of their own. Prints tables and, last, one line of JSON.
+Adapters are trained where they are missing in the folder: one a domain in the band 0:16, code and medical once more on top of the
+others in bands of their own, and one a domain on other documents. Prints tables and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ NAMES = ("legal", "code", "medical")
 #: Adapters of ``--on-top-of``, each in a band that those before it leave free.
 BESIDE = ("legal", "code-beside", "medical-beside")
 
+#: Adapters of other documents of the same domains, in the band 0:16.
+AGAIN = ("legal-again", "code-again", "medical-again")
+
 WEIGHTS = (0.5, 0.3, 0.2)
 DENSITY = 0.5
 
 #: Documents of a domain: trained on, fitted on, measured on. Those fitted and measured on are cut to so many characters.
-PARTS = {"train": (0, 400), "fit": (400, 408), "test": (450, 474)}
+PARTS = {"train": (0, 400), "again": (408, 450), "fit": (400, 408), "test": (450, 474)}
 CUT = 384
 
 
@@ -58,7 +62,7 @@ def texts(folder: Path) -> dict[str, dict[str, Path]]:
         lines = path.read_text().splitlines()
         for part, (start, stop) in PARTS.items():
             place = folder / f"{name}-{part}.jsonl"
-            cut = [{"text": json.loads(line)["text"][: None if part == "train" else CUT]} for line in lines[start:stop]]
+            cut = [{"text": json.loads(line)["text"][: CUT if part in ("fit", "test") else None]} for line in lines[start:stop]]
             content = "".join(json.dumps(document) + "\n" for document in cut)
             if not place.is_file() or place.read_text() != content:
                 place.write_text(content)
@@ -67,16 +71,17 @@ def texts(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def trained(model: Path, folder: Path, steps: int) -> dict[str, Path]:
-    """Five adapters, trained unless they are there."""
-    data = texts(folder / "texts")["train"]
+    """Eight adapters, trained unless they are there."""
+    data = texts(folder / "texts")
     places = {}
-    for name in (*NAMES, *BESIDE[1:]):
+    for name in (*NAMES, *BESIDE[1:], *AGAIN):
         places[name] = folder / "adapters" / name
         if (places[name] / "adapter_config.json").is_file():
             continue
         beneath = BESIDE[: BESIDE.index(name)] if name in BESIDE else ()
         command = [str(Path(sys.executable).with_name("svdbank")), "train", str(model), "-o", str(places[name])]
-        command += ["--data", str(data[name.removesuffix("-beside")]), "-r", "16", "--length", "128", "--batch-size", "2"]
+        text = data["again" if name in AGAIN else "train"][name.partition("-")[0]]
+        command += ["--data", str(text), "-r", "16", "--length", "128", "--batch-size", "2"]
         command += ["--held-out-blocks", "8", "--steps", str(steps), "--lr", "2e-3", "--seed", "0"]
         command += [word for other in beneath for word in ("--on-top-of", str(places[other]))]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -239,6 +244,26 @@ def merging(model: Path, folders: Sequence[Path], place: Path, repeats: int) -> 
     return rows
 
 
+def many(places: Mapping[str, Path], place: Path) -> list[dict[str, Any]]:
+    """Merges and stacks of the first two to eight adapters, each with a weight of its own."""
+    place.mkdir(parents=True, exist_ok=True)
+    deltas = {name: dense(folder) for name, folder in places.items()}
+    rows = []
+    for count in range(2, len(places) + 1):
+        chosen = dict(list(places.items())[:count])
+        weights = {name: 1 / (number + 2) for number, name in enumerate(chosen)}
+
+        def wanted(module: str, weights: Mapping[str, float] = weights) -> Tensor:
+            return sum((weight * deltas[name][module] for name, weight in weights.items()), torch.zeros(()))
+
+        report = svdbank.merge(chosen, output=place / "merged", weights=list(weights.values()), force=True)
+        svdbank.stack(chosen, output=place / "stacked", scale=weights, force=True)
+        off = {how: error(place / how, wanted, list(deltas["legal"])) for how in ("merged", "stacked")}
+        rows.append({"adapters": count, "rank": report.rank, **off})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
 # Losses
 
 
@@ -320,6 +345,10 @@ def tables(figures: Mapping[str, Any]) -> str:
             for r in rows
         ]
         parts.append("\n".join(lines))
+    if rows := figures.get("many"):
+        lines = ["| adapters | rank | error, merged | error, stacked |", "| --- | --- | --- | --- |"]
+        lines += [f"| {r['adapters']} | {r['rank']} | {r['merged']:.1e} | {r['stacked']:.1e} |" for r in rows]
+        parts.append("\n".join(lines))
     if found := figures.get("losses"):
         by_adapter: dict[str, dict[str, Any]] = {}
         for score in found["scores"]:
@@ -346,7 +375,7 @@ def main() -> None:
     from svdbank.pipeline import locating
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections.add_option(parser, ("merging", "losses"))
+    sections.add_option(parser, ("merging", "many", "losses"))
     parser.add_argument(
         "--folder", type=Path, default=locating.home() / "benchmarks" / "composition", help="adapters and results"
     )
@@ -362,6 +391,8 @@ def main() -> None:
     figures: dict[str, Any] = {"cpus": os.cpu_count(), "load_at_start": os.getloadavg()[0], "steps": options.steps}
     if "merging" in options.only:
         figures["merging"] = merging(model, [places[name] for name in NAMES], options.folder / "merged", options.repeats)
+    if "many" in options.only:
+        figures["many"] = many(places, options.folder / "many")
     if "losses" in options.only:
         figures["losses"] = losses(model, places, options.folder)
     print(tables(figures))

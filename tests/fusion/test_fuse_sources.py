@@ -14,6 +14,7 @@ from torch import nn
 
 import svdbank
 from svdbank.checkpoint import open_checkpoint
+from svdbank.errors import CheckpointError
 from tests.checkpoint import quantised_models as quantised
 from tests.checkpoint.hub_server import LocalHub
 from tests.fusion.conftest import adapter, logits, reloaded, saved, small_model, tensors_of
@@ -56,15 +57,17 @@ def test_codes_and_scales_become_values_and_the_checkpoint_loads_as_bfloat16(mak
     assert reloaded(tmp_path / "fused", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_model_on_the_hub_is_fused_with_its_tokenizer(tmp_path: Path) -> None:
+def test_a_model_and_an_adapter_on_the_hub_are_fused_with_the_tokenizer(tmp_path: Path) -> None:
     base = saved(small_model("llama-untied"), tmp_path / "base", shard="200KB")
     with_adapter = adapter(small_model("llama-untied"), tmp_path / "adapter", target_modules=["q_proj"])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "SVDBANK_"))}
     with LocalHub() as hub:
         hub.commit("org/model", {path.name: path.read_bytes() for path in base.iterdir()})
+        files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+        commit = hub.commit("user/lora", {**files, "checkpoint-10/optimizer.bin": b"not wanted"})
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "svdbank_cli.main", "fuse", "org/model", str(tmp_path / "adapter")),
+                *(sys.executable, "-m", "svdbank_cli.main", "fuse", "org/model", "user/lora@main"),
                 *("-o", str(tmp_path / "fused"), "--json"),
             ],
             env={**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")},
@@ -74,9 +77,36 @@ def test_a_model_on_the_hub_is_fused_with_its_tokenizer(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["base"].startswith("org/model@")
+    assert report["adapter"] == f"user/lora@{commit}"
+    assert not list((tmp_path / "home").rglob("optimizer.bin"))
     assert {weight["name"] for weight in report["weights"]} == {
         f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)
     }
     assert {path.name for path in (tmp_path / "fused").iterdir()} == {path.name for path in base.iterdir()}
     # three layers of float32
     assert float((logits(reloaded(tmp_path / "fused")) - logits(with_adapter)).abs().max()) < 2e-5
+
+
+def test_an_adapter_on_the_hub_that_is_wrong_or_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved(small_model("llama-untied"), tmp_path / "base")
+    adapter(small_model("llama-untied"), tmp_path / "adapter", target_modules=["q_proj"])
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    pickled = {name: data for name, data in files.items() if name != "adapter_model.safetensors"} | {"adapter_model.bin": b"x"}
+    with LocalHub() as hub:
+        for name, content in {"lora": files, "pickled": pickled, "model": {"config.json": b"{}"}}.items():
+            hub.commit(f"user/{name}", content)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        for name, why in {
+            "user/pickled": "pickle",
+            "hf://user/model": "no adapter",
+            "user/none": "neither a path here nor a repository",
+            "user/lora@nowhere": "no such revision",
+        }.items():
+            with pytest.raises(CheckpointError, match=why) as caught:
+                svdbank.fuse(base, name, tmp_path / "fused")
+            assert caught.value.hint
+    assert not (tmp_path / "fused").exists()
