@@ -182,6 +182,17 @@ def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -
         for name, target in zip(names, targets, strict=True)
         if (target.out_features, target.in_features) != (bank[name].out_features, bank[name].in_features)
     ]
+    if wrong and all(
+        target.expert is not None
+        and (target.in_features, target.out_features) == (bank[name].out_features, bank[name].in_features)
+        for name, target in zip(names, targets, strict=True)
+        if (target.out_features, target.in_features) != (bank[name].out_features, bank[name].in_features)
+    ):
+        raise BankError(
+            f"{bank.path}: PEFT takes in and out of these experts the other way round, so their bases do not fit its layers "
+            f"(Llama-4's are such); {_some(wrong)}",
+            hint="leave these parameters out of target_parameters: adapters on them are not supported",
+        )
     if wrong:
         raise WrongBaseError(f"{bank.path}: this bank describes another model; {_some(wrong)}", hint=_REBUILD)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import svdbank
 from svdbank.bank import Bank
 from svdbank.basis import unresolved_ranks
-from svdbank.errors import WrongBaseError
+from svdbank.errors import BankError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model
 from tests.checkpoint.small_models import STACKED_IN_OUT, WITH_EXPERTS, configurations, load
 from tests.peft.models import factors, float32_angle, lora_layers, mica, only_a_trains, quiet, sine
@@ -189,6 +189,16 @@ def test_experts_through_target_parameters_hold_the_banks_directions_and_one_ste
     assert all(torch.equal(layer.lora_B["default"].weight, before[path]) for path, layer in layers.items())
     assert all(layer.lora_A["default"].weight.any() for layer in layers.values())
     assert only_a_trains(model)
+
+
+def test_experts_whose_sides_peft_exchanges_are_refused_as_not_supported(saved: Saved) -> None:
+    """Llama-4: PEFT reads (E, in, out) as (E, out, in)."""
+    folder, bank = saved("llama4")
+    model = loaded("llama4", folder)
+    config = mica(RANK, target_modules=attention_of(model), target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    with pytest.raises(BankError, match="the other way round") as caught:
+        get_peft_model(model, config, bank=bank)
+    assert caught.value.hint and "not supported" in caught.value.hint
 
 
 def test_a_tied_embedding_and_head_are_attached_from_one_stored_svd(saved: Saved, tmp_path: Path) -> None:
