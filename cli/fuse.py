@@ -41,13 +41,14 @@ def fuse_command(
     """Write MODEL with ADAPTER added into its weights: a checkpoint that loads without PEFT and without svdbank.
 
     W + ΔW is summed in float32 and rounded once. Shard layout, metadata and tensors that the adapter does not touch stay byte for byte;
-    configuration and tokenizer are carried over. The table shows what that rounding left of the adapter: the share of elements whose bits
+    configuration and tokenizer are carried over. ADAPTER is a folder, or user/name[@revision] on the Hub. The table shows what that rounding left of the adapter: the share of elements whose bits
     changed, and the error of the change in the file against the one intended.
 
     \b
     Examples:
       svdbank fuse HuggingFaceTB/SmolLM2-135M ./law -o ./smollm2-law
       svdbank fuse HuggingFaceTB/SmolLM2-135M ./law --into HuggingFaceTB/SmolLM2-135M-Instruct -o ./instruct-law
+      svdbank fuse HuggingFaceTB/SmolLM2-135M user/lora-with-a-head -o ./fused --untie
       svdbank fuse ./my-model ./law -o ./exact --dtype float32 --json
     """
     import svdbank

@@ -1,0 +1,78 @@
+"""A tied embedding and output head as two tensors, so that each can be changed by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+
+from svdbank.adapter.model import Adapter
+from svdbank.adapter.naming import matched
+from svdbank.adapter.saved import SavedModules
+from svdbank.checkpoint.configuration import facts
+from svdbank.checkpoint.correspondence import architecture_of, is_listed
+from svdbank.checkpoint.selection import decomposable
+from svdbank.checkpoint.source import Checkpoint
+from svdbank.errors import OptionError
+from svdbank.specs import WeightSpec
+
+#: The tensor that Transformers' causal language models read where nothing is tied.
+HEAD = "lm_head.weight"
+
+#: What ``config.json`` then says.
+UNTIED = {"tie_word_embeddings": False}
+
+#: Ends of the classes whose ``forward`` does the same with a head of its own as with a tied one.
+_CLASSES = ("ForCausalLM", "LMHeadModel")
+
+
+def needed(checkpoint: Checkpoint, adapter: Adapter, saved: SavedModules) -> tuple[str, ...]:
+    """Tensors of the embedding and of the head that there will be, where they are one and the adapter changes or replaces either."""
+    pair = _tied_pair(checkpoint)
+    if pair is None:
+        return ()
+    modules = {spec.module: spec.module for spec in pair}
+    whole = {f"{module}.weight": module for module in modules}
+    changed = bool(adapter.weights) and matched(modules, list(adapter.weights))
+    if not changed and not (saved.tensors and matched(whole, list(saved.tensors))):
+        return ()
+    return pair[0].sources[0].name, HEAD
+
+
+def _tied_pair(checkpoint: Checkpoint) -> tuple[WeightSpec, WeightSpec] | None:
+    """Embedding and head."""
+    specs, _ = decomposable(checkpoint, (".*",))
+    heads = [spec for spec in specs if spec.kind == "head"]
+    return next(((spec, head) for head in heads for spec in specs if spec != head and spec.sources == head.sources), None)
+
+
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with a head of its own, :data:`HEAD`, of the same bytes; written, both are there.
+
+    Raises :class:`OptionError` where that is not certain to be the same model: T5 scales the output of a tied head, BERT's head shares a
+    bias too, and multimodal models have more than one configuration.
+    """
+    pair = _tied_pair(checkpoint)
+    if pair is None:
+        return checkpoint
+    embedding, head = pair
+    about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
+    row = architecture_of(about)
+    plain = bool(about.architectures) and all(name.endswith(_CLASSES) for name in about.architectures)
+    if not (
+        plain
+        and is_listed(about)
+        and row.prefix
+        and row.head == "lm_head"
+        and not about.parts
+        and HEAD not in checkpoint.tensors
+    ):
+        kind = ", ".join(about.architectures) or about.model_type or "it has no config.json"
+        raise OptionError(
+            f"{checkpoint.name}: {embedding.module} and {head.module} cannot be untied: that this model ({kind}) reads a head of its "
+            "own and then does the same is not known",
+            hint="untie it by its own class: give the head a copy, set tie_word_embeddings to false, save_pretrained",
+        )
+    source = embedding.sources[0]
+    tensors = checkpoint.tensors | {HEAD: msgspec.structs.replace(source, name=HEAD)}
+    return dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config | UNTIED)
