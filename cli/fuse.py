@@ -41,8 +41,9 @@ def fuse_command(
     """Write MODEL with ADAPTER added into its weights: a checkpoint that loads without PEFT and without svdbank.
 
     W + ΔW is summed in float32 and rounded once. Shard layout, metadata and tensors that the adapter does not touch stay byte for byte;
-    configuration and tokenizer are carried over. ADAPTER is a folder, or user/name[@revision] on the Hub. The table shows what that rounding left of the adapter: the share of elements whose bits
-    changed, and the error of the change in the file against the one intended.
+    configuration and tokenizer are carried over. ADAPTER is a folder, or user/name[@revision] on the Hub. The table shows what that
+    rounding left of the adapter: the share of elements whose bits changed, and the error of the change in the file against the one
+    intended.
 
     \b
     Examples:
