@@ -27,7 +27,7 @@ tags:
 
 # {_NAMES[cache.method]} adapter, rank {cache.rank}
 
-{_mica(base, cache) if cache.method == "mica" else _residual(base, cache)}
+{_mica(base, cache) if cache.method == "mica" else _residual(base, cache, written=settings.init_lora_weights is True)}
 Base digest of these weights: `{cache.base_digest}`
 """
 
@@ -47,22 +47,32 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder", is_trainable=Tru
 """
 
 
-def _residual(base: str, cache: AdapterCache) -> str:
+def _residual(base: str, cache: AdapterCache, *, written: bool) -> str:
     end = "smallest" if cache.method == "milora" else "largest"
-    return f"""A fresh adapter over {len(cache.weights)} weights of {escaped(cache.base)}. `B` and `A` hold the {end}
+    begin = f"""A fresh adapter over {len(cache.weights)} weights of {escaped(cache.base)}. `B` and `A` hold the {end}
 singular triplets of each weight, and both train. **It belongs to the base without them, `W − s·B·A`**, not to
 {escaped(cache.base)} itself: on that, it would count them twice.
 Recorded as its base: {escaped(base)}.
+"""
+    loading = (
+        """That is the checkpoint which `svdbank init --residual-out` wrote; PEFT alone loads it there:
 
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/this/folder", is_trainable=True)
+```
+"""
+        if written
+        else """
 ```python
 from svdbank.peft import load_adapter
 
 model = load_adapter(model, "path/to/this/folder", bank="path/to/the/bank")  # takes them out of the model's weights in memory
 ```
-
-Onto the checkpoint that `svdbank init --residual-out` wrote, from which they are gone, PEFT alone loads it:
-`PeftModel.from_pretrained(residual, "path/to/this/folder", is_trainable=True)`.
-
+"""
+    )
+    return f"""{begin}{loading}
 After training, `svdbank export --to lora` makes a plain LoRA for the unchanged base.
 """
 

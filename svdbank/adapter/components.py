@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,8 +60,11 @@ class InBank:
     max_rank: int = 0
 
     def __post_init__(self) -> None:
-        count = len(self.indices)
-        if self.bands != bands_of(self.indices) or self.C.shape[0] != count or self.left.shape[1] != count:
+        count = sum(stop - start for start, stop in self.bands)
+        apart = all(one[1] < other[0] for one, other in pairwise(self.bands)) and all(
+            start < stop for start, stop in self.bands
+        )
+        if not apart or self.C.shape[0] != count or self.left.shape[1] != count:
             raise OptionError(f"bands {self.bands} do not fit C {tuple(self.C.shape)} and directions {tuple(self.left.shape)}")
         if not 0 < self.max_rank <= count:
             object.__setattr__(self, "max_rank", count)
@@ -104,13 +108,15 @@ Component = InBank | Free
 
 def scaled(component: Component, factor: float) -> Component:
     """``factor · ΔW``, rounded to float32 once."""
+    if factor == 1:
+        return component
     if isinstance(component, InBank):
         return InBank(component.bands, _times(component.C, factor), component.left, component.orthonormal, component.max_rank)
     return Free(_times(component.A, factor), component.B)
 
 
 def _times(matrix: Tensor, factor: float) -> Tensor:
-    return matrix if factor == 1 else (matrix.double() * factor).float()
+    return (matrix.double() * factor).float()
 
 
 def combined(terms: Sequence[tuple[float, Component]]) -> Component:

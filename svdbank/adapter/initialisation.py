@@ -159,7 +159,8 @@ def init(
         revision=None if base_model or residual is not None else base.revision,
         lora_dropout=dropout,
         use_rslora=rslora,
-        init_lora_weights="mica" if chosen == "mica" else True,
+        # PEFT refuses "milora" and takes "pissa" out of the base itself; on the residual these are ordinary factors.
+        init_lora_weights=chosen if residual is None else True,
         inference_mode=False,
         **_shape(bank, names, ranks, alphas),
     )
@@ -382,11 +383,15 @@ def _as_peft(bank: Bank, names: Sequence[str], factors: Mapping[str, tuple[Tenso
     return found
 
 
+#: What plain PEFT does with a folder whose config names the method.
+_BY_PEFT = {"milora": "refuses it", "pissa": "runs one SVD a weight to load it"}
+
+
 def _notes(bank: Bank, names: Sequence[str], method: Method, floored: int, residual: Path | None) -> Iterable[str]:
     if method in RESIDUAL_METHODS and residual is None:
         yield (
             "this adapter belongs to W − s·B·A, not to the base itself: load it with svdbank.peft.load_adapter and the bank, "
-            "or write that base with --residual-out"
+            f"or write that base with --residual-out; PEFT alone {_BY_PEFT[method]}"
         )
     if floored:
         yield f"{floored} singular values are zero to rounding and were raised to 1e-6 of the largest, or they would never learn"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled, singular_values, truncated
 from svdbank.adapter.folder import LoraSettings
-from svdbank.adapter.naming import bank_names
+from svdbank.adapter.naming import bank_names, missing_prefix
 from svdbank.adapter.recovery import projected, share_in
 from svdbank.bank.reading import Bank
 from svdbank.errors import BankError, OptionError, WrongBaseError
@@ -174,9 +174,10 @@ class Adapter:
 
     def inner(self, other: Adapter) -> float:
         """``⟨ΔW₁, ΔW₂⟩`` summed over the weights that both touch, from coefficients or factors alone."""
-        _check_bases([self, other])
-        shared = [key for key in self.weights if key in other.weights]
-        return math.fsum(inner(self.weights[key].total(), other.weights[key].total()) for key in shared)
+        one, two = aligned([self, other])
+        _check_bases([one, two])
+        shared = [key for key in one.weights if key in two.weights]
+        return math.fsum(inner(one.weights[key].total(), two.weights[key].total()) for key in shared)
 
     def norm(self) -> float:
         """Frobenius norm over all weights."""
@@ -297,11 +298,12 @@ def _directions(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, T
 def combination(terms: Sequence[tuple[float, Adapter]], *, name: str | None = None) -> Adapter:
     """``Σ wᵢ aᵢ`` in one pass. With ``name``, every weight's components become one of that name; else equal names add up.
 
-    Ranks, alphas, bands and sets of weights may differ. Raises :class:`WrongBaseError` for adapters of different bases and
-    :class:`OptionError` for none.
+    Modules are called as in the adapter with the longest names (:func:`aligned`). Ranks, alphas, bands and sets of weights may differ.
+    Raises :class:`WrongBaseError` for adapters of different bases and :class:`OptionError` for none.
     """
     if not terms:
         raise OptionError("a combination of no adapters")
+    terms = list(zip([factor for factor, _ in terms], aligned([adapter for _, adapter in terms]), strict=True))
     _check_bases([adapter for _, adapter in terms])
     keys = dict.fromkeys(key for _, adapter in terms for key in adapter.weights)
     weights = {key: _combined_weight(list(_terms_of(key, terms)), name) for key in keys}
@@ -309,6 +311,23 @@ def combination(terms: Sequence[tuple[float, Adapter]], *, name: str | None = No
     methods = {adapter.method for _, adapter in terms}
     notes = tuple(dict.fromkeys(note for _, adapter in terms for note in adapter.notes))
     return replace(first, weights=weights, notes=notes, method=first.method if len(methods) == 1 else "lora")
+
+
+def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters with one way of naming modules, the longest: ``layers.0.…`` becomes ``model.layers.0.…`` where another says so.
+
+    A note of an adapter says that it was renamed. Raises :class:`OptionError` where it cannot be told which modules are meant.
+    """
+    found = []
+    for adapter in adapters:
+        prefixes = [missing_prefix(list(adapter.weights), list(other.weights)) for other in adapters if other is not adapter]
+        prefix = max(prefixes, key=len, default="")
+        if prefix:
+            note = f"its modules are called {prefix}… here, as in the adapters beside it"
+            weights = {prefix + key: weight for key, weight in adapter.weights.items()}
+            adapter = replace(adapter, weights=weights, notes=(*adapter.notes, note))
+        found.append(adapter)
+    return found
 
 
 def _terms_of(key: str, terms: Sequence[tuple[float, Adapter]]) -> Iterator[tuple[float, AdaptedWeight]]:

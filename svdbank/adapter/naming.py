@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from svdbank.bank.reading import Bank
+from svdbank.errors import OptionError
 
 
 def bank_names(bank: Bank, keys: Sequence[str]) -> dict[str, str]:
@@ -47,3 +49,28 @@ class _Prefix:
 
     def __call__(self, key: str) -> str:
         return self.added + key.removeprefix(self.removed)
+
+
+def missing_prefix(keys: Sequence[str], others: Sequence[str]) -> str:
+    """What has to be put before ``keys`` so that they name modules as ``others`` do; nothing where they do already, or cannot.
+
+    A model in a class of its own and inside a larger one (``LlamaModel``, ``LlamaForCausalLM``) has two names for each module:
+    ``layers.0.…`` and ``model.layers.0.…``. Compared is what stands before the number of a layer, so that adapters of different layers or
+    modules are recognised too. Raises :class:`OptionError` where two prefixes would do.
+    """
+    mine, theirs = _stems(keys), _stems(others)
+    if mine & theirs:
+        return ""
+    found = {other.removesuffix(own) for own in mine for other in theirs if other.endswith(f".{own}")}
+    if len(found) > 1:
+        raise OptionError(
+            f"one adapter has modules {min(mine)}.…, another has them under {' and '.join(sorted(found))}: it cannot be told "
+            "which are meant",
+            hint="save both from the same class of model",
+        )
+    return found.pop() if found else ""
+
+
+def _stems(keys: Sequence[str]) -> set[str]:
+    """What comes before the first number of each key; nothing of keys without one."""
+    return {match[1] for key in keys if (match := re.match(r"(.+?)\.\d+(?:\.|$)", key))}

@@ -139,7 +139,7 @@ def made_as(folder: AdapterFolder, method: str | None) -> str:
     if folder.cache is not None:
         return folder.cache.method
     said = folder.settings.init_lora_weights
-    return "mica" if isinstance(said, str) and said.lower() == "mica" else "lora"
+    return said.lower() if isinstance(said, str) and said.lower() in METHODS else "lora"
 
 
 def _check_base(folder: AdapterFolder, bank: Bank | None, names: Mapping[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdbank.adapter.folder import CACHE, AdapterCache
-from svdbank.adapter.model import Adapter
+from svdbank.adapter.model import Adapter, aligned
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
 from svdbank.bank.reading import Bank
@@ -78,6 +78,7 @@ def read_inputs(
         adapters[name] = adapter if len(adapter.names) > 1 and not asked else adapter.named(name)
     if rebase is None:
         _check_digests({name: path for name, (path, _) in named.items()})
+    adapters = dict(zip(adapters, aligned(list(adapters.values())), strict=True))
     _check_bases(adapters)
     return adapters
 

@@ -77,6 +77,11 @@ def load_adapter(
         _check_digest(opened, saved.cache.base_digest, saved.cache.weights, folder)
     config = peft.LoraConfig.from_pretrained(str(folder))
     method = method_of(config)
+    on_residual = method is None and saved.cache is not None and saved.cache.method in RESIDUAL_METHODS
+    if on_residual and opened is not None:
+        # Written beside its residual base, where PEFT loads it as plain LoRA. A bank says that this is the unchanged base.
+        config.init_lora_weights = saved.cache.method if saved.cache is not None else None
+        method = method_of(config)
     if method is not None:
         normalise(config)
     if method in RESIDUAL_METHODS and opened is None:
@@ -90,6 +95,11 @@ def load_adapter(
     source = Source(opened, saved={added + module: pair for module, pair in saved.factors.items()}, folder=str(folder))
     with reroute(source):
         if isinstance(model, peft.PeftModel):
+            if on_residual and opened is not None:
+                raise OptionError(
+                    f"{folder}: {method} changes the base's weights, under the adapters that are already there",
+                    hint="load it alone, onto a freshly loaded base",
+                )
             if adapter_name in model.peft_config:
                 there = method_of(model.peft_config[adapter_name])
                 if there != method:
@@ -103,9 +113,17 @@ def load_adapter(
             # It reads the config by itself, with whatever spelling is on disk: the injection normalises it.
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **options)
             return model
-        return peft.PeftModel.from_pretrained(
-            model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **options
-        )
+        try:
+            return peft.PeftModel.from_pretrained(
+                model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **options
+            )
+        except WrongBaseError as cause:
+            if on_residual:
+                raise WrongBaseError(
+                    str(cause),
+                    hint="the checkpoint that init --residual-out wrote takes this adapter as it is: leave bank= out",
+                ) from cause
+            raise
 
 
 def attachment(model: nn.Module, adapter_name: str = "default") -> Attachment:

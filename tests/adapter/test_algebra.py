@@ -195,3 +195,32 @@ def test_what_cannot_be_meant_is_refused() -> None:
     ):
         with pytest.raises(OptionError):
             call()
+
+
+def named(*keys: str, seed: int = 0, sha256: str | None = None) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {key: Free(torch.randn(2, IN, generator=generator), torch.randn(OUT, 2, generator=generator)) for key in keys}
+    source = None if sha256 is None else Source("weight", sha256)
+    return Adapter({key: AdaptedWeight(OUT, IN, {"one": own}, source=source) for key, own in factors.items()})
+
+
+def test_adapters_saved_from_a_model_and_from_the_model_around_it_add_up() -> None:
+    bare, whole = named("layers.0.q", "layers.1.q"), named("model.layers.0.q", "lm_head", seed=1)
+    renamed = {"model." + key: value for key, value in dense(bare).items()}
+    for total in (bare + whole, whole + bare):
+        assert set(total.weights) == {"model.layers.0.q", "model.layers.1.q", "lm_head"}
+        expected = {key: renamed.get(key, 0) + dense(whole).get(key, 0) for key in total.weights}
+        assert close(total, expected, scale=size(expected))
+        assert any("called model.…" in note for note in total.notes)
+    assert bare.inner(whole) == pytest.approx(float((renamed["model.layers.0.q"] * dense(whole)["model.layers.0.q"]).sum()))
+    # Other layers, other modules: what stands before the number tells.
+    assert set((named("layers.7.v") + whole).weights) == {"model.layers.7.v", "model.layers.0.q", "lm_head"}
+    assert set((named("visual.blocks.0.q") + whole).weights) == {"visual.blocks.0.q", "model.layers.0.q", "lm_head"}
+    with pytest.raises(WrongBaseError, match="different bases"):
+        named("layers.0.q", sha256="a") + named("model.layers.0.q", sha256="b")
+
+
+def test_modules_that_could_be_either_of_two_are_refused() -> None:
+    both = named("text.layers.0.q", "image.layers.0.q")
+    with pytest.raises(OptionError, match=r"under image\. and text\."):
+        both + named("layers.0.q")

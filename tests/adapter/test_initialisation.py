@@ -174,7 +174,8 @@ def test_stopped_at_any_file_operation_the_adapter_is_whole_or_absent(bank: Bank
         assert len(read_folder(output).factors) == 6
 
 
-def test_an_adapter_that_cannot_be_replaced_stays(bank: Bank, tmp_path: Path) -> None:
+def test_an_adapter_that_cannot_be_replaced_stays(bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsio, "exchange", lambda one, other: False)  # the way of systems that cannot
     svdbank.init(bank, rank=2, output=tmp_path / "a", targets=("query",))
     renames = 0
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import svdbank
 from svdbank.adapter.methods import initial_factors, restored, restored_alpha
 from svdbank.bank import Bank
-from svdbank.errors import BankError, OptionError
+from svdbank.errors import BankError, OptionError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
-from tests.peft.models import factors, lora_layers, mica, quiet, trainable
+from tests.peft.models import factors, lora_layers, mica, quiet, trainable, without_svd
 
 Load = Callable[..., nn.Module]
 TOKENS = torch.arange(1000, 1032).reshape(2, 16)
@@ -275,3 +275,37 @@ def _train(model: nn.Module, steps: int = 3) -> None:
         optimizer.zero_grad()
         (model.eval()(TOKENS).last_hidden_state - target).square().mean().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["milora", "pissa"])
+def test_a_folder_of_init_gives_the_base_s_outputs_or_an_error(
+    method: str, bert: Load, minilm: Path, minilm_bank: Bank, tmp_path: Path
+) -> None:
+    options = {"rank": 8, "method": method, "targets": ("query", "value")}
+    svdbank.init(minilm_bank, output=tmp_path / "fresh", **options)
+    svdbank.init(minilm_bank, output=tmp_path / "beside", residual_out=tmp_path / "residual", base_model=str(minilm), **options)
+    expected = output(bert())
+    for folder in ("fresh", "beside"):
+        with without_svd():
+            model = load_adapter(bert(), tmp_path / folder, bank=minilm_bank)
+        assert attachment(model).method == method and attachment(model).state == "verified"
+        # The base was rounded to float32 once, and six layers of sums run in another order.
+        assert (output(model) - expected).abs().max() <= 2e-5
+    with pytest.raises(OptionError, match="belongs to the base without"):
+        load_adapter(bert(), tmp_path / "fresh")
+    if method == "milora":
+        for low in (False, True):
+            with pytest.raises(ValueError, match="milora"):
+                peft.PeftModel.from_pretrained(bert(), tmp_path / "fresh", low_cpu_mem_usage=low)
+    else:  # PEFT has PiSSA: it decomposes again, and is right
+        with quiet():
+            plain = peft.PeftModel.from_pretrained(bert(), tmp_path / "fresh")
+        assert (output(plain) - expected).abs().max() <= 2e-5
+    from transformers import AutoModel
+
+    with quiet():
+        residual = AutoModel.from_pretrained(tmp_path / "residual")
+    with pytest.raises(WrongBaseError) as caught:
+        load_adapter(residual, tmp_path / "beside", bank=minilm_bank)
+    assert "leave bank= out" in str(caught.value.hint)
+    assert (output(load_adapter(residual, tmp_path / "beside")) - expected).abs().max() <= 2e-5
