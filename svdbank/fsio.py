@@ -53,13 +53,21 @@ def write_new(path: Path, data: bytes | memoryview) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         _about_to("write", path)
-        rest = memoryview(data).cast("B")
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        _write_all(descriptor, data, path)
         _about_to("fsync", path)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:
+    rest = memoryview(data).cast("B")
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError as cause:
+        cause.filename = str(path)  # the system names none for a descriptor
+        raise
 
 
 @contextlib.contextmanager
@@ -70,9 +78,7 @@ def creating(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
 
     def append_piece(data: bytes | memoryview) -> None:
         _about_to("write", path)
-        rest = memoryview(data).cast("B")
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        _write_all(descriptor, data, path)
 
     try:
         yield append_piece

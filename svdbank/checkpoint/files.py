@@ -63,7 +63,8 @@ def member(folder: Path, name: str) -> Path:
         if blobs is None or not (target.parent == blobs.resolve() or _is_shared(target, blobs)):
             raise CheckpointError(
                 f"{path}: a link to {target}; only the Hugging Face cache's links into its own blobs/ are followed",
-                hint=f"if you trust it, put the file itself there: cp --remove-destination {shlex.quote(str(target))} {shlex.quote(str(path))}",
+                hint="if you trust it, put the file itself there: "
+                f"cp --remove-destination {shlex.quote(str(target))} {shlex.quote(str(path))}",
             )
     return target
 

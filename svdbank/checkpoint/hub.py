@@ -271,6 +271,9 @@ def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
     names = sorted(set(weight_map.values())) if weight_map is not None else [layout.single or ""]
     if any(not (folder / name).is_file() for name in names):
         return None
+    # A model is not what it is without its configuration: one that never came, or whose blob is gone, is not a model without one.
+    if try_to_load_from_cache(repository, _CONFIG, revision=folder.name) is None:
+        return None
     config = read_document(member(folder, _CONFIG), MAX_CONFIG) if (folder / _CONFIG).is_file() else None
     files = []
     for name in names:

@@ -18,7 +18,7 @@ from svdbank.bank.layout import MANIFEST, plan_name
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
 from svdbank.errors import DamageError, OptionError, SvdbankError, WrongBaseError
 from svdbank.pipeline.execution import Execution
-from svdbank.pipeline.fetching import Fetch, FetchReport, checked_fetch
+from svdbank.pipeline.fetching import Fetch, FetchReport, checked_fetch, gigabytes
 from svdbank.pipeline.locating import default_output, output_folder, refuse_foreign_folder
 from svdbank.pipeline.planning import bank_bytes, checked_jobs, checked_options, make_plan, read_plan, refuse_other_options
 from svdbank.specs import (
@@ -231,7 +231,7 @@ def _refuse_full_disk(root: Path, plan: Plan) -> None:
     needed = bank_bytes(root, plan)
     if needed > (free := fsio.free_bytes(root)):
         raise OptionError(
-            f"{root}: the bank needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free",
+            f"{root}: the bank needs {gigabytes(needed)} more, {gigabytes(free)} are free",
             hint="choose another disk with -o, a smaller --rank, --side left, or --dtype float16",
         )
 

@@ -121,19 +121,19 @@ def plan_fetch(
     if options.fetch == "cache":
         if everything > room:
             raise OptionError(
-                f"{checkpoint.name}: {_gb(everything)} are to be downloaded, {limit} is {_gb(room)}",
+                f"{checkpoint.name}: {gigabytes(everything)} are to be downloaded, {limit} is {gigabytes(room)}",
                 hint="--fetch auto takes what fits: shards deleted behind, or byte ranges",
             )
         return FetchPlan(way="cache", files=len(sizes), nbytes=everything, disk_bytes=everything, keep=True, checked=True)
     fits = total <= room
     if options.keep and not fits:
         raise OptionError(
-            f"{checkpoint.name}: --keep needs {_gb(total)}, {limit} is {_gb(room)}",
+            f"{checkpoint.name}: --keep needs {gigabytes(total)}, {limit} is {gigabytes(room)}",
             hint="leave --keep out, or raise --disk-budget",
         )
     if options.fetch == "shards" and largest > room:
         raise OptionError(
-            f"{checkpoint.name}: the largest shard has {_gb(largest)}, {limit} is {_gb(room)}",
+            f"{checkpoint.name}: the largest shard has {gigabytes(largest)}, {limit} is {gigabytes(room)}",
             hint="--fetch ranges needs no disk",
         )
     if options.fetch == "ranges" or largest > room:
@@ -169,5 +169,6 @@ def fetched(
         raise
 
 
-def _gb(nbytes: int) -> str:
+def gigabytes(nbytes: int) -> str:
+    """``nbytes`` for an error: in GB, or in MB where that would round to little."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

@@ -207,6 +207,43 @@ def test_shards_are_fetched_by_the_index_and_nothing_else(hub: LocalHub, client:
     assert client(repo, read=True)["hashes"] == seen["hashes"]
 
 
+def test_a_cache_whose_links_lead_nowhere_is_fetched_again_and_said_offline(hub: LocalHub, client: Client, repo: str) -> None:
+    """Somebody has cleaned up ``blobs/``."""
+    hub.commit(repo, {"config.json": CONFIG, "model.safetensors.index.json": INDEX, **SHARDS})
+    seen = client(repo, read=True)
+    links = [path for path in client.snapshots(repo) if path.suffix == ".safetensors"]
+    for gone in ("model-00001-of-00002.safetensors", "config.json"):
+        link = next(path for path in client.snapshots(repo) if path.name == gone)
+        link.resolve().unlink()
+        assert link.is_symlink() and not link.exists()
+        assert "not complete in the Hugging Face cache" in client(repo, HF_HUB_OFFLINE="1")["error"]
+        with pytest.raises(CheckpointError, match="cannot be followed") as caught:
+            open_checkpoint(links[0].parent)
+        assert caught.value.hint and "download the model again" in caught.value.hint
+        assert client(repo, read=True)["hashes"] == seen["hashes"]
+        assert link.exists()
+
+
+def test_weights_in_the_cache_without_their_configuration_are_no_model_offline(
+    hub: LocalHub, client: Client, repo: str
+) -> None:
+    """``hf download --include '*.safetensors'``: GPT-2 would be read untransposed, codes as values."""
+    commit = hub.commit(repo, {"config.json": CONFIG, "model.safetensors": weights(0)})
+    seen = client(repo, read=True)
+    (config,) = [path for path in client.snapshots(repo) if path.name == "config.json"]
+    config.unlink()
+    assert "not complete in the Hugging Face cache" in client(repo, HF_HUB_OFFLINE="1")["error"]
+    assert client(f"{repo}@{commit}")["config"] == seen["config"], "known by its commit, and asked for all the same"
+    assert client(repo, HF_HUB_OFFLINE="1")["key"] == seen["key"]
+
+
+def test_a_model_without_configuration_is_one_offline_too(hub: LocalHub, client: Client, repo: str) -> None:
+    hub.commit(repo, {"model.safetensors": weights(0)})
+    seen = client(repo, read=True)
+    offline = client(repo, HF_HUB_OFFLINE="1")
+    assert offline["key"] == seen["key"] and offline["config"] == seen["config"] == {}
+
+
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "sub/x.safetensors", "*.safetensors", "gone.safetensors"])
 def test_an_index_on_the_hub_cannot_name_files_outside_or_missing(hub: LocalHub, client: Client, repo: str, name: str) -> None:
     index = json.dumps({"weight_map": {"a.weight": name}}).encode()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -258,7 +260,7 @@ def _sources(model: Path) -> list:  # type: ignore[type-arg]
 
 def test_a_disk_without_room_is_refused_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsio, "free_bytes", lambda path: 1000)
-    with pytest.raises(svdbank.OptionError, match="GB are free") as caught:
+    with pytest.raises(svdbank.OptionError, match="MB are free") as caught:
         _build(model, tmp_path / "bank")
     assert "--rank" in str(caught.value.hint)
     assert not list((tmp_path / "bank").glob("*/left"))
@@ -447,3 +449,22 @@ def test_advice_can_be_pasted_into_a_shell_whatever_the_name(minilm: Path, tmp_p
     with pytest.raises(svdbank.BankNotFoundError) as caught:
         svdbank.open(model)
     assert caught.value.hint is not None and shlex.split(caught.value.hint) == ["svdbank", "build", str(model)]
+
+
+def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file_and_the_next_build_finishes(
+    minilm: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for a full disk: the system refuses the write in the middle, as it does there."""
+    model = write_small_checkpoint(tmp_path / "model", minilm, layers=4, out=300, width=300)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            svdbank.build(model, tmp_path / "bank", rank=32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG and str(caught.value.filename).startswith(str(tmp_path / "bank"))
+    with pytest.raises(svdbank.BankNotFoundError, match="has not finished"):
+        svdbank.open(tmp_path / "bank")
+    assert _build(model, tmp_path / "bank", rank=32).weights == 4
+    assert svdbank.verify(tmp_path / "bank", data=True).sound
