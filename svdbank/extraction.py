@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.components import Free
-from svdbank.adapter.folder import LoraSettings, check_output
+from svdbank.adapter.folder import LoraSettings, check_apart, check_output
 from svdbank.adapter.model import AdaptedWeight, Adapter, BaseIdentity, Kind, Source
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
@@ -159,7 +159,9 @@ def extract(
     """
     if rank < 1:
         raise OptionError(f"a rank is at least 1, not {rank}")
-    check_output(Path(output).expanduser().resolve(), force=force)
+    target = Path(output).expanduser().resolve()
+    check_output(target, force=force)
+    check_apart(target, [base, finetuned])
     with open_checkpoint(base) as one, open_checkpoint(finetuned) as other:
         chosen = [targets] if isinstance(targets, str) else list(targets)
         pairs = _pairs(one, other, chosen)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -200,6 +201,14 @@ def check_output(output: Path, *, force: bool) -> None:
             f"{output} holds more than an adapter ({', '.join(strangers[:3])}), so it is not replaced",
             hint="name another output, or move those away",
         )
+
+
+def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse an output inside a folder that is read: that would no longer be an adapter, or a model, and nothing else."""
+    for place in inputs:
+        folder = Path(place).expanduser().resolve()
+        if folder.is_dir() and folder in output.parents:
+            raise OptionError(f"{output} lies inside {place}, which is read", hint="name an output beside it")
 
 
 @contextlib.contextmanager

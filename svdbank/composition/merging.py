@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from svdbank.adapter.components import Component, InBank, singular_values, truncated
-from svdbank.adapter.folder import check_output
+from svdbank.adapter.folder import check_apart, check_output
 from svdbank.adapter.model import AdaptedWeight, Adapter, combination
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.composition.coordinates import common_coordinates
 from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
-from svdbank.composition.inputs import Places, check_touching, notes_of, read_inputs
+from svdbank.composition.inputs import Places, check_touching, named_places, notes_of, read_inputs
 from svdbank.composition.sparsification import dropped, elected, summed, trimmed
 from svdbank.errors import OptionError
 from svdbank.specs import ProgressCallback, Struct
@@ -110,12 +110,15 @@ def merge(
     """
     path = Path(output).expanduser().resolve()
     check_output(path, force=force)
+    check_apart(path, (place for place, _ in named_places(adapters).values()))
     _check_options(method, density, rank)
     read = read_inputs(adapters, bank=bank, rebase=rebase)
     if len(read) < 2:
         raise OptionError("merging takes two adapters or more", hint="svdbank stack NAME --scale NAME=0.5 scales one")
     check_touching(read)
     used = _checked_weights(weights, method, len(read))
+    if fit is None and not any(used):
+        raise OptionError("every weight is 0: the result would change nothing", hint="--weights 0.5,0.5")
     kept = DENSITY if density is None else density
 
     def merged_with(chosen: Sequence[float]) -> tuple[Adapter, dict[str, float]]:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svdbank.adapter.components import Band, Component, InBank
-from svdbank.adapter.folder import check_output
+from svdbank.adapter.folder import check_apart, check_output
 from svdbank.adapter.model import Adapter, combination
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
-from svdbank.composition.inputs import Places, notes_of, read_inputs
+from svdbank.composition.inputs import Places, named_places, notes_of, read_inputs
 from svdbank.errors import OptionError
 from svdbank.specs import ProgressCallback, Struct
 
@@ -82,6 +82,7 @@ def stack(
     """
     path = Path(output).expanduser().resolve()
     check_output(path, force=force)
+    check_apart(path, (place for place, _ in named_places(adapters).values()))
     read = read_inputs(adapters, bank=bank, rebase=rebase)
     domains = _domains(read)
     scales = _scales(domains, scale or {}, drop)
@@ -89,6 +90,8 @@ def stack(
         raise OptionError(
             f"{next(iter(domains))} alone is no stack", hint="name more adapters, or change its strength with --scale NAME=0.7"
         )
+    if fit is None and not any(scales.values()):
+        raise OptionError("every scale is 0: the result would change nothing", hint="--drop NAME takes a domain out")
     left = {name: adapter for name, adapter in domains.items() if name in scales}
     fitted = None
     if fit is not None:

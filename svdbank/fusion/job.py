@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from svdbank import fsio
+from svdbank.adapter.folder import check_apart
 from svdbank.adapter.model import Adapter
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.source import Checkpoint, open_checkpoint
@@ -80,7 +81,9 @@ def fuse(
     """
     if dtype is not None and dtype not in get_args(FusedDtype):
         raise OptionError(f"a fused checkpoint is stored in {', '.join(get_args(FusedDtype))}, not {dtype!r}")
-    check_folder(Path(output).expanduser().resolve())
+    target = Path(output).expanduser().resolve()
+    check_folder(target)
+    check_apart(target, [model, *([into] if into is not None else []), *([] if isinstance(adapter, Adapter) else [adapter])])
     with contextlib.ExitStack() as stack:
         # Everything is in small pieces, many at a time: threads inside one of them would only wait for each other.
         stack.enter_context(pinned_threads(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,23 @@ def test_the_command_says_what_it_did(trained: dict[str, Path], tmp_path: Path, 
     assert (report["seed"], report["density"], report["weights"]) == (7, 0.5, {"law": 1.0, "c": 1.0})
     assert run(["merge", *folders, "-o", str(tmp_path / "e"), "--weights", "a,b"]) == 2
     assert run(["merge", *folders, "-o", str(tmp_path / "e"), "--fit", "text.txt"]) == 2
+
+
+@pytest.mark.parametrize("verb", [svdbank.merge, svdbank.stack])
+def test_an_output_inside_an_input_is_refused(verb: Callable[..., object], tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(OptionError, match=r"lies inside .*one"):
+        verb([tmp_path / "one", f"two={tmp_path / 'other'}"], output=tmp_path / "one" / "within")
+    assert not any((tmp_path / "one").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("verb", "zero"), [(svdbank.merge, {"weights": [0, 0]}), (svdbank.stack, {"scale": {"law": 0, "code": 0}})]
+)
+def test_a_sum_of_nothing_is_refused(
+    verb: Callable[..., object], zero: dict[str, object], trained: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="is 0: the result would change nothing"):
+        verb([f"{name}={trained[name]}" for name in ("law", "code")], output=tmp_path / "zero", **zero)
+    assert not (tmp_path / "zero").exists()

@@ -262,6 +262,9 @@ def test_an_adapter_of_another_model_or_of_nothing_is_an_error_before_the_work(t
             svdbank.fuse(base, tmp_path / name, tmp_path / "fused")
     with pytest.raises(WrongBaseError, match=r"160×64.*96×64"):
         svdbank.fuse(base, tmp_path / "narrow", tmp_path / "fused")
+    for place in (base, tmp_path / "zero"):
+        with pytest.raises(OptionError, match="lies inside"):
+            svdbank.fuse(base, tmp_path / "zero", place / "fused")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     with pytest.raises(OptionError, match="not an empty folder"):
