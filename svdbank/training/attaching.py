@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from svdbank import fsio
-from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache
+from svdbank.adapter.experts import join, parameters_of, split
+from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache, read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.selection import selected
 from svdbank.bank import Bank
 from svdbank.checkpoint.targets import ALL_LINEAR, parse_targets
 from svdbank.errors import BankError, OptionError, missing_extra
@@ -39,11 +41,11 @@ def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:
 
     torch.manual_seed(options.seed)
     if options.method == "lora":
-        wrapped = peft.get_peft_model(model, _config(options))
+        wrapped = peft.get_peft_model(model, _config(options, bank))
         keep_gradients(model)
     else:
         assert bank is not None
-        wrapped = get_peft_model(model, _config(options), bank=bank)
+        wrapped = get_peft_model(model, _config(options, bank), bank=bank)
         band = free_band(options, bank)
         if band[0]:
             _move_to_band(wrapped, bank, band)
@@ -87,10 +89,16 @@ def rehearse(options: TrainOptions, source: Source, bank: Bank | None) -> None:
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(source.config)
-        _check_targets(model, options)
+        if not _has_experts(bank):
+            _check_targets(model, options)
         try:
             attach(model, options, bank)
         except ValueError as cause:
+            if "lora_dropout" in str(cause):
+                raise OptionError(
+                    f"{options.model}: dropout {options.dropout:g} cannot act on experts that are fused into one parameter",
+                    hint="--dropout 0, or --targets for other modules",
+                ) from cause
             if isinstance(cause, OptionError) or "arget module" not in str(cause):
                 raise
             raise OptionError(
@@ -183,15 +191,28 @@ def trainable_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _config(options: TrainOptions) -> Any:
+def _has_experts(bank: Bank | None) -> bool:
+    return bank is not None and any(bank[name].stacked for name in bank.names)
+
+
+def _config(options: TrainOptions, bank: Bank | None) -> Any:
+    if bank is not None and _has_experts(bank):
+        # PEFT would adapt routers too, and takes fused experts as parameters, by their path.
+        names = selected(bank, options.targets, (), ())
+        targets: dict[str, Any] = {
+            "target_modules": [bank[name].module for name in names if not bank[name].stacked],
+            "target_parameters": sorted({bank[name].module for name in names if bank[name].stacked}) or None,
+        }
+    else:
+        targets = {"target_modules": _target_modules(options.targets)}
     return _peft().LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
-        target_modules=_target_modules(options.targets),
         init_lora_weights=True if options.method == "lora" else options.method,
         task_type="CAUSAL_LM",
+        **targets,
     )
 
 
@@ -230,9 +251,17 @@ def _move_to_band(model: Any, bank: Bank, band: Band) -> None:
 def _restore(folder: Path, initial: dict[str, Tensor]) -> None:
     """Make an adapter of the residual base ``W − s B₀A₀`` one of W, by rank 2r (see ``restored``)."""
     trained = safetensors.torch.load_file(folder / WEIGHTS)
-    for key in [key for key in trained if ".lora_A." in key]:
-        other = key.replace(".lora_A.", ".lora_B.")
-        trained[key], trained[other] = restored(trained[key], trained[other], initial[key], initial[other])
+    saved = read_folder(folder)
+    stacked = {module: saved.rank(parameter) for module, parameter in parameters_of(saved).items()}
+    for key in [key for key in trained if "lora_A" in key or "lora_embedding_A" in key]:
+        other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        A, B, A0, B0 = trained[key], trained[other], initial[key], initial[other]
+        rank = stacked.get(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        if rank is None:
+            trained[key], trained[other] = restored(A, B, A0, B0)
+            continue
+        experts = zip(split(A, B, rank, key), split(A0, B0, rank, key), strict=True)
+        trained[key], trained[other] = join([restored(*own, *start) for own, start in experts])
     config = json.loads((folder / CONFIG).read_bytes())
     config |= {
         "r": 2 * config["r"],
