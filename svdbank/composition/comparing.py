@@ -202,8 +202,11 @@ def _pair(one: str, first: Adapter, other: str, second: Adapter) -> Pair:
         layers.setdefault(layer_of(key), []).append(found)
     by_weight = tuple(found.relation(key) for key, found in sums.items())
     by_layer = tuple(_added(found).relation(layer) for layer, found in sorted(layers.items(), key=lambda item: _order(item[0])))
-    whole = _added(sums.values()).relation("")
-    return Pair(one, other, whole, by_layer, by_weight, _verdict(one, other, whole, by_layer, by_weight))
+    total = _added(sums.values())
+    whole = total.relation("")
+    nothing = [name for name, square in zip((one, other), total.squares, strict=True) if sums and not square]
+    verdict = f"{' and '.join(nothing)}: ΔW is zero there" if nothing else _verdict(one, other, whole, by_layer, by_weight)
+    return Pair(one, other, whole, by_layer, by_weight, verdict)
 
 
 def _sums(one: Component, other: Component) -> _Sums:

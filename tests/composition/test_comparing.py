@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import svdbank
 from svdbank.adapter.folder import WEIGHTS
@@ -142,3 +143,11 @@ def test_the_command_s_tables(trained: dict[str, Path], tmp_path: Path, capsys: 
     assert run(["compare", *folders, "--json", "--image", str(tmp_path / "map.svg")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["pairs"][0]["weights"]) == 14 and report["image"] == str(tmp_path / "map.svg")
+
+
+def test_an_adapter_of_zeros_is_called_that(trained: dict[str, Path], tmp_path: Path) -> None:
+    svdbank.merge([trained["law"], trained["code"]], output=tmp_path / "one", weights=[1, 0])
+    file = tmp_path / "one" / "adapter_model.safetensors"
+    save_file({name: tensor * ("lora_B" in name) for name, tensor in load_file(file).items()}, file)
+    report = svdbank.compare([trained["law"], tmp_path / "one"])
+    assert report.pairs[0].verdict == "one: ΔW is zero there"
