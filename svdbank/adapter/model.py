@@ -7,7 +7,7 @@ keeps the bases apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -301,16 +301,39 @@ def combination(terms: Sequence[tuple[float, Adapter]], *, name: str | None = No
     Modules are called as in the adapter with the longest names (:func:`aligned`). Ranks, alphas, bands and sets of weights may differ.
     Raises :class:`WrongBaseError` for adapters of different bases and :class:`OptionError` for none.
     """
-    if not terms:
+    factors = [factor for factor, _ in terms]
+
+    def summed(_: str, parts: Mapping[int, AdaptedWeight]) -> Mapping[str, Component]:
+        grouped: dict[str, list[tuple[float, Component]]] = {}
+        for number, weight in parts.items():
+            for own, component in weight.components.items():
+                grouped.setdefault(name or own, []).append((factors[number], component))
+        return {own: combined(found) for own, found in grouped.items()}
+
+    return joined([adapter for _, adapter in terms], summed)
+
+
+def joined(
+    adapters: Sequence[Adapter], components_of: Callable[[str, Mapping[int, AdaptedWeight]], Mapping[str, Component]]
+) -> Adapter:
+    """One adapter on the weights of all. ``components_of`` gives a weight's components from its name and what each adapter, by number,
+    does to it.
+
+    Raises as :func:`combination` does.
+    """
+    if not adapters:
         raise OptionError("a combination of no adapters")
-    terms = list(zip([factor for factor, _ in terms], aligned([adapter for _, adapter in terms]), strict=True))
-    _check_bases([adapter for _, adapter in terms])
-    keys = dict.fromkeys(key for _, adapter in terms for key in adapter.weights)
-    weights = {key: _combined_weight(list(_terms_of(key, terms)), name) for key in keys}
-    first = terms[0][1]
-    methods = {adapter.method for _, adapter in terms}
-    notes = tuple(dict.fromkeys(note for _, adapter in terms for note in adapter.notes))
-    return replace(first, weights=weights, notes=notes, method=first.method if len(methods) == 1 else "lora")
+    adapters = aligned(adapters)
+    _check_bases(adapters)
+    weights = {}
+    for key in dict.fromkeys(key for adapter in adapters for key in adapter.weights):
+        parts = {number: adapter.weights[key] for number, adapter in enumerate(adapters) if key in adapter.weights}
+        first = next(iter(parts.values()))
+        source = next((weight.source for weight in parts.values() if weight.source), None)
+        weights[key] = replace(first, components=components_of(key, parts), source=source)
+    methods = {adapter.method for adapter in adapters}
+    notes = tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
+    return replace(adapters[0], weights=weights, notes=notes, method=adapters[0].method if len(methods) == 1 else "lora")
 
 
 def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -328,22 +351,6 @@ def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
             adapter = replace(adapter, weights=weights, notes=(*adapter.notes, note))
         found.append(adapter)
     return found
-
-
-def _terms_of(key: str, terms: Sequence[tuple[float, Adapter]]) -> Iterator[tuple[float, AdaptedWeight]]:
-    for factor, adapter in terms:
-        if key in adapter.weights:
-            yield factor, adapter.weights[key]
-
-
-def _combined_weight(terms: list[tuple[float, AdaptedWeight]], name: str | None) -> AdaptedWeight:
-    grouped: dict[str, list[tuple[float, Component]]] = {}
-    for factor, weight in terms:
-        for own, component in weight.components.items():
-            grouped.setdefault(name or own, []).append((factor, component))
-    first = terms[0][1]
-    source = next((weight.source for _, weight in terms if weight.source), None)
-    return replace(first, components={own: combined(parts) for own, parts in grouped.items()}, source=source)
 
 
 def _check_bases(adapters: Sequence[Adapter]) -> None:

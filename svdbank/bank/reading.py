@@ -349,7 +349,9 @@ def read_manifest(root: Path) -> Manifest:
     _check_format(data, path)
     manifest = from_json(data, Manifest, where=str(path), error=DamageError)
     if manifest_digest(data, manifest.digest) != manifest.digest:
-        raise DamageError(f"{path}: not the manifest that was published", hint=f"svdbank rm {quote(str(root))}, then build it again")
+        raise DamageError(
+            f"{path}: not the manifest that was published", hint=f"svdbank rm {quote(str(root))}, then build it again"
+        )
     return manifest
 
 

@@ -14,7 +14,7 @@ import torch
 
 from svdbank.adapter.components import Component, InBank, singular_values, truncated
 from svdbank.adapter.folder import check_apart, check_output
-from svdbank.adapter.model import AdaptedWeight, Adapter, combination
+from svdbank.adapter.model import AdaptedWeight, Adapter, combination, joined
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.composition.coordinates import common_coordinates
@@ -164,16 +164,15 @@ def merged(
     """The merge as a value, with one component called ``merged``; what :func:`merge` writes before it cuts ranks."""
     if method == "linear":
         total = combination(list(zip(weights, adapters.values(), strict=True)), name=MERGED)
-        return replace(total, weights={key: _narrowed(weight) for key, weight in total.weights.items()})
-    result = combination([(1.0, adapter) for adapter in adapters.values()], name=MERGED)
-    changed = {}
-    for key, weight in result.weights.items():
-        present = [(number, adapter) for number, adapter in enumerate(adapters.values()) if key in adapter.weights]
-        components = [adapter.weights[key].total() for _, adapter in present]
-        own = [weights[number] for number, _ in present]
-        component = _by_coefficients(components, own, method, density, _seeds(seed, key, [number for number, _ in present]))
-        changed[key] = _narrowed(replace(weight, components={MERGED: component}))
-    return replace(result, weights=changed)
+    else:
+
+        def by_coefficients(key: str, parts: Mapping[int, AdaptedWeight]) -> dict[str, Component]:
+            own = [weights[number] for number in parts]
+            components = [weight.total() for weight in parts.values()]
+            return {MERGED: _by_coefficients(components, own, method, density, _seeds(seed, key, list(parts)))}
+
+        total = joined(list(adapters.values()), by_coefficients)
+    return replace(total, weights={key: _narrowed(weight) for key, weight in total.weights.items()})
 
 
 def _by_coefficients(
