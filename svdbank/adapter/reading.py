@@ -18,7 +18,7 @@ from torch import Tensor
 
 from svdbank.adapter.components import Band, Component, Free, InBank, bands_of, combined, indices_of, inner
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import COMPONENTS, WEIGHTS, AdapterFolder, read_folder
+from svdbank.adapter.folder import COMPONENTS, WEIGHTS, AdapterCache, AdapterFolder, LoraSettings, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, Method, initial_factors, lora_scale, restored
 from svdbank.adapter.model import AdaptedWeight, Adapter, BaseIdentity, Kind, Source
 from svdbank.adapter.naming import bank_names
@@ -35,6 +35,10 @@ _ORTHONORMAL = 2.0**-6
 #: The same for float32 columns, of which norms and inner products may be taken from coefficients alone: a few thousand entries
 #: rounded by 6e-8 give about 1e-7.
 _FLOAT32_ORTHONORMAL = 1e-6
+
+
+#: ``init_lora_weights`` of PEFT, or how it begins, with which an adapter belongs to a base that was changed when it was made.
+_CHANGED_BASE = ("pissa", "milora", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def read_adapter(path: str | Path, *, bank: Bank | None = None, name: str | None
         What the folder was initialised as, where ``svdbank.json`` is lost: ``milora`` and ``pissa`` are read as the adapter for the
         *unchanged* base, ``[A; A₀], [B, −B₀]``, and need the bank for that.
 
-    Raises :class:`CheckpointError` for a folder that is no adapter or of a kind that is not ``ΔW = s B A`` (DoRA, biases of LoRA's own),
+    Raises :class:`CheckpointError` for a folder that is no adapter or of a kind that is not ``ΔW = s B A`` on the unchanged base (DoRA,
+    biases of LoRA's own, OLoRA and others that subtract from the base what they start from),
     :class:`WrongBaseError` where the bank belongs to another base, :class:`BankError` where it lacks weights that are needed.
     """
     folder = read_folder(path)
@@ -136,10 +141,22 @@ def made_as(folder: AdapterFolder, method: str | None) -> str:
         if method not in (*METHODS, "lora"):
             raise OptionError(f"{method!r} is not a method: {', '.join((*METHODS, 'lora'))}")
         return method
-    if folder.cache is not None:
-        return folder.cache.method
-    said = folder.settings.init_lora_weights
-    return said.lower() if isinstance(said, str) and said.lower() in METHODS else "lora"
+    return initialised_as(folder.path, folder.settings, folder.cache)
+
+
+def initialised_as(path: Path, settings: LoraSettings, cache: AdapterCache | None) -> str:
+    """What ``svdbank.json`` says, else the config. Raises :class:`CheckpointError` for what no bank can put on the unchanged base."""
+    if cache is not None:
+        return cache.method
+    said = settings.init_lora_weights
+    known = said.lower() if isinstance(said, str) else ""
+    if known.startswith(_CHANGED_BASE) and known not in METHODS:
+        raise CheckpointError(
+            f"{path}: initialised as {said!r}, which changed the base it was trained on; on the unchanged base it would be "
+            "another model",
+            hint="save it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…): that is for the base",
+        )
+    return known if known in METHODS else "lora"
 
 
 def _check_base(folder: AdapterFolder, bank: Bank | None, names: Mapping[str, str]) -> list[str]:

@@ -9,14 +9,11 @@ from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import CACHE, AdapterCache, read_settings
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.adapter.model import Adapter
-from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.reading import initialised_as, read_adapter
 from svdbank.adapter.saved import SavedModules, saved_modules
 from svdbank.bank.reading import Bank
 from svdbank.errors import BankError, OptionError
 from svdbank.specs import from_json
-
-#: ``init_lora_weights`` of PEFT with which an adapter belongs to a base that was changed when it was made.
-_CHANGED_BASE = ("pissa", "milora", "olora", "corda", "loftq", "lora_ga")
 
 
 def open_adapter(
@@ -26,27 +23,17 @@ def open_adapter(
     if isinstance(adapter, Adapter):
         return _not_zero(adapter, SavedModules()), SavedModules(), None, repr(adapter)
     folder, shown = located(adapter)
-    settings = read_settings(folder)
     cache = None
     if (folder / CACHE).is_file():
         cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=OptionError)
     saved = saved_modules(folder)
-    made_as = cache.method if cache is not None else None
-    said = settings.init_lora_weights
-    if cache is None and isinstance(said, str) and said.lower().startswith(_CHANGED_BASE):
-        if said.lower() not in RESIDUAL_METHODS:
-            raise OptionError(
-                f"{folder}: initialised as {said!r}, which changed the base it was trained on; added to the unchanged base it would be "
-                "another model",
-                hint="save it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…): that is for the base",
-            )
-        made_as = said.lower()
-    if made_as in RESIDUAL_METHODS and bank is None:
-        bank = _cached_bank(model, folder, made_as)
+    method = initialised_as(folder, read_settings(folder), cache)
+    residual = method in RESIDUAL_METHODS
+    if residual and bank is None:
+        bank = _cached_bank(model, folder, method)
     # Without a need for it the bank is not asked: it would only be compared.
-    residual = made_as in RESIDUAL_METHODS
     name = shown.partition("@")[0].rpartition("/")[2] if shown != str(adapter) else None
-    opened = read_adapter(folder, bank=bank if residual else None, name=name, method=made_as if residual else None)
+    opened = read_adapter(folder, bank=bank if residual else None, name=name, method=method if residual else None)
     return _not_zero(opened, saved), saved, cache, shown
 
 

@@ -177,6 +177,18 @@ def test_what_is_no_sum_of_low_rank_is_refused(trained: Callable[..., Path]) -> 
         read_adapter(folder)
 
 
+@pytest.mark.parametrize("kind", ["olora", "corda", "loftq", "lora_ga", "pissa_niter_4"])
+def test_what_belongs_to_a_changed_base_is_refused(kind: str, trained: Callable[..., Path]) -> None:
+    """PEFT subtracted from the base what these started from: their B·A alone is no change of the base that the folder names."""
+    folder = trained("law")
+    (folder / CACHE).unlink()
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "init_lora_weights": kind}))
+    with pytest.raises(CheckpointError, match="changed the base") as caught:
+        read_adapter(folder)
+    assert "path_initial_model_for_weight_conversion" in (caught.value.hint or "")
+
+
 def test_damaged_parts_are_left_aside(trained: Callable[..., Path], tmp_path: Path) -> None:
     write_adapter(read_adapter(trained("law", 1)) + read_adapter(trained("med", 2)), tmp_path / "stack")
     (tmp_path / "stack" / COMPONENTS).write_bytes(b"nothing")
