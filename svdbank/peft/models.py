@@ -16,6 +16,7 @@ from svdbank.errors import BankError, OptionError, WrongBaseError, missing_extra
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import Source, attachments, check_reload
 from svdbank.peft.layers import plain
+from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
 from svdbank.pipeline import locating
 
@@ -89,6 +90,8 @@ def load_adapter(
             f"{folder}: a {method} adapter belongs to the base without its first triplets, which only a bank can take out",
             hint="load_adapter(model, folder, bank=…), or svdbank export --to lora for the unchanged base",
         )
+    if method is None and is_trainable:  # of the other methods, the injection takes care
+        keep_gradients(model)
     added = _added_prefix(model, saved.factors)
     if added:
         options.setdefault("key_mapping", {"^": added})

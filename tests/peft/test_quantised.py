@@ -116,6 +116,22 @@ def test_an_evaluation_takes_no_gradient_away(
     assert fresh.keys() == evaluated.keys() and all(torch.equal(fresh[name], evaluated[name]) for name in fresh)
 
 
+def test_a_plain_lora_that_is_loaded_keeps_its_gradients_too(
+    short: Callable[..., Any], legal_windows: Tensor, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    peft.get_peft_model(short("bf16"), config).save_pretrained(tmp_path / "lora")
+    model = load_adapter(short("nf4"), tmp_path / "lora")
+    with torch.no_grad():
+        model.eval()(input_ids=legal_windows[:1, :16])
+    model.train()(input_ids=legal_windows[:1, :16], labels=legal_windows[:1, :16]).loss.backward()
+    first = factors(lora_layers(model)["model.layers.0.mlp.down_proj"], "default")[0]
+    # What a packed weight stops is the gradient of layers before it.
+    unpacked = [m.weight for n, m in model.named_modules() if n.endswith("up_proj")]
+    assert first.grad is not None and bool(first.grad.any())
+    assert len(unpacked) == 2 and not any(getattr(w.quant_state, "packing_format_for_cpu", False) for w in unpacked)
+
+
 def test_a_base_that_was_packed_before_is_not_trained(short: Callable[..., Any], smollm2_bank: Bank, tmp_path: Path) -> None:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
