@@ -34,13 +34,16 @@ from svdbank.pipeline.locating import open as open_cached
 from svdbank.pipeline.locating import opened
 from svdbank.pipeline.planning import available_cpus
 from svdbank.solver import pinned_threads
-from svdbank.specs import Progress, ProgressCallback, Struct, WeightSpec
+from svdbank.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec
 
 #: σ relative to the largest below which a direction is the rounding of float32 factors, and is left out.
 _ROUNDING = 2.0**-24
 
 #: Short side up to which LAPACK's eigensolver gains nothing from a second thread.
 _SMALL = 1024
+
+#: Values compared at a time across dtypes.
+_PIECE = 2**20
 
 
 class ExtractedWeight(Struct, frozen=True):
@@ -93,7 +96,8 @@ class ExtractReport(Struct, frozen=True):
     bank, bank_rank
         The bank whose minor directions ``minor`` speaks of, and how many of them it has for most weights.
     outside
-        Tensors that differ too and that the adapter does not hold: they were not targeted, or are no matrices.
+        Tensors whose values differ too and that the adapter does not hold: they were not targeted, or are no matrices. The same values
+        in a wider dtype do not differ.
     """
 
     adapter: str
@@ -357,20 +361,28 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _outside(one: Checkpoint, other: Checkpoint, compared: set[str]) -> list[str]:
-    """Names of the other tensors whose stored bytes differ, or which one of the models lacks."""
+    """Names of the other tensors that differ, or which one of the models lacks; a wider dtype of the same values is no difference."""
     names = sorted((set(one.tensors) | set(other.tensors)) - compared)
-    return [name for name in names if _digest(one, name) != _digest(other, name)]
+    return [name for name in names if not _same(one, other, name)]
 
 
-def _digest(checkpoint: Checkpoint, name: str) -> tuple[object, ...]:
-    source = checkpoint.tensors.get(name)
-    if source is None:
-        return ()
-    if source.dtype not in FLOATING:
-        return source.dtype, source.shape  # position tables and masks: no training changes them
+def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    mine, theirs = one.tensors.get(name), other.tensors.get(name)
+    if mine is None or theirs is None or mine.shape != theirs.shape:
+        return False
+    if mine.dtype not in FLOATING or theirs.dtype not in FLOATING:
+        return mine.dtype == theirs.dtype  # position tables and masks: no training changes them
+    if mine.dtype == theirs.dtype and (mine.quantisation is None) == (theirs.quantisation is None):
+        return _digest(one, mine) == _digest(other, theirs)
+    ours, others = one.read_tensor(mine).flatten(), other.read_tensor(theirs).flatten()
+    # Comparing promotes both to a dtype that holds either exactly; in pieces, so that there is no wide copy of an embedding.
+    return all(bool((a == b).all()) for a, b in zip(ours.split(_PIECE), others.split(_PIECE), strict=True))
+
+
+def _digest(checkpoint: Checkpoint, source: TensorSource) -> str:
     digest = hashlib.sha256()
     checkpoint.read_tensor(source, digest)
-    return source.dtype, source.shape, digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _tell(progress: ProgressCallback | None, done: int, total: int, item: str) -> None:

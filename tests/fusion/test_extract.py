@@ -84,6 +84,23 @@ def test_what_is_equal_is_left_out_and_what_no_lora_holds_is_named(tmp_path: Pat
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_values_in_another_dtype_are_no_difference(dtype: str, tmp_path: Path) -> None:
+    base = saved(small_model("llama-untied", dtype=torch.bfloat16), tmp_path / "base")
+    adapter(small_model("llama-untied"), tmp_path / "adapter", target_modules=["v_proj"])
+    svdbank.fuse(base, tmp_path / "adapter", tmp_path / "fused", dtype=dtype)
+    targets = ("q_proj", "v_proj")
+    report = svdbank.extract(base, tmp_path / "fused", output=tmp_path / "extracted", rank=4, targets=targets)
+    assert report.outside == () and all(weight.module.endswith("v_proj") for weight in report.weights)
+    file = tmp_path / "fused" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 2**-7  # the spacing of bfloat16 at 1
+    tensors["model.layers.0.self_attn.k_proj.weight"][-1, -1] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = svdbank.extract(base, tmp_path / "fused", output=tmp_path / "again", rank=4, targets=targets)
+    assert report.outside == ("model.layers.0.self_attn.k_proj.weight", "model.norm.weight")
+
+
 def test_the_share_in_the_minor_subspace_is_one_for_mica_and_small_for_noise(minilm: Path, tmp_path: Path) -> None:
     model = write_small_checkpoint(tmp_path / "model", minilm)
     bank = svdbank.build(model, tmp_path / "bank", rank=8)
