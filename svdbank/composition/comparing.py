@@ -17,7 +17,7 @@ from svdbank.adapter.naming import bank_names
 from svdbank.adapter.recovery import share_in
 from svdbank.bank.reading import Bank
 from svdbank.composition.coordinates import common_coordinates
-from svdbank.composition.inputs import Places, check_touching, notes_of, read_inputs
+from svdbank.composition.inputs import Places, check_touching, domains_of, notes_of, read_inputs
 from svdbank.errors import BankError, OptionError
 from svdbank.pipeline import locating
 from svdbank.specs import Struct
@@ -28,6 +28,9 @@ OPPOSED = -0.05
 
 #: The same for adapters as a whole, where thousands of times more coefficients leave chance no room.
 OPPOSED_IN_ALL = -0.02
+
+#: Overlap and conflict below this are not worth a word: less than one part in a hundred of the adapters' size.
+NEGLIGIBLE = 0.01
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -141,7 +144,8 @@ def compare(
     image
         File of a heat map, cosines by layer: ``.svg`` or ``.png``. Needs matplotlib (``pip install 'svdbank[report]'``).
 
-    Raises :class:`OptionError` for adapters without a common weight, :class:`WrongBaseError` for adapters of different bases.
+    Raises :class:`OptionError` for adapters without a common weight and for two domains of one name, :class:`WrongBaseError` for
+    adapters of different bases.
     """
     from svdbank.composition.heatmap import check_image, draw_heatmap
 
@@ -149,7 +153,7 @@ def compare(
         check_image(Path(image))
     opened = bank if bank is None or isinstance(bank, Bank) else locating.open(bank)
     read = read_inputs(adapters, bank=opened, rebase=rebase)
-    parts = {name: adapter.only(name) for adapter in read.values() for name in adapter.names}
+    parts = domains_of(read)
     if len(parts) < 2 and opened is None:
         raise OptionError(
             "comparing takes two adapters or more", hint="with --bank BANK, one is compared with the minor subspace"
@@ -257,21 +261,24 @@ def _order(layer: str) -> tuple[int, int]:
 
 
 def _verdict(one: str, other: str, whole: Relation, layers: tuple[Relation, ...], weights: tuple[Relation, ...]) -> str:
-    """Whether two adapters will fight, and where."""
-    if not weights:
-        return f"{one} and {other} touch no weight in common"
+    """Whether two adapters meet, agree or fight, and where."""
     names = f"{one} and {other}"
+    if not weights:
+        return f"{names} touch no weight in common"
     against = sorted((relation for relation in weights if relation.cosine < OPPOSED), key=lambda relation: relation.cosine)
+    worst = "".join(f"{r.where} (cosine {r.cosine:+.2f})" for r in against[:1])
+    places = f"{len(against)} of {len(weights)} weights, most in {worst}"
+    if whole.cosine < OPPOSED_IN_ALL:
+        layer = min(layers, key=lambda relation: relation.cosine)
+        where = "" if layer.where == "-" else f", most of all in layer {layer.where} ({layer.cosine:+.2f})"
+        among = f"in {places}" if against else f"a little in many weights, in none below {OPPOSED:+.2f}"
+        return f"{names} fight: they pull against each other as a whole (cosine {whole.cosine:+.2f}){where}; {among}"
+    agree = whole.cosine > -OPPOSED_IN_ALL
     if against:
-        worst = f"{len(against)} of {len(weights)} weights, most in {against[0].where} (cosine {against[0].cosine:+.2f})"
-        if whole.cosine < OPPOSED_IN_ALL:
-            layer = min(layers, key=lambda relation: relation.cosine)
-            where = "" if layer.where == "-" else f", most of all in layer {layer.where} ({layer.cosine:+.2f})"
-            return f"{names} fight: they pull against each other as a whole (cosine {whole.cosine:+.2f}){where}; in {worst}"
-        return f"{names} fight in {worst}"
-    if whole.conflict < 0.01:
+        return f"{names} fight in {places}" + (f"; as a whole they agree (cosine {whole.cosine:+.2f})" if agree else "")
+    if whole.overlap < NEGLIGIBLE and whole.conflict < NEGLIGIBLE:
         return f"{names} do not meet: their outputs lie in directions of their own"
-    return (
-        f"{names} share directions ({whole.overlap:.0%} of their size) without pulling against each other (cosine {whole.cosine:+.2f}); "
-        f"coefficients of opposite sign cancel {whole.conflict:.0%}"
-    )
+    how = "and agree there" if agree else "without pulling together or against each other"
+    cancels = whole.conflict >= NEGLIGIBLE
+    lost = f"coefficients of opposite sign cancel {whole.conflict:.0%}" if cancels else "nothing cancels"
+    return f"{names} share directions ({whole.overlap:.0%} of their size) {how} (cosine {whole.cosine:+.2f}); {lost}"

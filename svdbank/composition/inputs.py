@@ -83,6 +83,22 @@ def read_inputs(
     return adapters
 
 
+def domains_of(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Every component of every input as an adapter of its own. Raises :class:`OptionError` for two of one name."""
+    domains: dict[str, Adapter] = {}
+    came: dict[str, str] = {}
+    for place, adapter in read.items():
+        for name in adapter.names:
+            if name in domains:
+                raise OptionError(
+                    f"two domains are called {name!r}, of {came[name]} and of {place}",
+                    hint="give one of the adapters another name: NAME=DIR (a stack is then one domain)",
+                )
+            domains[name] = adapter if len(adapter.names) == 1 else adapter.only(name)
+            came[name] = place
+    return domains
+
+
 def _opened(bank: str | Path | Bank | None) -> Bank | None:
     return bank if bank is None or isinstance(bank, Bank) else locating.open(bank)
 

@@ -13,7 +13,7 @@ from svdbank.adapter.model import Adapter, combination
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
-from svdbank.composition.inputs import Places, named_places, notes_of, read_inputs
+from svdbank.composition.inputs import Places, domains_of, named_places, notes_of, read_inputs
 from svdbank.errors import OptionError
 from svdbank.specs import ProgressCallback, Struct
 
@@ -84,7 +84,7 @@ def stack(
     check_output(path, force=force)
     check_apart(path, (place for place, _ in named_places(adapters).values()))
     read = read_inputs(adapters, bank=bank, rebase=rebase)
-    domains = _domains(read)
+    domains = domains_of(read)
     scales = _scales(domains, scale or {}, drop)
     if len(domains) == 1 and not scale and fit is None:
         raise OptionError(
@@ -112,17 +112,6 @@ def stack(
         fit=fitted,
         notes=tuple(notes_of(read)),
     )
-
-
-def _domains(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Every component of every input as an adapter of its own."""
-    domains: dict[str, Adapter] = {}
-    for adapter in read.values():
-        for name in adapter.names:
-            if name in domains:
-                raise OptionError(f"two domains are called {name!r}", hint="give one of the adapters another name: NAME=DIR")
-            domains[name] = adapter if len(adapter.names) == 1 else adapter.only(name)
-    return domains
 
 
 def _scales(domains: Mapping[str, Adapter], scale: Mapping[str, float], drop: Sequence[str]) -> dict[str, float]:

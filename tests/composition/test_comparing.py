@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import svdbank
 from svdbank.adapter.folder import WEIGHTS
 from svdbank.bank import Bank
+from svdbank.composition.comparing import Relation, _verdict
 from svdbank.errors import MissingExtraError, OptionError
 from svdbank_cli.main import run
 from tests.composition.conftest import dense
@@ -83,6 +84,55 @@ def test_adapters_that_pull_against_each_other_are_found_and_placed(trained: dic
     assert "fight in 1 of 14 weights, most in model.layers.1.self_attn.o_proj (cosine -1.00)" in pair.verdict
 
 
+def test_adapters_that_share_directions_and_agree_are_not_said_to_be_apart(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    svdbank.merge([trained["law"], trained["med"]], output=tmp_path / "both", weights=[1, 1])
+    svdbank.stack([trained["law"]], output=tmp_path / "half", scale={"law": 0.5})
+    for other, cosine in (("both", None), ("half", "+1.00")):
+        assert run(["compare", str(trained["law"]), f"x={tmp_path / other}", "--json"]) == 0
+        pair = json.loads(capsys.readouterr().out)["pairs"][0]
+        assert pair["all"]["conflict"] < 1e-6 and pair["all"]["overlap"] > 0.1
+        share = f"law and x share directions ({pair['all']['overlap']:.0%} of their size) and agree there"
+        assert pair["verdict"] == f"{share} (cosine {cosine or format(pair['all']['cosine'], '+.2f')}); nothing cancels"
+
+
+def _relation(cosine: float, conflict: float, overlap: float, where: str = "model.layers.0.q") -> Relation:
+    return Relation(where, (1.0, 1.0), cosine, cosine + conflict, conflict, overlap, 1)
+
+
+@pytest.mark.parametrize(
+    ("whole", "weights", "says", "keeps_silent"),
+    [
+        ((0.0, 0.0, 0.0), [(0.0, 0.0, 0.0)], "do not meet", "share"),
+        (
+            (0.7, 0.0, 0.7),
+            [(0.7, 0.0, 0.7)],
+            "share directions (70% of their size) and agree there (cosine +0.70); nothing",
+            "not meet",
+        ),
+        (
+            (0.7, 0.1, 0.9),
+            [(0.7, 0.1, 0.9)],
+            "and agree there (cosine +0.70); coefficients of opposite sign cancel 10%",
+            "fight",
+        ),
+        ((0.0, 0.3, 0.9), [(0.0, 0.3, 0.9)], "without pulling together or against each other (cosine +0.00); coeff", "agree"),
+        ((0.0, 0.0, 0.9), [(0.0, 0.0, 0.9)], "share directions (90% of their size) without pulling", "not meet"),
+        ((-0.7, 0.7, 0.7), [(-0.7, 0.7, 0.7)], "fight: they pull against each other as a whole", "agree"),
+        ((-0.03, 0.3, 0.7), [(-0.03, 0.3, 0.7)] * 9, "fight: they pull against each other as a whole (cosine -0.03)", "agree"),
+        ((0.9, 0.1, 1.0), [(-0.8, 0.8, 1.0), (1.0, 0.0, 1.0)], "fight in 1 of 2 weights", "share"),
+        ((0.9, 0.1, 1.0), [(-0.8, 0.8, 1.0), (1.0, 0.0, 1.0)], "; as a whole they agree (cosine +0.90)", "share"),
+    ],
+)
+def test_the_verdict_follows_from_overlap_cosine_and_conflict(
+    whole: tuple[float, float, float], weights: list[tuple[float, float, float]], says: str, keeps_silent: str
+) -> None:
+    parts = tuple(_relation(*figures) for figures in weights)
+    verdict = _verdict("a", "b", _relation(*whole, where=""), (_relation(*whole, where="0"),), parts)
+    assert verdict.startswith("a and b ") and says in verdict and keeps_silent not in verdict
+
+
 def test_shares_in_the_minor_subspace(trained: dict[str, Path], small_bank: Bank) -> None:
     report = svdbank.compare([trained["law"], trained["plain"]], bank=small_bank)
     shares = {size.name: size.share for size in report.adapters}
@@ -103,6 +153,18 @@ def test_a_stack_is_compared_domain_by_domain(trained: dict[str, Path], tmp_path
     one = svdbank.compare([tmp_path / "stack"])
     two = svdbank.compare([trained["law"], trained["code"]])
     assert one.pairs[0].all.cosine == pytest.approx(two.pairs[0].all.cosine, abs=1e-7)
+
+
+def test_two_domains_of_one_name_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    svdbank.stack([trained["law"], trained["code"]], output=one)
+    svdbank.stack([trained["med"], f"law={trained['chat']}"], output=two)
+    for folders in ([trained["law"], one], [one, trained["law"]], [one, two]):
+        with pytest.raises(OptionError, match="two domains are called 'law'") as caught:
+            svdbank.compare(folders)
+        assert "NAME=DIR" in str(caught.value.hint)
+    assert len(svdbank.compare([f"other={trained['law']}", one]).adapters) == 3
+    assert len(svdbank.compare([one]).adapters) == 2
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
