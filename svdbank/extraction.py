@@ -376,7 +376,7 @@ def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
         return _digest(one, mine) == _digest(other, theirs)
     ours, others = one.read_tensor(mine).flatten(), other.read_tensor(theirs).flatten()
     # Comparing promotes both to a dtype that holds either exactly; in pieces, so that there is no wide copy of an embedding.
-    return all(bool((a == b).all()) for a, b in zip(ours.split(_PIECE), others.split(_PIECE), strict=True))
+    return all(bool((a == b).all()) for a, b in zip(torch.split(ours, _PIECE), torch.split(others, _PIECE), strict=True))
 
 
 def _digest(checkpoint: Checkpoint, source: TensorSource) -> str:
