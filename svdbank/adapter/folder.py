@@ -100,7 +100,8 @@ class AdapterCache(Struct, frozen=True):
     sources
         By the adapter's own name of a weight: its name in the bank, and the sha256 of the base's stored bytes.
     components
-        By name, then by weight: the bands, most minor first; none for factors of their own.
+        By name, then by weight: the bands, most minor first; none for factors of their own. Where a weight has fewer columns than its
+        bands have directions, as after a truncation, the columns of B lie in their span.
     """
 
     format: Literal[1]

@@ -190,7 +190,9 @@ def _recovered(
     found: dict[str, Component]
     if bank is None:
         found = {entry.key: _believed(entry, claims[entry.key]) for entry in entries}
-        refuted = [key for key, claim in claims.items() if claim and isinstance(found[key], Free)]
+        refuted = [
+            e.key for e in entries if claims[e.key] and isinstance(found[e.key], Free) and not _in_span(e, claims[e.key])
+        ]
         return found, _contradicted(
             folder, refuted if folder.cache is not None else [], "are not orthonormal, as directions of a bank are"
         )
@@ -252,6 +254,11 @@ def _believed(entry: Entry, claim: tuple[Band, ...]) -> Component:
         return free(entry.A, entry.B, entry.scale)
     C = (entry.A.flip(0).double() * entry.scale).float()
     return InBank(claim, C, B.contiguous(), orthonormal=off < _FLOAT32_ORTHONORMAL)
+
+
+def _in_span(entry: Entry, claim: tuple[Band, ...]) -> bool:
+    """Whether B may be what a truncation leaves: fewer orthonormal columns than directions, in a span that only the bank can place."""
+    return entry.B.shape[1] < len(indices_of(claim)) and _off_orthonormal(entry.B) <= _ORTHONORMAL
 
 
 def _left_rows(

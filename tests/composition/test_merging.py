@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from peft.utils import merge_utils
+from safetensors.torch import load_file, save_file
 
 import svdbank
+from svdbank.adapter.folder import WEIGHTS
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.reading import read_adapter
 from svdbank.bank import Bank
@@ -80,6 +82,33 @@ def test_a_cut_merge_is_the_best_of_its_rank(names: list[str], trained: dict[str
     assert report.rank == 3
     assert report.error == pytest.approx((lost / size) ** 0.5, rel=1e-5)
     assert report.norm == pytest.approx((size - lost) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("names", [["law", "med"], ["law", "verse"], ["chat", "code"]], ids="+".join)
+def test_a_cut_merge_is_read_back_as_what_it_is(
+    names: list[str], trained: dict[str, Path], small_bank: Bank, tmp_path: Path
+) -> None:
+    folders = [trained[name] for name in names]
+    svdbank.merge(folders, output=tmp_path / "cut", rank=3)
+    wanted = dense(tmp_path / "cut")
+    known = merged(read_inputs(folders), [0.5, 0.5]).truncate(3)
+    for bank in (None, small_bank):
+        again = read_adapter(tmp_path / "cut", bank=bank)
+        assert not again.notes and again.rank == 3
+        assert relative_error({key: again.delta(key).double() for key in again.weights}, wanted) < EXACT
+        for key, weight in again.weights.items():
+            # Columns of B that are combinations of directions are no directions: only the bank can tell where they lie.
+            assert weight.in_bank == (bank is not None)
+            assert not bank or again.bands(key) == known.bands(key)
+    pair = svdbank.compare([trained[names[0]], tmp_path / "cut"])
+    assert not pair.notes
+
+
+def test_a_cut_merge_whose_factors_were_changed_contradicts_its_record(trained: dict[str, Path], tmp_path: Path) -> None:
+    svdbank.merge([trained["law"], trained["med"]], output=tmp_path / "cut", rank=3)
+    tensors = load_file(tmp_path / "cut" / WEIGHTS)
+    save_file({name: t + 0.1 * ("lora_B" in name) for name, t in tensors.items()}, tmp_path / "cut" / WEIGHTS)
+    assert any("contradicts the tensors of 14 weights" in note for note in read_adapter(tmp_path / "cut").notes)
 
 
 def test_many_free_factors_take_no_more_rank_than_a_matrix_has(trained: dict[str, Path], tmp_path: Path) -> None:
