@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import os
 import re
@@ -295,18 +296,36 @@ def bare(module: str) -> str:
     return ".".join(part for part in module.split(".") if part != "base_layer")
 
 
+def check_there(folder: Path, *, slim: bool = False) -> None:
+    """Raise :class:`CheckpointError` for a folder that is no PEFT adapter, nor, with ``slim``, a slim one."""
+    if (folder / CONFIG).is_file() or (slim and (folder / SLIM).is_file()):
+        return
+    if (folder / SLIM).is_file():
+        raise CheckpointError(
+            f"{folder}: a slim adapter, whose B is in its bank",
+            hint=f"svdbank export {folder} --to peft --bank BANK -o FOLDER",
+        )
+    making = "svdbank init MODEL -o FOLDER"
+    if folder.exists():
+        raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint=making)
+    meant = _alike(folder)
+    raise CheckpointError(f"{folder}: no such folder", hint=making if meant is None else f"did you mean {meant}?")
+
+
+def _alike(folder: Path) -> Path | None:
+    """The adapter beside a folder that is not there whose name is nearest to its own; None where none is near."""
+    try:
+        adapters = [path.name for path in folder.parent.iterdir() if (path / CONFIG).is_file() or (path / SLIM).is_file()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(folder.name, sorted(adapters), n=1)
+    return folder.parent / near[0] if near else None
+
+
 def read_settings(folder: Path) -> LoraSettings:
     """``adapter_config.json`` alone. Raises :class:`CheckpointError`."""
-    try:
-        data = (folder / CONFIG).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        if (folder / SLIM).is_file():
-            raise CheckpointError(
-                f"{folder}: a slim adapter, whose B is in its bank",
-                hint=f"svdbank export {folder} --to peft --bank BANK -o FOLDER",
-            ) from None
-        raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint="svdbank init MODEL -o FOLDER") from None
-    settings = from_json(data, LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
+    check_there(folder)
+    settings = from_json((folder / CONFIG).read_bytes(), LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
     if not (folder / WEIGHTS).is_file():
         if (folder / "adapter_model.bin").exists():
             raise CheckpointError(

@@ -16,6 +16,7 @@ MAX_CONFIG = 10_000_000
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ADAPTER = ("adapter_config.json", "svdbank.json", "slim.json")
 _FOREIGN = (".h5", ".msgpack", ".onnx", ".npz")
 
 
@@ -42,6 +43,8 @@ def choose(names: Iterable[str], where: str) -> Layout:
     if len(indices) == 1:
         return Layout(index=indices[0])
     weights = [name for name in top if is_bare_weight_name(name)]
+    if "config.json" not in top and (marks := [name for name in _ADAPTER if name in top]):
+        raise _adapter(where, marks[0])
     if len(weights) == 1 and weights[0] != "adapter_model.safetensors":
         return Layout(single=weights[0])
     raise _none_or_many(top, indices or weights, where)
@@ -49,9 +52,7 @@ def choose(names: Iterable[str], where: str) -> Layout:
 
 def _none_or_many(top: list[str], candidates: list[str], where: str) -> CheckpointError:
     if candidates == ["adapter_model.safetensors"]:
-        return CheckpointError(
-            f"{where}: holds an adapter, not a model", hint="name the base model; adapter_config.json says which one it is"
-        )
+        return _adapter(where, _ADAPTER[0])
     if candidates:
         shown = ", ".join(candidates[:5]) + (", …" if len(candidates) > 5 else "")
         return CheckpointError(
@@ -76,6 +77,10 @@ def _none_or_many(top: list[str], candidates: list[str], where: str) -> Checkpoi
     return CheckpointError(
         f"{where}: no *.safetensors file there", hint="name a model folder, a .safetensors file or org/name on the Hub"
     )
+
+
+def _adapter(where: str, mark: str) -> CheckpointError:
+    return CheckpointError(f"{where}: holds an adapter, not a model", hint=f"name the base model; {mark} says which one it is")
 
 
 def gguf(where: str, name: str) -> CheckpointError:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from svdbank.adapter.fetching import located
-from svdbank.adapter.folder import CACHE, AdapterCache, read_settings
+from svdbank.adapter.folder import CACHE, AdapterCache, check_there, read_settings
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.reading import initialised_as, read_adapter
@@ -23,6 +23,7 @@ def open_adapter(
     if isinstance(adapter, Adapter):
         return _not_zero(adapter, SavedModules()), SavedModules(), None, repr(adapter)
     folder, shown = located(adapter)
+    check_there(folder)
     cache = None
     if (folder / CACHE).is_file():
         cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=OptionError)

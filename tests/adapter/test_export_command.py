@@ -70,7 +70,7 @@ def test_for_inference_names_the_flag_of_the_server(trained: Callable[..., Path]
         (["{law}", "--to", "slim", "--for", "inference", "--bank", "{bank}"], 2, "it lacks B"),
         (["{law}", "--to", "onnx"], 2, "onnx"),
         (["{law}", "--to", "slim", "--bank", "{nothing}"], 10, "nothing"),
-        (["{nothing}", "--to", "lora"], 1, "no adapter here"),
+        (["{nothing}", "--to", "lora"], 1, "no such folder"),
         (["{law}", "--to", "lora", "--method", "milora"], 1, "needs the bank"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import svdbank
 from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterFolder, read_folder
 from svdbank.errors import CheckpointError
 from tests.peft.models import factors, lora_layers, mica, quiet
@@ -51,8 +52,31 @@ def test_factors_and_scales_are_peft_s(saved: tuple[torch.nn.Module, Path]) -> N
 
 def test_a_folder_that_is_no_adapter_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no adapter here") as caught:
-        read_folder(tmp_path / "none")
+        read_folder(tmp_path)
     assert "svdbank init" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("read", ["read_adapter", "fuse", "export", "slim"])
+def test_a_mistyped_adapter_is_said_to_be_missing_and_the_one_beside_it_is_named(
+    read: str, saved: tuple[torch.nn.Module, Path], minilm: Path, tmp_path: Path
+) -> None:
+    """Only a near name of a folder that holds an adapter is; for others it is said how to make one."""
+    root = saved[1].parent
+    (root / "lwa-notes").mkdir()
+    saved[1].rename(root / "law")
+
+    def attempt(folder: Path) -> str:
+        with pytest.raises(CheckpointError, match="no such folder") as caught:
+            if read == "fuse":
+                svdbank.fuse(minilm, folder, tmp_path / "out")
+            elif read == "read_adapter":
+                svdbank.read_adapter(folder)
+            else:
+                svdbank.export(folder, to="lora" if read == "export" else "slim", output=tmp_path / "out")
+        return str(caught.value.hint)
+
+    assert attempt(root / "lwa") == f"did you mean {root / 'law'}?"
+    assert "svdbank init" in attempt(root / "medicine") and "svdbank init" in attempt(root / "none" / "law")
 
 
 def test_pickled_weights_are_refused(saved: tuple[torch.nn.Module, Path]) -> None:

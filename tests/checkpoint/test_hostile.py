@@ -360,6 +360,8 @@ def test_only_pickles_are_refused_with_a_command_that_converts_them(
         ({"model.h5": b""}, "another format"),
         ({"model.gguf": b""}, "is GGUF"),
         ({"adapter_model.safetensors": b""}, "holds an adapter"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"", "components.safetensors": b""}, "holds an adapter"),
+        ({"slim.json": b"{}", "coefficients.safetensors": b""}, "holds an adapter"),
         ({"manifest.json": b"{}"}, "holds a bank"),
         ({"a.safetensors": b"", "b.safetensors": b""}, "several weight files"),
     ],
