@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     help="peft: a slim adapter's PEFT folder; lora: plain LoRA for the unchanged base; slim: coefficients only, B by reference.",
 )
 @click.option("-o", "--output", "target", type=click.Path(), required=True, help="Folder to write.")
-@click.option("--bank", metavar="BANK|MODEL", help="The bank of the adapter's base, or the model whose bank is in the cache.")
+@click.option(
+    "--bank",
+    metavar="BANK|MODEL",
+    help="The bank of the adapter's base, or the model whose bank is cached. [default: the cached one of the base that ADAPTER names]",
+)
 @click.option(
     "--for",
     "purpose",
@@ -57,8 +61,8 @@ def export_command(
 
     \b
     Examples:
-      svdbank export adapter --to slim --bank HuggingFaceTB/SmolLM2-135M -o adapter.slim
-      svdbank export adapter.slim --to peft --bank HuggingFaceTB/SmolLM2-135M -o adapter
+      svdbank export adapter --to slim -o adapter.slim
+      svdbank export adapter.slim --to peft -o adapter
       svdbank export trained-milora --to lora --bank my-model.bank -o lora
       svdbank export adapter --for inference -o served
     """

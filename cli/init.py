@@ -105,9 +105,11 @@ class LayersType(click.ParamType):
     "named, --base-model has to name the model whose weights are read.",
 )
 @click.option(
-    "--base-model", metavar="NAME", help="Name or path of the base model to write into the config. [default: the bank's]"
+    "--base-model",
+    metavar="NAME",
+    help="Name or path of the base model to write into the config. [default: the full path of MODEL's folder, else the name in the bank]",
 )
-@click.option("--task-type", metavar="TYPE", help="PEFT task type, e.g. CAUSAL_LM.")
+@click.option("--task-type", metavar="TYPE", help="PEFT task type, e.g. CAUSAL_LM. [default: as the model's config.json says]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is there.")
 @with_output
 def init_command(

@@ -33,7 +33,8 @@ TEMPORARY = ".tmp"
 def observe(observer: Callable[[str, Path], None]) -> Iterator[None]:
     """Call ``observer(operation, path)`` before every operation; what it raises stops that operation.
 
-    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``exchange``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``, ``rmdir``.
+    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``exchange``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``, ``rmdir``,
+    ``chmod``.
     """
     _observers.append(observer)
     try:
@@ -129,6 +130,12 @@ def append(path: Path, data: bytes) -> None:
     _about_to("write", path)
     with path.open("ab") as file:
         file.write(data)
+
+
+def share_mode(model: Path, path: Path) -> None:
+    """Give a file, as another library wrote it, the permissions of one that was written here."""
+    _about_to("chmod", path)
+    path.chmod(model.stat().st_mode & 0o777)
 
 
 def fsync_dir(path: Path) -> None:

@@ -28,10 +28,11 @@ from svdbank.adapter.methods import RESIDUAL_METHODS, Method, restored, restored
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import Entry, entries_of, initial_of, made_as, read_adapter
+from svdbank.adapter.recording import recorded_bank
 from svdbank.adapter.slim import COEFFICIENTS, expand_slim, write_slim
 from svdbank.adapter.writing import cache_of
 from svdbank.bank.reading import Bank, base_digest
-from svdbank.errors import BankError, CheckpointError, OptionError
+from svdbank.errors import CheckpointError, OptionError
 from svdbank.specs import Struct
 
 Form = Literal["peft", "lora", "slim"]
@@ -82,7 +83,8 @@ def export(
     output
         Folder to write. It appears whole or not at all.
     bank
-        The bank of the adapter's base: needed by ``slim``, from slim, and for MiLoRA and PiSSA unless ``initial`` is given.
+        The bank of the adapter's base: needed by ``slim``, from slim, and for MiLoRA and PiSSA unless ``initial`` is given; by
+        default the cached one of the base that the adapter records.
     inference
         For serving (``peft`` and ``lora``): config ``true``, so that it loads anywhere without an SVD, every scale folded into A with
         α = r, one rank for all modules, one that vLLM allows.
@@ -103,7 +105,7 @@ def export(
     if to == "slim":
         if inference:
             raise OptionError("a slim adapter is not for serving: it lacks B", hint="--to peft --for inference")
-        record = write_slim(source, target, _needed(opened, source, "slim"), force=force)
+        record = write_slim(source, target, opened or recorded_bank(source, "slim"), force=force)
         size, whole = (target / COEFFICIENTS).stat().st_size, record.size
         folder = read_folder(source)
         rank = max(pair.B.shape[1] for pair in folder.factors.values())
@@ -116,7 +118,7 @@ def export(
             raise OptionError(
                 f"{source} is slim", hint=f"first svdbank export {source} --to peft --bank BANK -o FOLDER, then that folder"
             )
-        record = expand_slim(source, target, _needed(opened, source, "slim"), force=force)
+        record = expand_slim(source, target, opened or recorded_bank(source, "slim"), force=force)
         folder = read_folder(target)
         rank = max(pair.B.shape[1] for pair in folder.factors.values())
         return ExportReport(
@@ -262,7 +264,7 @@ def _initial(
                 f"{initial}: not what {folder.path} was trained from: {missing[0]} is missing or of another rank"
             )
         return start
-    opened = _needed(bank, folder.path, kind)
+    opened = bank or recorded_bank(folder.path, kind)
     method: Method = "pissa" if kind == "pissa" else "milora"
     return initial_of(opened, entries, bank_names(opened, [entry.key for entry in entries]), method)
 
@@ -315,11 +317,3 @@ def _opened(bank: str | Path | Bank | None) -> Bank | None:
 
     opened: Bank = svdbank.open(bank)
     return opened
-
-
-def _needed(bank: Bank | None, source: Path, kind: str) -> Bank:
-    if bank is None:
-        raise BankError(
-            f"{source}: {kind} needs the bank of the adapter's base", hint="--bank BANK, or the model's name if it is cached"
-        )
-    return bank

@@ -16,6 +16,7 @@ from svdbank.adapter.components import Band
 from svdbank.adapter.experts import join, wrapper_paths
 from svdbank.adapter.folder import AdapterCache, Factors, LoraSettings, check_output, write_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, Method, count_floored, initial_factors, lora_scale, mica_factors
+from svdbank.adapter.recording import base_of, is_bank, task_of
 from svdbank.adapter.residual import write_residual
 from svdbank.adapter.selection import selected
 from svdbank.bank.reading import Bank
@@ -119,11 +120,13 @@ def init(
         Adapters (or their folders) whose bands stay free, for ``band="auto"``, which they imply.
     residual_out
         Folder for the residual base of MiLoRA or PiSSA as a checkpoint: summed in float32, rounded once to the base's dtype.
-    dropout, rslora, task_type
-        As PEFT's ``lora_dropout``, ``use_rslora``, ``task_type``.
+    dropout, rslora
+        As PEFT's ``lora_dropout``, ``use_rslora``.
     base_model
-        What the adapter records as its base, by default the name in the bank; the residual where that is written. Where
-        ``model_or_bank`` is a bank, ``residual_out`` reads the weights from here.
+        What the adapter records as its base, by default the full path of a model's folder, else the name in the bank; the residual
+        where that is written. Where ``model_or_bank`` is a bank, ``residual_out`` reads the weights from here.
+    task_type
+        As PEFT's; by default what the model's ``config.json`` plainly says, where it is on this machine.
     force
         Replace an adapter folder that is already at ``output``.
 
@@ -149,14 +152,14 @@ def init(
     rounding, residual = 0.0, None
     if residual_out is not None:
         residual = Path(residual_out).expanduser()
-        source = base_model if isinstance(model_or_bank, Bank) or _is_bank(model_or_bank) else model_or_bank
+        source = base_model if isinstance(model_or_bank, Bank) or is_bank(model_or_bank) else model_or_bank
         rounding = write_residual(bank, source, residual, factors, scales, progress)
-    base = bank.manifest.base
-    recorded = str(residual) if residual is not None else base_model or base.name
+    base, revision = base_of(model_or_bank, bank)
+    recorded = str(residual) if residual is not None else base_model or base
     settings = LoraSettings(
-        task_type=task_type,
+        task_type=task_type or task_of([*([(base_model, None)] if base_model else []), (base, revision)]),
         base_model_name_or_path=recorded,
-        revision=None if base_model or residual is not None else base.revision,
+        revision=None if base_model or residual is not None else revision,
         lora_dropout=dropout,
         use_rslora=rslora,
         # PEFT refuses "milora" and takes "pissa" out of the base itself; on the residual these are ordinary factors.
@@ -169,7 +172,7 @@ def init(
         method=chosen,
         band=(0, 0) if chosen == "pissa" else (min(b[0] for b in bands.values()), max(b[1] for b in bands.values())),
         rank=max(ranks.values()),
-        base=base.name,
+        base=base,
         base_digest=bank.base_digest(names),
         bank_format=bank.manifest.format,
         weights=names,
@@ -213,10 +216,6 @@ def _opened(model_or_bank: str | Path) -> Bank:
 
     bank: Bank = svdbank.open(model_or_bank)
     return bank
-
-
-def _is_bank(source: str | Path) -> bool:
-    return (Path(source).expanduser() / "manifest.json").is_file()
 
 
 def _bands(

@@ -208,7 +208,7 @@ def open_local(path: Path) -> Checkpoint:
     return _assembled(
         path.name if path.name not in ("", "..") else path.resolve().name,
         where,
-        config=_read_config(folder),
+        config=read_config(folder),
         card=lambda: read_card(folder),
         weight_map=weight_map,
         parts=(_local_part(located[file], file, blob_id(folder, file)) for file in names),
@@ -293,7 +293,8 @@ def _read_header(path: Path, file: str) -> tuple[dict[str, TensorSource], State,
     return tensors, state, hashlib.sha256(header).hexdigest()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a resolved folder; empty where there is none."""
     if not (folder / "config.json").exists() and not (folder / "config.json").is_symlink():
         return {}
     path = member(folder, "config.json")

@@ -163,6 +163,8 @@ def write_adapter(
     if bank is not None:
         fsio.write_bytes(folder / CACHE, to_json(_record(folder, options, bank), indent=2))
     fsio.write_bytes(folder / "README.md", card.encode())
+    # safetensors writes through a private temporary file; the others have the modes that the umask gives.
+    fsio.share_mode(folder / "README.md", folder / WEIGHTS)
 
 
 def _record(folder: Path, options: TrainOptions, bank: Bank) -> AdapterCache:

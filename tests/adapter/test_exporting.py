@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import svdbank
 from svdbank.adapter.exporting import SERVED_RANKS
 from svdbank.adapter.folder import CACHE, WEIGHTS, read_settings
 from svdbank.bank import Bank
-from svdbank.errors import BankError, CheckpointError, OptionError
+from svdbank.errors import BankError, CheckpointError, OptionError, WrongBaseError
 from tests.peft.models import quiet, without_svd
 
 
@@ -69,6 +70,40 @@ def test_slim_needs_its_bank_and_notices_another(
     with pytest.raises(CheckpointError, match="was changed"):
         svdbank.export(tmp_path / "slim", output=tmp_path / "back", bank=pair_bank)
     assert not (tmp_path / "back").exists()
+
+
+def test_slim_finds_the_cached_bank_of_the_base_that_is_recorded(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVDBANK_HOME", str(tmp_path / "home"))
+    svdbank.build(minilm, rank=4, targets=("query",))
+    svdbank.init(minilm, rank=4, output=tmp_path / "law", targets=("query",))
+    svdbank.init(minilm, rank=4, output=tmp_path / "milora", targets=("query",), method="milora")
+    svdbank.export(tmp_path / "law", to="slim", output=tmp_path / "slim")
+    svdbank.export(tmp_path / "slim", output=tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "law")
+    svdbank.export(tmp_path / "milora", to="lora", output=tmp_path / "lora")
+    assert svdbank.read_adapter(tmp_path / "lora").base.name == str(minilm)
+    monkeypatch.setenv("SVDBANK_HOME", str(tmp_path / "nothing"))
+    for folder, form in (("law", "slim"), ("slim", "peft"), ("milora", "lora")):
+        with pytest.raises(BankError, match="needs the bank") as caught:
+            svdbank.export(tmp_path / folder, to=form, output=tmp_path / "out")  # type: ignore[arg-type]
+        assert caught.value.hint == f"svdbank build {minilm}" and "--bank" in str(caught.value)
+
+
+def test_a_cached_bank_of_other_weights_is_not_taken_for_the_recorded_one(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVDBANK_HOME", str(tmp_path / "home"))
+    model = shutil.copytree(minilm, tmp_path / "model")
+    svdbank.build(model, rank=4, targets=("query",))
+    svdbank.init(model, rank=4, output=tmp_path / "milora", targets=("query",), method="milora")
+    tensors = load_file(model / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("query.weight"))
+    save_file({**tensors, name: tensors[name] * 2}, model / "model.safetensors", metadata={"format": "pt"})
+    svdbank.build(model, rank=4, targets=("query",))
+    with pytest.raises(WrongBaseError, match="other weights"):
+        svdbank.export(tmp_path / "milora", to="lora", output=tmp_path / "out")
 
 
 def test_an_inference_export_loads_without_an_svd_and_gives_the_same_outputs(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import svdbank
 from svdbank import fsio
 from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, read_folder
+from svdbank.adapter.recording import task_of
 from svdbank.bank import Bank
 from svdbank.errors import BankError, OptionError
 from tests.peft.models import factors, lora_layers, only_a_trains, quiet, without_svd
@@ -189,6 +190,41 @@ def test_an_adapter_that_cannot_be_replaced_stays(bank: Bank, tmp_path: Path, mo
         svdbank.init(bank, rank=4, output=tmp_path / "a", force=True)
     assert read_folder(tmp_path / "a").settings.r == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_model_s_folder_is_recorded_by_its_full_path_unless_a_base_is_named(
+    minilm: Path, bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bank knows it as ``model`` alone, with which nothing finds it; this one is an encoder, and no task of PEFT's."""
+    svdbank.build(minilm, rank=2, side="left", targets=("query",))
+    monkeypatch.chdir(minilm.parent)
+    assert svdbank.init("model", rank=2, output=tmp_path / "a", targets=("query",)).base == str(minilm)
+    settings = read_folder(tmp_path / "a").settings
+    assert settings.base_model_name_or_path == str(minilm) and settings.revision is None and settings.task_type is None
+    svdbank.init("model", rank=2, output=tmp_path / "b", targets=("query",), base_model="org/base", task_type="SEQ_CLS")
+    settings = read_folder(tmp_path / "b").settings
+    assert settings.base_model_name_or_path == "org/base" and settings.task_type == "SEQ_CLS"
+    assert svdbank.init(bank, rank=2, output=tmp_path / "c", targets=("query",)).base == "model"  # a bank knows no more
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "task"),
+    [
+        ("LlamaForCausalLM", "llama", "CAUSAL_LM"),
+        ("GPT2LMHeadModel", "gpt2", "CAUSAL_LM"),
+        ("T5ForConditionalGeneration", "t5", "SEQ_2_SEQ_LM"),
+        ("T5WithLMHeadModel", "t5", None),
+        ("BartForConditionalGeneration", "bart", "SEQ_2_SEQ_LM"),
+        ("LlavaForConditionalGeneration", "llava", None),
+        ("MistralModel", "mistral", None),
+    ],
+)
+def test_the_task_is_what_the_configuration_plainly_says(
+    architecture: str, kind: str, task: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": kind}))
+    assert task_of([("org/unknown", None), (str(tmp_path), None)]) == task
+    assert task_of([("org/unknown", None)]) is None
 
 
 def test_a_model_s_name_finds_its_cached_bank(minilm: Path, tmp_path: Path) -> None:

@@ -104,6 +104,21 @@ def test_the_folder_is_peft_s_with_the_bank_s_directions(trained: TrainReport, s
     assert not list(Path(trained.adapter).parent.glob("*.checkpoints"))
 
 
+def test_every_file_has_the_permissions_that_the_umask_gives(trained: TrainReport) -> None:
+    folder = Path(trained.adapter)
+    (folder.parent / "plain").touch()
+    plain = (folder.parent / "plain").stat().st_mode
+    assert {path.name: path.stat().st_mode for path in folder.iterdir()} == {path.name: plain for path in folder.iterdir()}
+
+
+def test_a_fresh_adapter_finds_its_base_and_its_task_by_itself(small: Path, small_bank: Bank, tmp_path: Path) -> None:
+    """What ``init`` records is what ``train`` records: the full path, and CAUSAL_LM."""
+    svdbank.init(small, rank=4, output=tmp_path / "fresh")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "fresh", low_cpu_mem_usage=True)
+    config = model.peft_config["default"]
+    assert config.base_model_name_or_path == str(small) and config.task_type == "CAUSAL_LM"
+
+
 def test_what_is_recorded_is_what_was_done(trained: TrainReport, small: Path, legal: Path, tmp_path: Path) -> None:
     figures = json.loads((Path(trained.adapter) / "training.json").read_bytes())
     assert figures["held_out"]["after"] == trained.held_out.after and figures["curve"] == [
