@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from svdbank.adapter.components import Component
+from svdbank.adapter.components import Component, compact
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.recovery import share_in
@@ -220,7 +220,7 @@ def _sums(one: Component, other: Component) -> _Sums:
     opposing = -float(products.clamp(max=0).sum())
     agreeing = float(products.clamp(min=0).sum())
     squares = (float(first.square().sum()), float(second.square().sum()))
-    if at.bands is not None:
+    if at.bands is not None and not _cut(one) and not _cut(other):
         reached = [part.abs().sum(dim=1) > 0 for part in (first, second)]
         within = (float(first[reached[1]].square().sum()), float(second[reached[0]].square().sum()))
     else:
@@ -228,9 +228,14 @@ def _sums(one: Component, other: Component) -> _Sums:
     return _Sums(squares, agreeing, opposing, within)
 
 
+def _cut(component: Component) -> bool:
+    """Whether ``ΔW`` reaches fewer outputs than the directions it is written on, as after a truncation."""
+    return component.max_rank < component.factors[0].shape[0]
+
+
 def _inside(C: torch.Tensor, other: Component, directions: torch.Tensor) -> float:
     """``‖P ΔW‖²`` with P on the outputs that the other's ``ΔW`` reaches."""
-    A, B = (factor.double() for factor in other.factors)
+    A, B = (factor.double() for factor in compact(other))
     used = B[:, A.abs().sum(dim=1) > 0]
     if not used.shape[1]:
         return 0.0
