@@ -3,6 +3,7 @@
     python -m benchmarks.solver            all of it
     python -m benchmarks.solver --quick    small shapes, about two minutes
     python -m benchmarks.solver --only shapes,batches --json results.json
+    python -m benchmarks.solver --device cuda      on a GPU: gpu-shapes, gpu-batches, gpu-streams
 
 Rivals run beside the solver in one process, one after the other, on the same data: trust the ratios. R = 128, both sides,
 certificate included.
@@ -11,10 +12,9 @@ certificate included.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import sections
+from benchmarks import device as devices
+from benchmarks import sections, solver_gpu
 from benchmarks import solver_cases as cases
 from benchmarks import solver_rivals as rivals
 from svdbank.basis import EPSILON, UNRESOLVED
@@ -292,16 +293,10 @@ SECTIONS: dict[str, Callable[[bool], list[Row]]] = {
 
 def environment(threads: int) -> Row:
     """What a figure is worth nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    model = (
-        "".join(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))[:200]
-        if (Path("/proc/cpuinfo").exists())
-        else platform.processor()
-    )
     return {
         "command": " ".join(["python -m benchmarks.solver", *sys.argv[1:]]),
-        "commit": commit,
-        "cpu": model.split(":")[1].strip().split("model name")[0].strip() if ":" in model else model,
+        "commit": devices.commit(),
+        "cpu": devices.processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "load": os.getloadavg()[0],
@@ -312,25 +307,38 @@ def environment(threads: int) -> Row:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes only")
-    sections.add_option(parser, SECTIONS)
-    parser.add_argument("--threads", type=int, default=2)
+    sections.add_option(parser, (*SECTIONS, *solver_gpu.SECTIONS))
+    parser.set_defaults(only=None)
+    parser.add_argument("--device", help="of the gpu- sections, which are the default where this is given: cuda, cuda:1, cpu …")
+    parser.add_argument("--threads", type=int, help="2 by default; with --device as many as torch takes")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
-    facts = environment(options.threads)
-    for key, value in facts.items():
-        print(f"{key}: {value}")
-    rows: list[Row] = []
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    only = options.only or tuple(solver_gpu.SECTIONS if options.device else SECTIONS)
+    if not options.device:
+        options.threads = options.threads or 2
+    facts = environment(options.threads or torch.get_num_threads())
+    if any(name in solver_gpu.SECTIONS for name in only):
+        facts |= devices.facts(device)
+    devices.show(facts)
+    results = devices.Results(facts, options.json)
+    rows = results.rows
     start = time.perf_counter()
-    with pinned_threads(options.threads):
-        for name in options.only:
-            rows += SECTIONS[name](options.quick)
-            print(f"-- {name} done after {time.perf_counter() - start:.0f} s", flush=True)
-            if options.json is not None:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    with pinned_threads(options.threads) if options.threads else contextlib.nullcontext():
+        for name in only:
+            if name in solver_gpu.SECTIONS:
+                with results.section(name):
+                    devices.start(device)
+                    solver_gpu.SECTIONS[name](device, options.quick, results)
+            else:
+                rows += SECTIONS[name](options.quick)
+                print(f"-- {name} done after {time.perf_counter() - start:.0f} s", flush=True)
+            results.write()
+    if not any(name in SECTIONS for name in only):
+        return results.close()
     missed = [
         row
         for row in rows
@@ -345,7 +353,8 @@ def main() -> None:
             else "; ".join(f"{row.get('weight', row.get('model', row.get('weights')))} missed" for row in missed)
         )
     )
+    return results.close() if results.goals else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

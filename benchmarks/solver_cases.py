@@ -15,14 +15,18 @@ SYNTHETIC = (
 )
 
 
-def llm_like(out_features: int, in_features: int, seed: int = 0) -> Tensor:
-    """A random bulk and a few huge directions, bfloat16 (out, in)."""
-    generator = torch.Generator().manual_seed(seed)
-    bulk = torch.randn(out_features, in_features, generator=generator) * 0.02
-    left = torch.linalg.qr(torch.randn(out_features, STRONG, generator=generator)).Q
-    right = torch.linalg.qr(torch.randn(in_features, STRONG, generator=generator)).Q
+def llm_like(out_features: int, in_features: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """A random bulk and a few huge directions, bfloat16 (out, in), made on ``device``: the seed means other values on another."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, device=device)
+
+    bulk = normal(out_features, in_features) * 0.02
+    left = torch.linalg.qr(normal(out_features, STRONG)).Q
+    right = torch.linalg.qr(normal(in_features, STRONG)).Q
     edge = 0.02 * (out_features**0.5 + in_features**0.5)
-    sigma = edge * HEIGHT / 10 * torch.logspace(0, 1, STRONG).flip(0)
+    sigma = edge * HEIGHT / 10 * torch.logspace(0, 1, STRONG, device=device).flip(0)
     return (bulk + (left * sigma) @ right.mT).to(torch.bfloat16)
 
 

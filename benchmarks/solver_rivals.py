@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -31,6 +29,8 @@ def torch_eigh(weight: Tensor, rank: int) -> Tensor:
 
 def scipy_eigh_subset(weight: Tensor, rank: int) -> Tensor:
     """Only the wanted ones (MRRR)."""
+    import scipy.linalg
+
     dense = weight.to(torch.float64)
     _, vectors = scipy.linalg.eigh((dense @ dense.mT).numpy(), subset_by_index=[0, rank - 1])
     return torch.from_numpy(np.ascontiguousarray(vectors)).flip(1)
@@ -44,7 +44,9 @@ def torch_lobpcg(weight: Tensor, rank: int) -> Tensor:
 
 
 def scipy_svds(weight: Tensor, rank: int) -> Tensor:
-    """ARPACK for the smallest singular values, 2000 iterations at most."""
+    """ARPACK for the smallest singular values, 200 iterations at most."""
+    import scipy.sparse.linalg
+
     left, _, _ = scipy.sparse.linalg.svds(weight.to(torch.float64).numpy(), k=rank, which="SM", maxiter=200, rng=0)
     return torch.from_numpy(np.ascontiguousarray(left)).flip(1)
 
