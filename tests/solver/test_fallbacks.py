@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("device"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")]
 )
-def test_out_of_memory_is_retried_with_smaller_panels_and_recorded(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_retried_with_smaller_panels_and_recorded(
+    error: Exception, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = solve.METHODS["dense"]
 
     def short_of_memory(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
@@ -35,15 +37,36 @@ def test_out_of_memory_is_retried_with_smaller_panels_and_recorded(error: Except
         return dense(weight, rank, principal)
 
     monkeypatch.setitem(solve.METHODS, "dense", short_of_memory)
-    weight = llm_like(40, 60)
-    basis = minor_basis(weight, 4)
+    weight = llm_like(40, 60).to(device)
+    basis = minor_basis(weight, 4, solver="dense")
     assert basis.certificate.path == "dense"
-    assert basis.certificate.tried == (f"dense: out of memory on cpu with panels of {PANEL_ENTRIES} entries",)
+    assert basis.certificate.tried == (f"dense: out of memory on {device} with panels of {PANEL_ENTRIES} entries",)
+    assert_certified(weight, basis, 4)
+
+
+def test_memory_that_runs_out_twice_sends_a_device_to_the_cpu_and_the_cpu_to_the_next_path(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, calls = solve.METHODS["dense"], list[str]()
+
+    def short_of_memory(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
+        calls.append(weight.device.type)
+        if len(calls) < 3:
+            raise torch.OutOfMemoryError("device")
+        return dense(weight, rank, principal)
+
+    monkeypatch.setitem(solve.METHODS, "dense", short_of_memory)
+    weight = llm_like(40, 60).to(device)
+    basis = minor_basis(weight, 4, solver="dense")
+    assert calls == (["cpu", "cpu"] if device == "cpu" else [device, device, "cpu"])
+    assert basis.certificate.path == ("lq" if device == "cpu" else "dense")
+    assert basis.certificate.device == "cpu"
+    assert len(basis.certificate.tried) == 2
     assert_certified(weight, basis, 4)
 
 
 def test_a_device_that_has_no_memory_at_all_hands_over_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No accelerator here: the ladder of attempts is asked directly, with a weight that says it lies on one.
+    # Also where there is no accelerator: the ladder of attempts is asked directly, with a weight that says it lies on one.
     class OnDevice(Weight):
         @property
         def device(self) -> torch.device:
@@ -70,20 +93,20 @@ def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(solve.METHODS, "dense", broken)
     with pytest.raises(RuntimeError, match="a defect of ours"):
-        minor_basis(llm_like(20, 30), 2)
+        minor_basis(llm_like(20, 30), 2, solver="dense")
 
 
-def test_a_driver_that_does_not_converge_is_got_round_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_converge_is_got_round_and_recorded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     svd = torch.linalg.svd
     failures = iter([contract.LinAlgError("did not converge")])
 
-    def flaky(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def flaky(matrix: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
         for failure in failures:
             raise failure
-        return svd(matrix, full_matrices=full_matrices)
+        return svd(matrix, **options)
 
     monkeypatch.setattr(careful.torch.linalg, "svd", flaky)
-    weight = llm_like(40, 60)
+    weight = llm_like(40, 60).to(device)
     basis = minor_basis(weight, 4, solver="lq")
     monkeypatch.undo()
     assert basis.certificate.path == "lq"
@@ -91,12 +114,12 @@ def test_a_driver_that_does_not_converge_is_got_round_and_recorded(monkeypatch: 
     assert_certified(weight, basis, 4)
 
 
-def test_an_eigensolver_that_fails_hands_over_to_lq(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eigensolver_that_fails_hands_over_to_lq(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(matrix: Tensor) -> Tensor:
         raise contract.LinAlgError("linalg.eigh: did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
-    basis = minor_basis(llm_like(40, 60), 4)
+    basis = minor_basis(llm_like(40, 60), 4, solver="dense", device=device)
     assert basis.certificate.path == "lq"
     assert basis.certificate.tried == ("dense: linalg.eigh: did not converge",)
 
@@ -105,7 +128,7 @@ def test_lapack_is_not_called_beyond_its_32_bit_workspaces(monkeypatch: pytest.M
     monkeypatch.setattr("svdbank.solver.dense.LAPACK_LIMIT", 1000)
     monkeypatch.setattr("svdbank.solver.careful.LAPACK_LIMIT", 1000)
     with pytest.raises(SolverError, match=r"32-bit workspace for syevd.*32-bit workspace for gesdd"):
-        minor_basis(llm_like(40, 60), 4)
+        minor_basis(llm_like(40, 60), 4, solver="dense")
 
 
 def test_the_limits_are_those_of_lapack() -> None:
@@ -115,8 +138,8 @@ def test_the_limits_are_those_of_lapack() -> None:
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (300, 900), (900, 300)])
-def test_a_float32_factor_gives_the_same_basis_certified_in_float64(shape: tuple[int, int]) -> None:
-    weight = llm_like(*shape)
+def test_a_float32_factor_gives_the_same_basis_certified_in_float64(shape: tuple[int, int], device: str) -> None:
+    weight = llm_like(*shape).to(device)
     basis = minor_basis(weight, 16, solver="shift-invert", precision=Precision(factor=torch.float32))
     assert basis.certificate.residual <= 1e-12
     if shape != (300, 300):  # κ² of the square one exceeds what float32 can factorise: it is handed over
@@ -125,8 +148,8 @@ def test_a_float32_factor_gives_the_same_basis_certified_in_float64(shape: tuple
     assert_certified(weight, basis, 16)
 
 
-def test_a_float32_gram_matrix_is_not_good_enough_and_the_gates_say_so() -> None:
-    weight = llm_like(300, 900)
+def test_a_float32_gram_matrix_is_not_good_enough_and_the_gates_say_so(device: str) -> None:
+    weight = llm_like(300, 900).to(device)
     basis = minor_basis(weight, 16, solver="dense", precision=Precision(gram=torch.float32))
     assert basis.certificate.path == "lq"
     assert basis.certificate.tried[0].startswith("dense: ")
@@ -134,8 +157,8 @@ def test_a_float32_gram_matrix_is_not_good_enough_and_the_gates_say_so() -> None
 
 
 @pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 700])
-def test_blocked_cholesky_is_cholesky(size: int) -> None:
-    half = torch.randn(size, size + 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+def test_blocked_cholesky_is_cholesky(size: int, device: str) -> None:
+    half = torch.randn(size, size + 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(device)
     gram = half @ half.mT
     found = factor(gram, torch.float64)
     assert found is not None
@@ -147,8 +170,8 @@ def test_blocked_cholesky_is_cholesky(size: int) -> None:
     assert not factorise(spoiled)
 
 
-def test_panels_change_nothing_but_rounding() -> None:
-    matrix = llm_like(70, 5000).to(torch.bfloat16)
+def test_panels_change_nothing_but_rounding(device: str) -> None:
+    matrix = llm_like(70, 5000).to(torch.bfloat16).to(device)
     whole, pieces = Weight(matrix), Weight(matrix, panel_entries=70 * 64)
     exact = matrix.double() @ matrix.double().mT
     # n ε relative to the largest entry bounds the order of summation.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hard_matrices import llm_like
+from hard_matrices import llm_like, reference
 from torch import Tensor
 
 import svdbank.solver.shift_invert as shift_invert
@@ -21,10 +21,15 @@ from svdbank.solver.weight import Weight
 RANK = 12
 
 
+def truth(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """LAPACK's SVD in float64, the most minor first, as columns on the weight's device."""
+    left, sigma, right = reference(weight.matrix.cpu())
+    return left.to(weight.device), sigma.to(weight.device), right.to(weight.device)
+
+
 def exact(weight: Weight, *, spectrum: bool) -> Candidate:
     """The right answer, as either family of methods would hand it over; without a way to repair it."""
-    left, sigma, right = torch.linalg.svd(weight.matrix.double(), full_matrices=False)
-    left, sigma, right = left.flip(1), sigma.flip(0), right.mT.flip(1)
+    left, sigma, right = truth(weight)
     return Candidate(
         Block(left[:, :RANK], right[:, :RANK], sigma[:RANK]),
         None,
@@ -52,8 +57,8 @@ def changed(
 
 
 @pytest.fixture(params=[(150, 150), (150, 400)], ids=["square", "wide"])
-def weight(request: pytest.FixtureRequest) -> Weight:
-    return Weight(llm_like(*request.param))
+def weight(request: pytest.FixtureRequest, device: str) -> Weight:
+    return Weight(llm_like(*request.param).to(device))
 
 
 @pytest.fixture(params=[True, False], ids=["spectrum", "cholesky"])
@@ -67,8 +72,7 @@ def test_the_right_answer_passes(weight: Weight, candidate: Candidate) -> None:
 
 
 def test_a_vector_swapped_for_the_next_one_up_is_seen_by_completeness_alone(weight: Weight, candidate: Candidate) -> None:
-    left, sigma, right = torch.linalg.svd(weight.matrix.double(), full_matrices=False)
-    left, sigma, right = left.flip(1), sigma.flip(0), right.mT.flip(1)
+    left, sigma, right = truth(weight)
     for missed in (0, RANK // 2, RANK - 1):
         chosen = [index for index in range(RANK + 1) if index != missed]
         swapped = changed(candidate, left[:, chosen], right[:, chosen], sigma[chosen])
@@ -85,6 +89,7 @@ def test_a_rotated_pair_is_seen_by_the_residual(weight: Weight, candidate: Candi
     turn[:2, :2] = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
     # Both sides turned alike: the subspace is right, the vectors are not singular vectors.
     block = candidate.minor
+    turn = turn.to(weight.device)
     _, verdict = judge(weight, changed(candidate, block.short @ turn, block.long @ turn))
     assert verdict.failed is not None and "residual" in verdict.failed
     assert verdict.orthogonality <= 1e-13
@@ -94,7 +99,7 @@ def test_a_rotated_pair_is_seen_by_the_residual(weight: Weight, candidate: Candi
 def test_a_perturbed_vector_is_seen_by_the_residual(weight: Weight, candidate: Candidate, side: str) -> None:
     block = candidate.minor
     vectors = block.short if side == "short" else block.long
-    noise = torch.randn(vectors.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(vectors.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(weight.device)
     noise -= vectors @ (vectors.mT @ noise)
     noise /= noise.norm()
     for size in (1e-2, 1e-5, 1e-7):
@@ -126,45 +131,47 @@ def test_nan_fails_every_gate(weight: Weight, candidate: Candidate) -> None:
 
 
 def test_a_missed_principal_vector_is_seen(weight: Weight, candidate: Candidate) -> None:
-    left, sigma, right = torch.linalg.svd(weight.matrix.double(), full_matrices=False)
-    top = Block(left[:, :3], right[:3].mT, sigma[:3])
+    left, sigma, right = (part.flip(-1) for part in truth(weight))
+    top = Block(left[:, :3], right[:, :3], sigma[:3])
     _, verdict = judge(weight, replace(candidate, principal=top, gram=None if candidate.gram is None else weight.gram()))
     assert verdict.failed is None
     chosen = [0, 2, 3]
-    wrong = Block(left[:, chosen], right[chosen].mT, sigma[chosen])
+    wrong = Block(left[:, chosen], right[:, chosen], sigma[chosen])
     _, verdict = judge(weight, replace(candidate, principal=wrong, gram=None if candidate.gram is None else weight.gram()))
     assert verdict.failed is not None and verdict.failed.startswith("completeness")
 
 
-def test_a_shift_above_the_smallest_eigenvalue_is_refused_by_the_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shift_above_the_smallest_eigenvalue_is_refused_by_the_factorisation(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = llm_like(150, 400)
     middle = torch.linalg.svdvals(weight.double())[-5].item() ** 2
     factor = shift_invert.factor
     monkeypatch.setattr(shift_invert, "factor", lambda gram, dtype, *, shift: factor(gram, dtype, shift=middle))
-    basis = minor_basis(weight, RANK, solver="shift-invert")
+    basis = minor_basis(weight, RANK, solver="shift-invert", device=device)
     assert basis.certificate.path == "lq"
     assert "not positive definite" in basis.certificate.tried[0]
 
 
-def test_an_iteration_with_a_wrong_operator_is_refused_by_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_iteration_with_a_wrong_operator_is_refused_by_the_gates(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # An indefinite shift that the factorisation let through: the iteration then converges to the eigenvalues around the shift.
     weight = llm_like(150, 400)
     middle = torch.linalg.svdvals(weight.double())[-30].item() ** 2
 
     class Wrong:
         def __init__(self, gram: Tensor) -> None:
-            self.matrix = gram - middle * torch.eye(gram.shape[0], dtype=torch.float64)
+            self.matrix = gram - middle * torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
 
         def solve(self, columns: Tensor) -> Tensor:
             return torch.linalg.solve(self.matrix, columns)
 
     monkeypatch.setattr(shift_invert, "factor", lambda gram, dtype, *, shift: Wrong(gram))
-    basis = minor_basis(weight, RANK, solver="shift-invert")
+    basis = minor_basis(weight, RANK, solver="shift-invert", device=device)
     assert basis.certificate.path == "lq"
     assert basis.certificate.tried
 
 
-def test_a_start_block_orthogonal_to_a_wanted_direction_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_block_orthogonal_to_a_wanted_direction_loses_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Exactly orthogonal, and a diagonal weight keeps it so: the iteration cannot find the direction, completeness must.
     matrix = torch.diag(torch.linspace(40, 1, 600, dtype=torch.float64))
     start = shift_invert._start
@@ -175,15 +182,15 @@ def test_a_start_block_orthogonal_to_a_wanted_direction_loses_nothing(monkeypatc
         return rows
 
     monkeypatch.setattr(shift_invert, "_start", blind)
-    basis = minor_basis(matrix, RANK, solver="shift-invert")
+    basis = minor_basis(matrix, RANK, solver="shift-invert", device=device)
     assert basis.minor.left[2].abs().argmax() == 597
     assert basis.certificate.path == "lq"
     assert "completeness" in basis.certificate.tried[0]
 
 
-def test_the_iteration_alone_does_lose_it() -> None:
+def test_the_iteration_alone_does_lose_it(device: str) -> None:
     # Holds the saboteur above honest: without the gate the answer would have been wrong.
-    matrix = torch.diag(torch.linspace(40, 1, 600, dtype=torch.float64) ** 2)
+    matrix = torch.diag(torch.linspace(40, 1, 600, dtype=torch.float64) ** 2).to(device)
     shape = shape_for(600, RANK)
     assert shape is not None
     generator = torch.Generator().manual_seed(0)
@@ -191,7 +198,7 @@ def test_the_iteration_alone_does_lose_it() -> None:
     rows[:, 597] = 0
     found = largest(
         lambda columns: torch.linalg.solve(matrix, columns),
-        rows,
+        rows.to(device),
         RANK,
         shape,
         lambda v, r, f, n: r[:RANK].max().item() / 1e-9,
@@ -201,20 +208,22 @@ def test_the_iteration_alone_does_lose_it() -> None:
     assert found.vectors[:, 597].abs().max() < 1e-6
 
 
-def test_a_weight_that_no_method_solves_is_an_error_that_names_each_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_no_method_solves_is_an_error_that_names_each_failure(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def spoiled(weight: Weight, rank: int, principal: int) -> Candidate:
         candidate = exact(weight, spectrum=True)
         return changed(candidate, short=candidate.minor.short.flip(0))
 
     monkeypatch.setattr(solve, "METHODS", dict.fromkeys(solve.METHODS, spoiled))
     with pytest.raises(SolverError, match=r"dense: residual .*; lq: residual .*; svd: residual") as caught:
-        minor_basis(llm_like(60, 90), RANK)
+        minor_basis(llm_like(60, 90), RANK, solver="dense", device=device)
     assert caught.value.hint
 
 
-def test_residual_check_tells_stored_triplets_from_spoiled_ones() -> None:
+def test_residual_check_tells_stored_triplets_from_spoiled_ones(device: str) -> None:
     for shape in [(60, 90), (90, 60)]:
-        weight = llm_like(*shape)
+        weight = llm_like(*shape).to(device)
         minor = minor_basis(weight, 8).minor
         assert minor.right is not None
         left, right, sigma = minor.left.float(), minor.right.float(), minor.sigma.float()
@@ -223,4 +232,5 @@ def test_residual_check_tells_stored_triplets_from_spoiled_ones() -> None:
         assert residual_check(weight, left, None, sigma) < 1e-6
         assert residual_check(weight, left.roll(1, 0), right, sigma) > 1e-3
         assert residual_check(weight, left.roll(1, 1), None, sigma) > 1e-3
-    assert residual_check(torch.zeros(4, 5), torch.eye(2, 4), torch.eye(2, 5), torch.zeros(2)) == 0.0
+    nothing = (torch.zeros(4, 5), torch.eye(2, 4), torch.eye(2, 5), torch.zeros(2))
+    assert residual_check(*(part.to(device) for part in nothing)) == 0.0

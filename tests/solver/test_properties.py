@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svdbank.errors import NotFiniteError, OptionError
-from svdbank.solver import canonical_signs, minor_bases, minor_basis
+from svdbank.solver import PATHS, canonical_signs, minor_bases, minor_basis
 
-SOLVERS = st.sampled_from(["dense", "shift-invert", "lq"])
+SOLVERS = st.sampled_from([path for path in PATHS if path != "svd"])
 
 
 @st.composite
@@ -28,8 +28,14 @@ def weights(draw: st.DrawFn) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+def generators(device: str) -> list[Tensor]:
+    """States of the global generators that a computation on ``device`` could draw from."""
+    return [torch.random.get_rng_state(), *([torch.cuda.get_rng_state()] if device == "cuda" else [])]
+
+
 def same_subspaces(one: Tensor, other: Tensor, sigma: Tensor) -> None:
     """Rows (R, m) of two bases span the same at every rank that the data resolve."""
+    one, other = one.cpu(), other.cpu()
     for r in resolved(sigma):
         if r <= one.shape[0]:
             # Both are within 1e-6 of the truth.
@@ -38,20 +44,20 @@ def same_subspaces(one: Tensor, other: Tensor, sigma: Tensor) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(weights(), SOLVERS, st.integers(1, 8))
-def test_rank_r_is_a_prefix_of_every_larger_rank(weight: Tensor, solver: str, rank: int) -> None:
+def test_rank_r_is_a_prefix_of_every_larger_rank(device: str, weight: Tensor, solver: str, rank: int) -> None:
     sigma = torch.linalg.svdvals(weight.double()).flip(0)
-    small, large = minor_basis(weight, rank, solver=solver), minor_basis(weight, rank + 5, solver=solver)
-    assert torch.allclose(small.minor.sigma, large.minor.sigma[:rank], rtol=0, atol=1e-10 * sigma[-1].item())
-    same_subspaces(small.minor.left, large.minor.left[:rank], sigma)
+    small, large = (minor_basis(weight, r, solver=solver, device=device).minor for r in (rank, rank + 5))
+    assert torch.allclose(small.sigma, large.sigma[:rank], rtol=0, atol=1e-10 * sigma[-1].item())
+    same_subspaces(small.left, large.left[:rank], sigma)
 
 
 @settings(max_examples=25, deadline=None)
 @given(weights(), SOLVERS, st.integers(0, 2**16))
-def test_permuting_rows_and_columns_permutes_the_vectors(weight: Tensor, solver: str, seed: int) -> None:
+def test_permuting_rows_and_columns_permutes_the_vectors(device: str, weight: Tensor, solver: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randperm(size, generator=generator) for size in weight.shape)
     sigma = torch.linalg.svdvals(weight.double()).flip(0)
-    plain, mixed = minor_basis(weight, 6, solver=solver).minor, minor_basis(weight[rows][:, columns], 6, solver=solver).minor
+    plain, mixed = (minor_basis(w, 6, solver=solver, device=device).minor for w in (weight, weight[rows][:, columns]))
     assert plain.right is not None and mixed.right is not None
     same_subspaces(plain.left[:, rows], mixed.left, sigma)
     same_subspaces(plain.right[:, columns], mixed.right, sigma)
@@ -59,20 +65,20 @@ def test_permuting_rows_and_columns_permutes_the_vectors(weight: Tensor, solver:
 
 @settings(max_examples=25, deadline=None)
 @given(weights(), SOLVERS, st.integers(-40, 40), st.sampled_from([1.0, 3.0, 0.7]))
-def test_scaling_scales_sigma_alone(weight: Tensor, solver: str, exponent: int, factor: float) -> None:
+def test_scaling_scales_sigma_alone(device: str, weight: Tensor, solver: str, exponent: int, factor: float) -> None:
     weight = weight.double()
     sigma = torch.linalg.svdvals(weight).flip(0)
     scale = factor * 2.0**exponent
-    plain, scaled = minor_basis(weight, 6, solver=solver).minor, minor_basis(weight * scale, 6, solver=solver).minor
+    plain, scaled = (minor_basis(w, 6, solver=solver, device=device).minor for w in (weight, weight * scale))
     assert torch.allclose(plain.sigma * scale, scaled.sigma, rtol=0, atol=1e-10 * sigma[-1].item() * scale)
     same_subspaces(plain.left, scaled.left, sigma)
 
 
 @settings(max_examples=25, deadline=None)
 @given(weights(), SOLVERS)
-def test_transposing_exchanges_the_sides(weight: Tensor, solver: str) -> None:
+def test_transposing_exchanges_the_sides(device: str, weight: Tensor, solver: str) -> None:
     sigma = torch.linalg.svdvals(weight.double()).flip(0)
-    plain, turned = minor_basis(weight, 6, solver=solver).minor, minor_basis(weight.mT, 6, solver=solver).minor
+    plain, turned = (minor_basis(w, 6, solver=solver, device=device).minor for w in (weight, weight.mT))
     assert plain.right is not None and turned.right is not None
     same_subspaces(plain.left, turned.right, sigma)
     same_subspaces(plain.right, turned.left, sigma)
@@ -80,10 +86,13 @@ def test_transposing_exchanges_the_sides(weight: Tensor, solver: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(weights(), SOLVERS)
-def test_the_same_call_gives_the_same_bytes_and_leaves_the_global_generator_alone(weight: Tensor, solver: str) -> None:
-    before = torch.random.get_rng_state()
+def test_the_same_call_gives_the_same_bytes_and_leaves_the_global_generator_alone(
+    device: str, weight: Tensor, solver: str
+) -> None:
+    weight = weight.to(device)
+    before = [state.clone() for state in generators(device)]
     one, two = minor_basis(weight, 6, solver=solver), minor_basis(weight.clone(), 6, solver=solver)
-    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(map(torch.equal, before, generators(device)))
     assert torch.equal(one.minor.left, two.minor.left)
     assert one.minor.right is not None and two.minor.right is not None
     assert torch.equal(one.minor.right, two.minor.right)
@@ -93,7 +102,8 @@ def test_the_same_call_gives_the_same_bytes_and_leaves_the_global_generator_alon
 
 @settings(max_examples=25, deadline=None)
 @given(weights(), SOLVERS, st.integers(1, 20))
-def test_results_are_contiguous_float64_rows_with_canonical_signs(weight: Tensor, solver: str, rank: int) -> None:
+def test_results_are_contiguous_float64_rows_with_canonical_signs(device: str, weight: Tensor, solver: str, rank: int) -> None:
+    weight = weight.to(device)
     kept = weight.clone()
     minor = minor_basis(weight, rank, solver=solver).minor
     assert torch.equal(kept, weight)
@@ -104,20 +114,20 @@ def test_results_are_contiguous_float64_rows_with_canonical_signs(weight: Tensor
     assert bool((largest > 0).all())
 
 
-def test_the_first_of_equal_entries_decides_the_sign() -> None:
+def test_the_first_of_equal_entries_decides_the_sign(device: str) -> None:
     left = torch.tensor([[0.5, -0.5, 0.1], [-0.5, 0.5, -0.9], [0.5, 0.5, 0.1]], dtype=torch.float64)
-    assert canonical_signs(left).tolist() == [1.0, -1.0, -1.0]
+    assert canonical_signs(left.to(device)).tolist() == [1.0, -1.0, -1.0]
 
 
-def test_a_weight_that_needs_gradients_is_no_obstacle() -> None:
-    weight = torch.nn.Parameter(llm_like(30, 40))
+def test_a_weight_that_needs_gradients_is_no_obstacle(device: str) -> None:
+    weight = torch.nn.Parameter(llm_like(30, 40).to(device))
     assert not minor_basis(weight, 3).minor.left.requires_grad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, 0), (17, 39)])
 def test_not_finite_is_an_error_before_any_factorisation(
-    bad: float, place: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    bad: float, place: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> None:
         raise AssertionError("a factorisation was called")
@@ -127,7 +137,7 @@ def test_not_finite_is_an_error_before_any_factorisation(
     for name in ("eigh", "svd", "qr", "cholesky_ex"):
         monkeypatch.setattr(torch.linalg, name, never)
     with pytest.raises(NotFiniteError, match="NaN or infinity"):
-        minor_basis(weight, 3)
+        minor_basis(weight.to(device), 3)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +161,8 @@ def test_only_floating_point_matrices_are_weights(weight: Tensor) -> None:
         minor_basis(weight, 1)
 
 
-def test_a_batch_gives_what_single_calls_give_whatever_the_number_of_jobs() -> None:
-    batch = [llm_like(40, 70, seed) for seed in range(7)]
+def test_a_batch_gives_what_single_calls_give_whatever_the_number_of_jobs(device: str) -> None:
+    batch = [llm_like(40, 70, seed).to(device) for seed in range(7)]
     ranks = [3, 5, 7, 3, 5, 7, 1]
     serial, parallel = minor_bases(batch, ranks, jobs=1), minor_bases(batch, ranks, jobs=3)
     for one, two, rank in zip(serial, parallel, ranks, strict=True):
@@ -161,8 +171,8 @@ def test_a_batch_gives_what_single_calls_give_whatever_the_number_of_jobs() -> N
         assert one.certificate == two.certificate
 
 
-def test_a_batch_raises_the_error_of_its_bad_weight() -> None:
-    batch = [llm_like(20, 30), torch.full((20, 30), float("nan")), llm_like(20, 30)]
+def test_a_batch_raises_the_error_of_its_bad_weight(device: str) -> None:
+    batch = [weight.to(device) for weight in (llm_like(20, 30), torch.full((20, 30), float("nan")), llm_like(20, 30))]
     with pytest.raises(NotFiniteError):
         minor_bases(batch, 2, jobs=2)
     with pytest.raises(OptionError, match="2 ranks were given for 3 weights"):
