@@ -255,7 +255,9 @@ def locked(folder: Path) -> Iterator[None]:
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
-    except filelock.Timeout as cause:
+        ours = path.stat()
+    except (filelock.Timeout, FileNotFoundError) as cause:  # not found: somebody is removing the folder
+        lock.release()
         raise LockedError(
             f"{folder}: another process is writing here{_describe(owner_path)}", hint="wait for it, or stop it"
         ) from cause
@@ -263,10 +265,19 @@ def locked(folder: Path) -> Iterator[None]:
         owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
         yield
     finally:
-        # Both go while the lock is held: filelock gives a waiter that locked the unlinked file another try.
-        owner_path.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        # Both go while the lock is held: filelock lets nobody in through an unlinked file, and leaves the name alone on release.
+        # Where the caller removed or renamed the folder, another process may have made and locked it anew.
+        if _is_file(path, ours):
+            owner_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         lock.release()
+
+
+def _is_file(path: Path, identity: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), identity)
+    except FileNotFoundError:
+        return False
 
 
 def _describe(owner_path: Path) -> str:
