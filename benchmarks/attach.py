@@ -6,8 +6,11 @@ On SmolLM2 also process against process, imports included: building a whole bank
 PEFT's initialisation.
 
     python -m benchmarks.attach [--repeat N] [--threads N] [--only half-billion|smollm2] [--skip-processes]
+    python -m benchmarks.attach --device cuda [--repeat N] [--layers N]
+    python -m benchmarks.attach --device cpu --quick
 
-Prints a table and, last, one line of JSON.
+With ``--device`` the model has an 8B's shapes instead, four layers of them, 28 weights in bfloat16, and lies on that device, where its
+bank is built too. Prints a table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -189,9 +192,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="OpenMP threads of everything; one is fairer to PEFT on a busy machine")
     parser.add_argument("--only", choices=["half-billion", "smollm2"], help="one of the two models")
     parser.add_argument("--skip-processes", action="store_true", help="library calls only")
+    on_device = parser.add_argument_group("a model of an 8B's shapes on a device")
+    on_device.add_argument("--device", help="cuda, cuda:1, cpu …")
+    on_device.add_argument("--layers", type=int, help="4, or 2 with --quick")
+    on_device.add_argument("--quick", action="store_true", help="tiny shapes")
+    on_device.add_argument(
+        "--place", type=Path, metavar="DIR", help="where checkpoint and bank are written; by default in memory"
+    )
+    on_device.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # read when torch is first imported, here and in the processes
+    if options.device:
+        from benchmarks import attach_gpu
+
+        sys.exit(attach_gpu.measure(options))
     figures = measure(repeat=options.repeat, only=options.only, with_processes=not options.skip_processes)
     print("\n\n".join(table(model) for model in figures["models"]))
     print(json.dumps(figures))
