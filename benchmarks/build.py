@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import checkpoints
 from benchmarks import device as devices
-from benchmarks.device import Goal, Results, timed
+from benchmarks.device import Goal, Results, timed, timed_median
 from benchmarks.solver_gpu import float32_svd, sine
 
 #: Bytes of weights a second that a build is to take.
@@ -202,7 +202,7 @@ def rivals(
         name = next(f"model.layers.0.{linear}.weight" for linear, other in model.linears().items() if other == shape)
         with safe_open(folder / index[name], "pt") as file:
             weight = file.get_tensor(name).to(device)
-        seconds, left = timed(device, lambda w=weight: float32_svd(w, options.rank))
+        seconds, left = timed_median(device, lambda w=weight: float32_svd(w, options.rank), 1)
         total += seconds * count * options.layers
         row: Row = {
             "section": "rival",

@@ -180,7 +180,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "card memory GB": round(properties.total_memory / 1e9, 1),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "float32 products": torch.get_float32_matmul_precision(),
     }
 
 

@@ -7,6 +7,7 @@ They run on a CPU as well, at small sizes, where a driver of CUDA's is left out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,15 +75,31 @@ def floor(weight: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(gram).L
 
 
-def truth(weight: Tensor, rank: int, basis: Basis) -> tuple[Tensor, str]:
-    """Left vectors (out, rank), most minor last, to measure against, and what they are."""
+@dataclass(frozen=True)
+class Truth:
+    """Left vectors (out, rank), most minor last, to measure against; where they come from, and by Wedin's bound how good they are.
+
+    No figure below ``good_to`` says more than that two ways agree.
+    """
+
+    left: Tensor
+    source: str
+    good_to: dict[int, float]
+
+
+def truth(weight: Tensor, rank: int, basis: Basis) -> Truth:
+    """A float64 SVD on the side with more rows; above :data:`TRUTH_MOST`, where that takes too long, svdbank's own basis."""
     if min(weight.shape) > TRUTH_MOST:
-        return basis.left(rank), "svdbank's own, certified"
+        bound = basis.certificate.angle_bound
+        return Truth(basis.left(rank), "svdbank's own, certified", {} if bound is None else {rank: bound})
     dense = weight.to(torch.float64)
-    name = "float64 SVD"
-    if dense.shape[0] >= dense.shape[1]:
-        return torch.linalg.svd(dense, full_matrices=False).U[:, -rank:], name
-    return torch.linalg.svd(dense.mT.contiguous(), full_matrices=False).Vh[-rank:].mT, name
+    wide = dense.shape[0] < dense.shape[1]
+    left, sigma, right = torch.linalg.svd(dense.mT.contiguous() if wide else dense, full_matrices=False)
+    left, right = (right.mT, left) if wide else (left, right.mT)
+    u, v, s = left[:, -rank:], right[:, -rank:], sigma[-rank:]
+    columns = torch.maximum((dense @ v - u * s).norm(dim=0), (dense.mT @ u - v * s).norm(dim=0))
+    good_to = {r: float(columns[-r:].max() / (sigma[-r - 1] - sigma[-r])) for r in (PEFT_RANK, rank) if r < min(weight.shape)}
+    return Truth(u.contiguous(), "float64 SVD", good_to)
 
 
 def sine(one: Tensor, other: Tensor) -> float:
@@ -123,12 +140,14 @@ def gpu_shapes(device: torch.device, quick: bool, results: Results) -> None:
             "κ": certificate.sigma_max / certificate.sigma_min,
             "handed over": list(certificate.tried),
         }
-        left, row["truth"] = truth(weight, rank, basis)
-        if row["truth"] == "float64 SVD":
+        known = truth(weight, rank, basis)
+        left, row["truth"] = known.left, known.source
+        row |= {f"truth good to r={r}": bound for r, bound in known.good_to.items()}
+        if known.source == "float64 SVD":
             _errors(row, "svdbank", basis.left(rank), left)
-        # PEFT's call runs once: gesvdj takes seconds at the larger shapes, and its times repeat.
+        # PEFT's call counts once: gesvdj takes seconds at the larger shapes, and its times repeat. The first of a kind loads kernels.
         ways: dict[str, tuple[int, bool, Callable[[], Tensor]]] = {
-            "svd fp32": (1, False, lambda w=weight: float32_svd(w, rank)),
+            "svd fp32": (1, k <= 4096, lambda w=weight: float32_svd(w, rank)),
             "eigh fp64": (3, k <= 4096, lambda w=weight: dense_eigh(w, rank)[0]),
         }
         if device.type == "cuda" and k <= 4096:
@@ -170,7 +189,7 @@ def gpu_shapes(device: torch.device, quick: bool, results: Results) -> None:
                 )
             )
         results.add(row, *goals)
-        del weight, basis, left
+        del weight, basis, known, left
         _empty(device)
 
 
@@ -183,9 +202,9 @@ def gpu_batches(device: torch.device, quick: bool, results: Results) -> None:
         ours, bases = timed_median(device, lambda w=weights: minor_bases(w, rank, device=device), 3, warm=False)
         single, _ = timed_median(device, lambda w=weights: minor_basis(w[0], rank), 3)
         compared = weights[:3]
-        svd, theirs = timed(device, lambda w=compared: [float32_svd(weight, rank) for weight in w])
+        svd, theirs = timed_median(device, lambda w=compared: [float32_svd(weight, rank) for weight in w], 1)
         svd *= count / len(compared)
-        eigh, dense = timed(device, lambda w=compared: [dense_eigh(weight, rank)[0] for weight in w])
+        eigh, dense = timed_median(device, lambda w=compared: [dense_eigh(weight, rank)[0] for weight in w], 1)
         eigh *= count / len(compared)
         row: Row = {
             "section": "gpu-batches",
@@ -206,8 +225,9 @@ def gpu_batches(device: torch.device, quick: bool, results: Results) -> None:
             "truth": "float64 SVD of three",
         }
         for at, weight in enumerate(compared):
-            left, _ = truth(weight, rank, bases[at])
-            each: Row = {}
+            known = truth(weight, rank, bases[at])
+            left = known.left
+            each: Row = {f"truth good to r={r}": bound for r, bound in known.good_to.items()}
             _errors(each, "svdbank", bases[at].left(rank), left)
             _errors(each, "svd fp32", theirs[at], left)
             _errors(each, "eigh fp64", dense[at], left)
