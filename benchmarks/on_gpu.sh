@@ -19,7 +19,7 @@ python=${PYTHON:-python3}
 quick=()
 [ -n "${QUICK:-}" ] && quick=(--quick)
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONUNBUFFERED=1
-export PYTHONPATH="$PWD:$PWD/cli${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD:$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
 sections=("$@")
 [ ${#sections[@]} -eq 0 ] && sections=(tests solver attach build)
