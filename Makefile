@@ -50,4 +50,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/generate_cli.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

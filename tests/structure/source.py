@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,15 @@ class Import:
     line: int
     always: bool
     typing_only: bool
+
+
+def copy_tree(to: Path) -> None:
+    """What a build reads, without build/ and egg-info of earlier ones."""
+    for folder in ("svdbank", "cli", "src"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / folder, to / folder, symlinks=True, ignore=ignored)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, to / file)
 
 
 def module_name(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,23 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.structure.source import ROOT
+from tests.structure.source import ROOT, copy_tree
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def _built(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built from a copy, so that neither build/ nor egg-info of an earlier run can supply a file that the tree lacks."""
     tree = tmp_path_factory.mktemp("tree")
-    for folder in ("svdbank", "cli"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, tree / file)
+    copy_tree(tree)
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree)]
+    command = [sys.executable, "-m", "build", *options, "--no-isolation", "--outdir", str(out), str(tree)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (file,) = out.glob("*.whl")
     return zipfile.ZipFile(file)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return _built(("--wheel",), tmp_path_factory)
 
 
 def test_the_wheel_holds_every_file_of_the_tree(wheel: zipfile.ZipFile) -> None:
@@ -46,3 +46,9 @@ def test_the_wheel_installs_no_module_called_cli_and_names_its_command(wheel: zi
 def test_the_wheel_carries_the_licence(wheel: zipfile.ZipFile) -> None:
     (licence,) = [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
     assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_a_source_distribution_makes_the_same_wheel(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> None:
+    by_way_of_sdist = _built((), tmp_path_factory)
+    files = [{name: archive.read(name) for name in archive.namelist()} for archive in (by_way_of_sdist, wheel)]
+    assert files[0] == files[1]
