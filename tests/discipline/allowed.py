@@ -1,0 +1,44 @@
+"""Which functions may bring a result to the host, which makes it wait until the device has done everything before; and why each does.
+
+A place is ``module:function``, the innermost one of svdbank, PEFT, Transformers or Accelerate; functions inside one count as part of it.
+"""
+
+from __future__ import annotations
+
+#: Once a weight, or once a step of an iteration: the numbers that decide what is done next.
+SOLVER = {
+    "svdbank.solver.solve:_scaled": "not finite and zero weights are told apart before any factorisation",
+    "svdbank.solver.solve:_solve": "the CPU takes over where the device's memory ran out",
+    "svdbank.solver.dense:solve_dense": "eigh reports whether it converged; ends of the spectrum for the certificate",
+    "svdbank.solver.ritz:rayleigh_ritz": "the SVD of the small factor reports whether it converged",
+    "svdbank.solver.careful:decompose": "the SVD reports whether it converged: if not, the transpose is next",
+    "svdbank.solver.careful:_ends": "ends of the spectrum for the certificate",
+    "svdbank.solver.cholesky:factorise": "a pivot that is not positive decides the path; one answer a block of columns",
+    "svdbank.solver.gates:judge": "the gates' figures, and whether a Newton step is due",
+    "svdbank.solver.gates:departure": "the orthogonality gate's figure",
+    "svdbank.solver.gates:complete": "the completeness gate's verdict",
+    "svdbank.solver.gates:_none_smaller": "the threshold that the proof is made for",
+    "svdbank.solver.gates:_none_larger": "the threshold that the proof is made for",
+    "svdbank.solver.gates:residual_check": "the weight's norm; verification compares one figure a weight",
+    "svdbank.solver.gates:_largest_column": "verification's figure",
+    "svdbank.solver.orthogonal:thin_qr": "pivots decide between Cholesky and Householder, cosines between one pass and two",
+    "svdbank.solver.lanczos:largest": "eigh reports whether it converged; figures decide whether the iteration stops, restarts, locks",
+    "svdbank.solver.lanczos:orthogonalise": "whether the Krylov space is exhausted, and in which directions",
+    "svdbank.solver.shift:place_shift": "Ritz values place the shift",
+    "svdbank.solver.shift_invert:solve_shift_invert": "what is wanted of the iteration, and how far off it is",
+    "svdbank.solver.shift_invert:_top": "how far the other end's iteration is off",
+}
+
+#: Once an attachment, however many weights there are.
+ATTACHING = {
+    "svdbank.adapter.recognition:sample": "values of all weights, to be compared with the bank's: one copy a dtype",
+    "svdbank.peft.residuals:subtract": "what rounding lost of the base: one number for all weights",
+}
+
+#: Once a run.
+TRAINING = {
+    "svdbank.training.attaching:initial_factors": "the factors that a residual method starts from are needed again when it is saved",
+    "peft.peft_model:PeftModel.save_pretrained": "the adapter is written to a file",
+}
+
+ALLOWED = {**SOLVER, **ATTACHING, **TRAINING}

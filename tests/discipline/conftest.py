@@ -1,0 +1,31 @@
+"""A pretended device with the project's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+# Before a device is pretended: bitsandbytes, which PEFT imports, looks for CUDA's libraries where it believes in one.
+import peft  # noqa: F401
+import pytest
+import torch
+
+from svdbank.adapter import recognition
+from svdbank.solver import pinned_threads
+from tests.discipline.allowed import ALLOWED
+from tests.discipline.pretended import PretendedDevice
+
+
+@pytest.fixture
+def pretended() -> Iterator[PretendedDevice]:
+    """The device, present for the length of a test."""
+    with pinned_threads(1), PretendedDevice(ALLOWED).present() as device:
+        yield device
+    # It keeps index tensors by device.
+    recognition._positions.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _own_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
