@@ -127,7 +127,7 @@ def _fill(source: Source, root: nn.Module, adapter_name: str, method: Method, la
                 _freeze(layer)
         sharding.apply(groups, layers, assembled)
         if found is not None and method in RESIDUAL_METHODS:
-            rounding = max(residuals.subtract(target, *pair) for target, pair in zip(targets, found.factors, strict=True))
+            rounding = residuals.subtract(targets, found.factors)
     if found is None or source.bank is None:
         return
     seconds = {"surgery": surgery, **found.seconds, "copy": time.perf_counter() - begun}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -38,11 +38,21 @@ def check(root: nn.Module, layers: Sequence[Slot], method: Method) -> None:
         )
 
 
-def subtract(target: Target, A: Tensor, B: Tensor) -> float:
-    """Take ``s B A`` out of the weight; returns ``‖fl(W') − W'‖ / ‖W‖``, what storing it in the base's dtype lost.
+def subtract(targets: Sequence[Target], factors: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Take ``s B A`` out of every weight; returns ``‖fl(W') − W'‖ / ‖W‖``, what storing it in the base's dtype lost, at its largest.
 
-    The figure is that of up to 64 evenly spaced rows, in float64. Of a sharded weight each rank takes its part out of its own slice.
+    The figure of a weight is that of up to 64 evenly spaced rows, in float64. Of a sharded weight each rank takes its part out of its
+    own slice.
     """
+    lost: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for target, (A, B) in zip(targets, factors, strict=True):
+        figure = _subtract(target, A, B)
+        lost[figure.device].append(figure)
+    # One number a device comes back, at the end: one a weight would have the host wait for the device each time.
+    return max((torch.stack(figures).max().item() for figures in lost.values()), default=0.0)
+
+
+def _subtract(target: Target, A: Tensor, B: Tensor) -> Tensor:
     stored = target.weight.detach()
     local, rows, columns = sharding.local_part(stored, transposed=target.transposed)
     weight = local.mT if target.transposed else local  # (out, in)
@@ -51,5 +61,5 @@ def subtract(target: Target, A: Tensor, B: Tensor) -> float:
     before = weight[some].double()
     weight.copy_(residual(weight, A, B, target.scale))
     exact = torch.addmm(before, B[some].double(), A.double(), alpha=-target.scale)
-    size = float(torch.linalg.vector_norm(before))
-    return float(torch.linalg.vector_norm(weight[some].double() - exact)) / size if size else 0.0
+    size, error = torch.linalg.vector_norm(before), torch.linalg.vector_norm(weight[some].double() - exact)
+    return torch.where(size > 0, error / size, 0.0)
