@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device takes cpu and cuda, not {', '.join(asked) or 'nothing'}")
     if "cuda" in asked and not CUDA:
         raise pytest.UsageError("--device cuda: torch finds no CUDA on this machine")
+    if "cuda" in asked and importlib.util.find_spec("bitsandbytes") is not None:
+        import bitsandbytes  # noqa: F401 - it looks for CUDA once, when it is imported; a test that hides it must not be the first
 
 
 def devices(config: pytest.Config) -> list[str]:

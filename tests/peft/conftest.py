@@ -1,4 +1,4 @@
-"""Real models and their banks, made once a session; fresh models for each test."""
+"""Real models on the test's device and their banks, made once a session on the CPU; fresh models for each test."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ MINILM_TARGETS = ("all-linear", "word_embeddings")
 
 @pytest.fixture(scope="session")
 def smollm2_bank(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    return svdbank.build(smollm2, tmp_path_factory.mktemp("smollm2") / "bank", rank=32, side="left")
+    return svdbank.build(smollm2, tmp_path_factory.mktemp("smollm2") / "bank", rank=32, side="left", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def minilm_bank(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
     place = tmp_path_factory.mktemp("minilm") / "bank"
-    return svdbank.build(minilm, place, rank=32, side="both", principal=8, targets=MINILM_TARGETS)
+    return svdbank.build(minilm, place, rank=32, side="both", principal=8, targets=MINILM_TARGETS, device="cpu")
 
 
 @pytest.fixture
-def llama(smollm2: Path) -> Callable[..., nn.Module]:
+def llama(smollm2: Path, device: str) -> Callable[..., nn.Module]:
     """A fresh SmolLM2 at each call, float32 by default."""
     from transformers import AutoModelForCausalLM
 
     def load(dtype: torch.dtype = torch.float32) -> nn.Module:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype).to(device)
 
     return load
 
 
 @pytest.fixture
-def bert(minilm: Path) -> Callable[..., nn.Module]:
+def bert(minilm: Path, device: str) -> Callable[..., nn.Module]:
     """A fresh MiniLM encoder at each call."""
     from transformers import AutoModel
 
     def load(dtype: torch.dtype = torch.float32) -> nn.Module:
         with quiet():
-            return AutoModel.from_pretrained(minilm, dtype=dtype)
+            return AutoModel.from_pretrained(minilm, dtype=dtype).to(device)
 
     return load
 

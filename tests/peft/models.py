@@ -100,6 +100,16 @@ def factors(layer: Any, adapter: str = "default") -> tuple[nn.Parameter, nn.Para
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit, wherever the two lie."""
+    return torch.equal(one.detach().cpu(), other.detach().cpu())
+
+
+def place(model: nn.Module) -> torch.device:
+    """Where a model computes."""
+    return next(model.parameters()).device
+
+
 def trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -115,7 +125,7 @@ def train(model: nn.Module, windows: Tensor, *, steps: int, rate: float = 1e-3, 
     model.train()
     losses = []
     for step in range(steps):
-        window = windows[[(step * batch + i) % len(windows) for i in range(batch)]]
+        window = windows[[(step * batch + i) % len(windows) for i in range(batch)]].to(place(model))
         loss = model(input_ids=window, labels=window).loss
         optimizer.zero_grad()
         loss.backward()
@@ -126,8 +136,8 @@ def train(model: nn.Module, windows: Tensor, *, steps: int, rate: float = 1e-3, 
 
 def sine(one: Tensor, other: Tensor) -> float:
     """Sine of the largest angle between two column spaces of equal rank."""
-    a, _ = torch.linalg.qr(one.double())
-    b, _ = torch.linalg.qr(other.double())
+    a, _ = torch.linalg.qr(one.detach().cpu().double())
+    b, _ = torch.linalg.qr(other.detach().cpu().double())
     return float(torch.linalg.matrix_norm(b - a @ (a.T @ b), 2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import svdbank
 from svdbank.bank import Bank
 from svdbank.errors import WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
-from tests.peft.models import mica, quiet, sine, trainable, without_svd
+from tests.peft.models import mica, place, quiet, same, sine, trainable, without_svd
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TOKENS = torch.arange(1, 25).reshape(2, 12)
@@ -46,6 +47,13 @@ def gpt_oss() -> nn.Module:
 
 
 MODELS = {"mixtral": mixtral, "gpt_oss": gpt_oss}
+Make = Callable[[str], nn.Module]
+
+
+@pytest.fixture
+def fresh(device: str) -> Make:
+    """A fresh model on the test's device at each call, by name."""
+    return lambda name: MODELS[name]().to(device)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,7 @@ def banks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bank]:
         with quiet():
             make().save_pretrained(place / name)
         targets = ("q_proj", "gate_up_proj", "down_proj")
-        found[name] = svdbank.build(place / name, place / f"{name}.bank", rank=8, side="both", targets=targets)
+        found[name] = svdbank.build(place / name, place / f"{name}.bank", rank=8, side="both", targets=targets, device="cpu")
     return found
 
 
@@ -89,7 +97,7 @@ def matrix(layer: Any, expert: int) -> Tensor:
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model.eval()(TOKENS).logits
+        return model.eval()(TOKENS.to(place(model))).logits.cpu()
 
 
 def step(model: nn.Module, rate: float = 0.05) -> None:
@@ -97,14 +105,17 @@ def step(model: nn.Module, rate: float = 0.05) -> None:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     for _ in range(2):
         optimizer.zero_grad()
-        model(TOKENS, labels=TOKENS).loss.backward()
+        tokens = TOKENS.to(place(model))
+        model(tokens, labels=tokens).loss.backward()
         optimizer.step()
     model.eval()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_each_expert_gets_its_own_minor_directions_and_only_a_trains(name: str, banks: dict[str, Bank], tmp_path: Path) -> None:
-    base = MODELS[name]()
+def test_each_expert_gets_its_own_minor_directions_and_only_a_trains(
+    name: str, fresh: Make, banks: dict[str, Bank], tmp_path: Path
+) -> None:
+    base = fresh(name)
     before = logits(base)
     with without_svd():
         model = get_peft_model(base, config(), bank=banks[name])
@@ -116,28 +127,26 @@ def test_each_expert_gets_its_own_minor_directions_and_only_a_trains(name: str, 
     for module, layer in layers.items():
         for expert in range(3):
             own = banks[name][f"{module}.{expert}"].left(RANK)
-            assert torch.equal(expert_b(layer, expert), own)
-            U = torch.linalg.svd(matrix(layer, expert).double())[0][:, : min(matrix(layer, expert).shape)]
+            assert same(expert_b(layer, expert), own)
+            U = torch.linalg.svd(matrix(layer, expert).cpu().double())[0][:, : min(matrix(layer, expert).shape)]
             assert sine(own, U[:, -RANK:]) < 1e-6  # the bank's vectors are float32
     assert trainable(model) and all(".lora_A." in parameter for parameter in trainable(model))
     step(model)
     assert not torch.allclose(logits(model), before)
     assert all(
-        torch.equal(expert_b(layer, e), banks[name][f"{module}.{e}"].left(RANK))
-        for module, layer in layers.items()
-        for e in range(3)
+        same(expert_b(layer, e), banks[name][f"{module}.{e}"].left(RANK)) for module, layer in layers.items() for e in range(3)
     )
     model.set_adapter("default")
     assert all(".lora_A." in parameter for parameter in trainable(model))
 
     model.save_pretrained(tmp_path / "a")
     with without_svd():
-        again = load_adapter(MODELS[name](), tmp_path / "a", bank=banks[name])
-        unchecked = load_adapter(MODELS[name](), tmp_path / "a")
+        again = load_adapter(fresh(name), tmp_path / "a", bank=banks[name])
+        unchecked = load_adapter(fresh(name), tmp_path / "a")
     assert torch.equal(logits(again), logits(model)) and torch.equal(logits(unchecked), logits(model))
     assert all(".lora_A." in parameter for parameter in trainable(again) | trainable(unchecked))
     with pytest.raises(ValueError, match="mica"):
-        peft.PeftModel.from_pretrained(MODELS[name](), tmp_path / "a")
+        peft.PeftModel.from_pretrained(fresh(name), tmp_path / "a")
 
     trained = logits(model)
     # Merging adds the same float32 delta in another order.
@@ -145,9 +154,9 @@ def test_each_expert_gets_its_own_minor_directions_and_only_a_trains(name: str, 
 
 
 @pytest.mark.parametrize("method", ["mica", "milora"])
-def test_what_one_expert_learns_stays_in_its_own_matrix(method: str, banks: dict[str, Bank]) -> None:
-    base = {name: p.detach().clone() for name, p in mixtral().named_parameters()}
-    model = get_peft_model(mixtral(), config(init_lora_weights=method), bank=banks["mixtral"])
+def test_what_one_expert_learns_stays_in_its_own_matrix(method: str, fresh: Make, banks: dict[str, Bank]) -> None:
+    base = {name: p.detach().clone() for name, p in fresh("mixtral").named_parameters()}
+    model = get_peft_model(fresh("mixtral"), config(init_lora_weights=method), bank=banks["mixtral"])
     for module, layer in wrappers(model).items():
         delta = layer.get_delta_weight("default")
         whole = layer.get_param() + delta
@@ -159,18 +168,18 @@ def test_what_one_expert_learns_stays_in_its_own_matrix(method: str, banks: dict
         assert changed[1].any() and not changed[0].any() and not changed[2].any()
 
 
-def test_a_second_adapter_over_the_same_experts(banks: dict[str, Bank]) -> None:
-    model = get_peft_model(mixtral(), config(), bank=banks["mixtral"])
+def test_a_second_adapter_over_the_same_experts(fresh: Make, banks: dict[str, Bank]) -> None:
+    model = get_peft_model(fresh("mixtral"), config(), bank=banks["mixtral"])
     with use_bank(banks["mixtral"]), without_svd():
         model.add_adapter("second", config())
     model.set_adapter("second")
     assert all(".lora_A.second" in parameter for parameter in trainable(model))
     for module, layer in wrappers(model, "second").items():
-        assert torch.equal(expert_b(layer, 2, "second"), banks["mixtral"][f"{module}.2"].left(RANK))
+        assert same(expert_b(layer, 2, "second"), banks["mixtral"][f"{module}.2"].left(RANK))
 
 
-def test_an_exchanged_expert_is_refused_by_name(banks: dict[str, Bank]) -> None:
-    model = mixtral()
+def test_an_exchanged_expert_is_refused_by_name(fresh: Make, banks: dict[str, Bank]) -> None:
+    model = fresh("mixtral")
     experts = model.get_parameter("model.layers.1.mlp.experts.down_proj").data
     experts[[0, 2]] = experts[[2, 0]]
     with pytest.raises(WrongBaseError, match=r"2 of 14 weights .*down_proj\.0"):

@@ -18,7 +18,7 @@ from svdbank.adapter.folder import WEIGHTS
 from svdbank.bank import Bank
 from svdbank.errors import BankError, OptionError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
-from tests.peft.models import factors, lora_layers, mica, only_a_trains, trainable, without_svd
+from tests.peft.models import factors, lora_layers, mica, only_a_trains, place, same, trainable, without_svd
 
 Load = Callable[..., nn.Module]
 TOKENS = torch.arange(1000, 1048).reshape(3, 16)
@@ -27,8 +27,7 @@ TOKENS = torch.arange(1000, 1048).reshape(3, 16)
 def b_is_the_banks(model: nn.Module, bank: Bank, adapter: str = "default") -> bool:
     layers = lora_layers(model, adapter)
     return bool(layers) and all(
-        torch.equal(factors(layer, adapter)[1], bank[f"{module}.weight"].left(layer.r[adapter]))
-        for module, layer in layers.items()
+        same(factors(layer, adapter)[1], bank[f"{module}.weight"].left(layer.r[adapter])) for module, layer in layers.items()
     )
 
 
@@ -42,7 +41,7 @@ def move(model: nn.Module, seed: int, adapter: str = "default") -> None:
 
 def output(model: nn.Module, tokens: Tensor = TOKENS, **options: Any) -> Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=tokens, **options).last_hidden_state
+        return model.eval()(input_ids=tokens.to(place(model)), **options).last_hidden_state.cpu()
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def test_switching_and_freezing_leave_b_alone(two: Any, minilm_bank: Bank, no_sv
         two.set_adapter(adapter)
         assert only_a_trains(two, adapter)
         two.train()
-        two(input_ids=TOKENS).last_hidden_state.square().mean().backward()
+        two(input_ids=TOKENS.to(place(two))).last_hidden_state.square().mean().backward()
         assert all(factors(layer, adapter)[1].grad is None for layer in lora_layers(two, adapter).values())
         optimizer = torch.optim.SGD([p for p in two.parameters() if p.requires_grad], lr=0.1)
         optimizer.step()
@@ -129,19 +128,19 @@ def test_both_adapters_are_saved_and_come_back(
 
 @pytest.mark.parametrize("rank", [4, 2])
 def test_hotswapping_leaves_b_frozen_and_the_banks(
-    rank: int, bert: Load, minilm_bank: Bank, tmp_path: Path, no_svd: list[str]
+    rank: int, bert: Load, device: str, minilm_bank: Bank, tmp_path: Path, no_svd: list[str]
 ) -> None:
     for seed in (1, 2):
         made = get_peft_model(bert(), mica(rank if seed == 2 else 4), bank=minilm_bank)
         move(made, seed)
         made.save_pretrained(tmp_path / str(seed))
     model = load_adapter(bert(), tmp_path / "1", bank=minilm_bank)
-    hotswap_adapter(model, str(tmp_path / "2"), adapter_name="default", torch_device="cpu")
+    hotswap_adapter(model, str(tmp_path / "2"), adapter_name="default", torch_device=device)
     # The direct load is the same up to what a wider, zero-padded product rounds.
     assert torch.allclose(output(model), output(load_adapter(bert(), tmp_path / "2", bank=minilm_bank)), rtol=0, atol=2e-5)
     for module, layer in lora_layers(model).items():
         B = factors(layer)[1]
-        assert torch.equal(B[:, :rank], minilm_bank[f"{module}.weight"].left(rank)) and not B[:, rank:].any()
+        assert same(B[:, :rank], minilm_bank[f"{module}.weight"].left(rank)) and not B[:, rank:].any()
     assert only_a_trains(model)
     model.set_adapter("default")
     assert only_a_trains(model)
@@ -153,7 +152,7 @@ def test_a_bfloat16_base_gets_the_banks_b_in_full(bert: Load, minilm_bank: Bank)
     assert b_is_the_banks(model, minilm_bank)
     theirs = peft.get_peft_model(bert(torch.bfloat16), mica(8, target_modules=["query"], layers_to_transform=[0]))
     (B,) = (factors(layer)[1] for layer in lora_layers(theirs).values())
-    assert B.dtype == torch.float32 and (B.T @ B - torch.eye(8)).abs().max() > 1e-4
+    assert B.dtype == torch.float32 and (B.T @ B - torch.eye(8, device=B.device)).abs().max() > 1e-4
 
 
 def test_an_adapter_with_anothers_b_is_refused(bert: Load, minilm_bank: Bank, tmp_path: Path) -> None:
@@ -232,7 +231,7 @@ def test_layers_that_are_no_matrix_are_refused_with_their_name(minilm_bank: Bank
             get_peft_model(Small(layer), mica(2, target_modules=["part"]), bank=minilm_bank)
 
 
-def test_no_route_computes_a_decomposition(bert: Load, minilm_bank: Bank, tmp_path: Path) -> None:
+def test_no_route_computes_a_decomposition(bert: Load, device: str, minilm_bank: Bank, tmp_path: Path) -> None:
     """Every way in and out, with every decomposition of torch and numpy made to fail and counted."""
     with without_svd() as called:
         for method in ("mica", "milora", "pissa"):
@@ -251,5 +250,5 @@ def test_no_route_computes_a_decomposition(bert: Load, minilm_bank: Bank, tmp_pa
                     peft.PeftModel.from_pretrained(bert(), tmp_path / method, low_cpu_mem_usage=True)
         svdbank.init(minilm_bank, rank=4, output=tmp_path / "fresh")
         load_adapter(bert(), tmp_path / "fresh")
-        hotswap_adapter(load_adapter(bert(), tmp_path / "mica"), str(tmp_path / "fresh"), "default", torch_device="cpu")
+        hotswap_adapter(load_adapter(bert(), tmp_path / "mica"), str(tmp_path / "fresh"), "default", torch_device=device)
     assert called == []

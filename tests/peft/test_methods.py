@@ -16,7 +16,7 @@ from svdbank.adapter.methods import initial_factors, restored, restored_alpha
 from svdbank.bank import Bank
 from svdbank.errors import BankError, OptionError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
-from tests.peft.models import factors, lora_layers, mica, quiet, trainable, without_svd
+from tests.peft.models import factors, lora_layers, mica, place, quiet, same, trainable, without_svd
 
 Load = Callable[..., nn.Module]
 TOKENS = torch.arange(1000, 1032).reshape(2, 16)
@@ -30,11 +30,12 @@ def config(method: str, rank: int = 6, **options: Any) -> Any:
 
 def output(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model.eval()(TOKENS).last_hidden_state
+        return model.eval()(TOKENS.to(place(model))).last_hidden_state.cpu()
 
 
 def logical(layer: Any, weight: Tensor) -> Tensor:
-    """(out, in) of a base weight as it lies in memory."""
+    """(out, in) of a base weight as it lies in memory, on the CPU."""
+    weight = weight.detach().cpu()
     embedding = bool(len(layer.lora_embedding_A))
     return weight.T if embedding or getattr(layer, "fan_in_fan_out", False) else weight
 
@@ -72,6 +73,7 @@ def test_the_adapter_holds_the_banks_triplets_and_the_base_the_rest(
     for module, layer in layers.items():
         A, B = factors(layer)
         assert A.requires_grad and B.requires_grad and A.dtype == B.dtype == torch.float32
+        A, B = A.detach().cpu(), B.detach().cpu()
         U, sigma, V = triplets(minilm_bank, f"{module}.weight", layer.r["default"], method)
         part = layer.scaling["default"] * B.double() @ A.double()
         # A and B are rounded once to float32, each by 2^-24 of an entry at most.
@@ -86,7 +88,7 @@ def test_the_adapter_holds_the_banks_triplets_and_the_base_the_rest(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_transformers_conv1d_loses_its_part_in_its_own_orientation(method: str, tmp_path: Path) -> None:
+def test_transformers_conv1d_loses_its_part_in_its_own_orientation(method: str, device: str, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -94,12 +96,12 @@ def test_transformers_conv1d_loses_its_part_in_its_own_orientation(method: str, 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with quiet():
         model.save_pretrained(tmp_path / "gpt2")
-    bank = svdbank.build(tmp_path / "gpt2", tmp_path / "bank", rank=8, principal=8, targets=("c_attn", "c_fc"))
+    bank = svdbank.build(tmp_path / "gpt2", tmp_path / "bank", rank=8, principal=8, targets=("c_attn", "c_fc"), device="cpu")
     targets = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
-    layers = lora_layers(get_peft_model(model, config(method, 4, **targets), bank=bank))
+    layers = lora_layers(get_peft_model(model.to(device), config(method, 4, **targets), bank=bank))
     assert len(layers) == 4
     for module, layer in layers.items():
-        W, rest = before[f"{module}.weight"], layer.get_base_layer().weight
+        W, rest = before[f"{module}.weight"], layer.get_base_layer().weight.cpu()
         U, sigma, V = triplets(bank, f"{module}.weight", 4, method)
         assert W.shape == (V.shape[0], U.shape[0])  # (in, out)
         # Rounded once to float32, after a float32 dot product of length 4.
@@ -117,7 +119,7 @@ def test_the_first_outputs_are_the_bases_within_rounding(
     generator = torch.Generator().manual_seed(0)
     for module in shaken.encoder.modules():
         if isinstance(module, nn.Linear):
-            sign = torch.randint(0, 2, module.weight.shape, generator=generator) * 2 - 1
+            sign = (torch.randint(0, 2, module.weight.shape, generator=generator) * 2 - 1).to(module.weight.device)
             module.weight.data = (module.weight.data.double() * (1 + 2 * UNIT[dtype] * sign)).to(dtype)
     yardstick = (output(shaken) - reference).float().norm()
     model = get_peft_model(bert(dtype), config(method, 8), bank=minilm_bank)
@@ -131,12 +133,13 @@ def test_the_first_outputs_are_the_bases_within_rounding(
 
 def test_milora_takes_out_the_smallest_and_pissa_the_largest(bert: Load, minilm_bank: Bank) -> None:
     name = "encoder.layer.0.attention.self.value.weight"
-    sigma = torch.linalg.svdvals(bert().get_parameter(name).double())
+    sigma = torch.linalg.svdvals(bert().get_parameter(name).cpu().double())
     left = {
         method: torch.linalg.svdvals(
             lora_layers(get_peft_model(bert(), config(method, 8), bank=minilm_bank))[name.removesuffix(".weight")]
             .get_base_layer()
-            .weight.double()
+            .weight.cpu()
+            .double()
         )
         for method in METHODS
     }
@@ -147,13 +150,13 @@ def test_milora_takes_out_the_smallest_and_pissa_the_largest(bert: Load, minilm_
 
 def test_pissa_starts_where_pefts_own_starts(bert: Load, minilm_bank: Bank) -> None:
     ours = lora_layers(get_peft_model(bert(), config("pissa", 4, target_modules=["value"]), bank=minilm_bank))
-    theirs = lora_layers(peft.get_peft_model(bert(), config("pissa", 4, target_modules=["value"])))
+    theirs = lora_layers(peft.get_peft_model(bert().cpu(), config("pissa", 4, target_modules=["value"])))
     for module, layer in ours.items():
         rival = theirs[module]
         sigma = triplets(minilm_bank, f"{module}.weight", 5, "pissa")[1]
         # PEFT's float32 SVD mixes the fourth and the fifth direction by ε σ_1 over their distance (Wedin).
         mixing = 32 * torch.finfo(torch.float32).eps * float(sigma[0] / (sigma[3] - sigma[4]))
-        difference = layer.get_delta_weight("default") - rival.get_delta_weight("default")
+        difference = layer.get_delta_weight("default").cpu() - rival.get_delta_weight("default")
         assert difference.norm() <= mixing * sigma.norm(), module
         assert layer.scaling == rival.scaling
 
@@ -173,7 +176,7 @@ def test_after_training_plain_lora_of_twice_the_rank_on_the_unchanged_base_is_th
         U, sigma, V = triplets(minilm_bank, name, 4, method)
         largest = minilm_bank[name].certificate.sigma_max
         A0, B0 = initial_factors(method, U.float(), sigma, V.float(), layer.scaling["default"], sigma_max=largest)
-        A, B = restored(*factors(layer), A0, B0)
+        A, B = restored(*(factor.detach().cpu() for factor in factors(layer)), A0, B0)
         for factor, value in zip(factors(start[module]), (A, B), strict=True):
             assert factor.shape == value.shape
             factor.data.copy_(value)
@@ -193,8 +196,8 @@ def test_a_saved_milora_adapter_reloads_to_the_bit_and_plain_peft_refuses_it(
     assert torch.equal(output(again), output(model))
     for module, layer in lora_layers(again).items():
         rival = lora_layers(model)[module]
-        assert torch.equal(layer.get_base_layer().weight, rival.get_base_layer().weight)
-        assert all(torch.equal(a, b) for a, b in zip(factors(layer), factors(rival), strict=True))
+        assert same(layer.get_base_layer().weight, rival.get_base_layer().weight)
+        assert all(same(a, b) for a, b in zip(factors(layer), factors(rival), strict=True))
     # The same factors on the unchanged base would be another model. PEFT knows no such initialisation and says so.
     for low in (False, True):
         with pytest.raises(ValueError, match="milora"):
@@ -269,17 +272,17 @@ def test_combinations_without_a_meaning_are_refused(option: dict[str, Any], bert
 def _train(model: nn.Module, steps: int = 3) -> None:
     """A few steps towards a fixed random target: enough to move A and B well away from their start."""
     generator = torch.Generator().manual_seed(0)
-    target = torch.randn(*TOKENS.shape, 384, generator=generator)
+    target = torch.randn(*TOKENS.shape, 384, generator=generator).to(place(model))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        (model.eval()(TOKENS).last_hidden_state - target).square().mean().backward()
+        (model.eval()(TOKENS.to(place(model))).last_hidden_state - target).square().mean().backward()
         optimizer.step()
 
 
 @pytest.mark.parametrize("method", ["milora", "pissa"])
 def test_a_folder_of_init_gives_the_base_s_outputs_or_an_error(
-    method: str, bert: Load, minilm: Path, minilm_bank: Bank, tmp_path: Path
+    method: str, bert: Load, device: str, minilm: Path, minilm_bank: Bank, tmp_path: Path
 ) -> None:
     options = {"rank": 8, "method": method, "targets": ("query", "value")}
     svdbank.init(minilm_bank, output=tmp_path / "fresh", **options)
@@ -304,7 +307,7 @@ def test_a_folder_of_init_gives_the_base_s_outputs_or_an_error(
     from transformers import AutoModel
 
     with quiet():
-        residual = AutoModel.from_pretrained(tmp_path / "residual")
+        residual = AutoModel.from_pretrained(tmp_path / "residual").to(device)
     with pytest.raises(WrongBaseError) as caught:
         load_adapter(residual, tmp_path / "beside", bank=minilm_bank)
     assert "leave bank= out" in str(caught.value.hint)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdbank.bank import Bank
 from svdbank.errors import OptionError
 from svdbank.peft import UnverifiedBaseWarning, attachment, get_peft_model, load_adapter, use_bank
-from tests.peft.models import factors, lora_layers, mica, only_a_trains, quiet, trainable, without_svd
+from tests.peft.models import factors, lora_layers, mica, only_a_trains, place, quiet, same, trainable, without_svd
 
 KINDS = ["nf4", "int8"]
 RANK = 8
@@ -28,8 +28,12 @@ pytestmark = [
 
 
 @pytest.fixture
-def short(smollm2: Path) -> Callable[..., Any]:
+def short(smollm2: Path, device: str) -> Callable[..., Any]:
     """The first two layers of SmolLM2, in bfloat16 or quantised by bitsandbytes as Transformers loads them."""
+    return shortened(smollm2, device)
+
+
+def shortened(smollm2: Path, device: str) -> Callable[..., Any]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     def load(kind: str = "bf16") -> Any:
@@ -40,7 +44,7 @@ def short(smollm2: Path) -> Callable[..., Any]:
         }[kind]
         with quiet():
             return AutoModelForCausalLM.from_pretrained(
-                smollm2, dtype=torch.bfloat16, quantization_config=quantisation, device_map="cpu", **SHORT
+                smollm2, dtype=torch.bfloat16, quantization_config=quantisation, device_map=device, **SHORT
             )
 
     return load
@@ -50,12 +54,13 @@ def frozen_and_the_banks(model: nn.Module, bank: Bank, adapter: str = "default")
     layers = lora_layers(model, adapter)
     return len(layers) == 14 and all(
         not factors(layer, adapter)[1].requires_grad
-        and torch.equal(factors(layer, adapter)[1], bank[f"{module}.weight"].left(layer.r[adapter]))
+        and same(factors(layer, adapter)[1], bank[f"{module}.weight"].left(layer.r[adapter]))
         for module, layer in layers.items()
     )
 
 
 def steps(model: nn.Module, windows: Tensor, count: int) -> list[float]:
+    windows = windows.to(place(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
     for _ in range(count):
@@ -83,6 +88,7 @@ def test_a_quantised_base_trains_and_its_adapter_works_on_the_bf16_base(
 
     model.save_pretrained(tmp_path / "a")
     plain = short()
+    windows = windows.to(place(plain))
     with torch.no_grad():
         before = float(plain(input_ids=windows, labels=windows).loss)
         with without_svd():
@@ -105,10 +111,11 @@ def test_an_evaluation_takes_no_gradient_away(
 
     def gradients(*, evaluated: bool) -> dict[str, Tensor]:
         model = get_peft_model(short(kind), mica(RANK), bank=smollm2_bank)
+        tokens = windows.to(place(model))
         if evaluated:
             with torch.no_grad():
-                model.eval()(input_ids=windows)
-        model.train()(input_ids=windows, labels=windows).loss.backward()
+                model.eval()(input_ids=tokens)
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     fresh, evaluated = gradients(evaluated=False), gradients(evaluated=True)
@@ -122,9 +129,10 @@ def test_a_plain_lora_that_is_loaded_keeps_its_gradients_too(
     config = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
     peft.get_peft_model(short("bf16"), config).save_pretrained(tmp_path / "lora")
     model = load_adapter(short("nf4"), tmp_path / "lora")
+    tokens = legal_windows[:1, :16].to(place(model))
     with torch.no_grad():
-        model.eval()(input_ids=legal_windows[:1, :16])
-    model.train()(input_ids=legal_windows[:1, :16], labels=legal_windows[:1, :16]).loss.backward()
+        model.eval()(input_ids=tokens)
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
     first = factors(lora_layers(model)["model.layers.0.mlp.down_proj"], "default")[0]
     # What a packed weight stops is the gradient of layers before it.
     unpacked = [m.weight for n, m in model.named_modules() if n.endswith("up_proj")]
@@ -132,9 +140,11 @@ def test_a_plain_lora_that_is_loaded_keeps_its_gradients_too(
     assert len(unpacked) == 2 and not any(getattr(w.quant_state, "packing_format_for_cpu", False) for w in unpacked)
 
 
-def test_a_base_that_was_packed_before_is_not_trained(short: Callable[..., Any], smollm2_bank: Bank, tmp_path: Path) -> None:
+def test_a_base_that_was_packed_before_is_not_trained(smollm2: Path, smollm2_bank: Bank, tmp_path: Path) -> None:
+    """On the CPU, which alone packs."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
+    short = shortened(smollm2, "cpu")
     get_peft_model(short("nf4"), mica(RANK), bank=smollm2_bank).save_pretrained(tmp_path / "a")
     model = short("nf4")
     weight = model.model.layers[1].mlp.up_proj.weight

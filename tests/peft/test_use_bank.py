@@ -19,7 +19,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from svdbank.bank import Bank
 from svdbank.errors import BankError
 from svdbank.peft import attachment, get_peft_model, use_bank
-from tests.peft.models import factors, lora_layers, mica, only_a_trains, trainable, without_svd
+from tests.peft.models import factors, lora_layers, mica, only_a_trains, same, trainable, without_svd
 
 Load = Callable[..., nn.Module]
 PLACES = [
@@ -40,8 +40,7 @@ def peft_as_it_is() -> list[object]:
 def b_is_the_banks(model: nn.Module, bank: Bank, adapter: str = "default") -> bool:
     layers = lora_layers(model, adapter)
     return bool(layers) and all(
-        torch.equal(factors(layer, adapter)[1], bank[f"{module}.weight"].left(layer.r[adapter]))
-        for module, layer in layers.items()
+        same(factors(layer, adapter)[1], bank[f"{module}.weight"].left(layer.r[adapter])) for module, layer in layers.items()
     )
 
 
