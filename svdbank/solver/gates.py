@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,41 +43,68 @@ def judge(weight: Weight, candidate: Candidate) -> tuple[Candidate, Verdict]:
     Returns the candidate as it was judged. Overwrites ``candidate.gram``.
     """
     scale = candidate.sigma_max
-    # σ_1 … σ_R, σ_{R+1}: Wedin's bound at every rank, because every prefix is served as a basis of its own.
-    ladder = candidate.minor.sigma
-    if candidate.sigma_next is not None:
-        ladder = torch.cat([ladder, ladder.new_tensor([candidate.sigma_next])])
-    gaps = ladder.diff()
-    allowed = torch.clamp(gaps * UNRESOLVED, min=NOISE * EPSILON * scale)
+    gaps, allowed = allowances(candidate.minor.sigma, candidate.sigma_next, scale)
     for attempt in range(REFINEMENTS + 1):
         defect, columns = defects(weight, candidate.minor)
         prefix = columns.cummax(0).values[: gaps.shape[0]]
-        good = columns.max().item() <= GOOD_RESIDUAL * scale and bool((prefix <= allowed).all())
+        good = bool((columns.max() <= GOOD_RESIDUAL * scale) & (prefix <= allowed).all())
         if good or attempt == REFINEMENTS or candidate.apply_inverse is None:
             break
         candidate = replace(candidate, minor=refined(weight, candidate.minor, defect, candidate.apply_inverse))
     minor, principal = candidate.minor, candidate.principal
-    worst = columns.max().item()
-    if principal is not None:
-        worst = max(worst, defects(weight, principal)[1].max().item())
-    orthogonality = max(departure(block) for block in ([minor] if principal is None else [minor, principal]))
-    relative = worst / scale
-    angle_bound = None
-    if candidate.sigma_next is not None and gaps[-1].item() > 0:
-        angle_bound = columns.max().item() / gaps[-1].item()
+    others = 0.0 if principal is None else defects(weight, principal)[1].max().item()
+    departures = torch.stack([departure(block) for block in ([minor] if principal is None else [minor, principal])])
+    found = torch.cat([columns, departures.amax(0, keepdim=True)]).tolist()
     proof = "cholesky" if candidate.spectrum is None else "spectrum"
+    return candidate, verdict(
+        found[:-1], gaps.tolist(), allowed.tolist(), found[-1], others, scale, proof, lambda: complete(weight, candidate)
+    )
 
+
+def allowances(sigma: Tensor, following: float | Tensor | None, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Gaps of the ladder σ_1 … σ_R, σ_{R+1} (…, R), and the residual that each allows: every prefix is served as a basis of its own.
+
+    Wedin's bound at every rank; ``scale`` is σ_max, of a batch (…, 1). ``following`` is σ_{R+1}, None where the block holds all.
+    """
+    if following is not None:
+        last = following if isinstance(following, Tensor) else sigma.new_tensor([following])
+        sigma = torch.cat([sigma, last], dim=-1)
+    gaps = sigma.diff()
+    floor = NOISE * EPSILON * scale
+    return gaps, torch.maximum(gaps * UNRESOLVED, floor if isinstance(floor, Tensor) else gaps.new_tensor(floor))
+
+
+def verdict(
+    columns: Sequence[float],
+    gaps: Sequence[float],
+    allowed: Sequence[float],
+    orthogonality: float,
+    others: float,
+    scale: float,
+    proof: str,
+    proven: Callable[[], bool],
+) -> Verdict:
+    """Decide from the figures of one weight: residuals of its minor triplets (R,), of all ``others`` the worst, absolute."""
+    # NaN must fail: Python's max may lose it.
+    worst = max(columns, key=lambda value: math.inf if math.isnan(value) else value)
+    relative = (worst if math.isnan(worst) else max(worst, others)) / scale
+    angle_bound = worst / gaps[-1] if len(gaps) == len(columns) and gaps[-1] > 0 else None
+    over, prefix = 0.0, 0.0
+    for column, gap, allowance in zip(columns, gaps, allowed, strict=False):
+        prefix = column if math.isnan(column) else max(prefix, column)
+        if not prefix <= allowance:
+            over = max(over, prefix / gap if gap > 0 else math.inf)
     failed = None
     # Comparisons are written so that NaN fails them.
     if not orthogonality <= ORTHOGONALITY_LIMIT:
         failed = f"orthogonality {orthogonality:.1e} > {ORTHOGONALITY_LIMIT:.0e}"
     elif not relative <= RESIDUAL_LIMIT:
         failed = f"residual {relative:.1e} > {RESIDUAL_LIMIT:.0e}"
-    elif not bool((prefix <= allowed).all()):
-        failed = f"residual over gap {(prefix / gaps)[prefix > allowed].max().item():.1e} > {UNRESOLVED:.0e}"
-    elif not complete(weight, candidate):
+    elif over:
+        failed = f"residual over gap {over:.1e} > {UNRESOLVED:.0e}"
+    elif not proven():
         failed = f"completeness ({proof})"
-    return candidate, Verdict(orthogonality, relative, angle_bound, proof, failed)
+    return Verdict(orthogonality, relative, angle_bound, proof, failed)
 
 
 def defects(weight: Weight, block: Block) -> tuple[Tensor, Tensor]:
@@ -86,10 +115,10 @@ def defects(weight: Weight, block: Block) -> tuple[Tensor, Tensor]:
     return short, torch.maximum(torch.linalg.vector_norm(short, dim=0), torch.linalg.vector_norm(long, dim=0))
 
 
-def departure(block: Block) -> float:
-    """``max(|UᵀU − I|, |VᵀV − I|)``, largest entry."""
-    identity = torch.eye(block.sigma.shape[0], dtype=torch.float64, device=block.sigma.device)
-    return max(float((side.mT @ side - identity).abs().max()) for side in (block.short, block.long))
+def departure(block: Block) -> Tensor:
+    """``max(|UᵀU − I|, |VᵀV − I|)``, the largest entry of each matrix (…)."""
+    identity = torch.eye(block.sigma.shape[-1], dtype=torch.float64, device=block.sigma.device)
+    return torch.stack([(side.mT @ side - identity).abs().amax((-2, -1)) for side in (block.short, block.long)]).amax(0)
 
 
 def complete(weight: Weight, candidate: Candidate) -> bool:
@@ -104,10 +133,11 @@ def complete(weight: Weight, candidate: Candidate) -> bool:
         if principal is not None:
             found &= bool(((principal.sigma - spectrum.flip(0)[: principal.sigma.shape[0]]).abs() <= tolerance).all())
         return found
-    gap = 0.0 if candidate.sigma_next is None else candidate.sigma_next - minor.sigma[-1].item()
-    square_gap = gap * (2 * minor.sigma[-1].item() + gap)
-    if gap * UNRESOLVED > NOISE * EPSILON * scale and square_gap <= slack:
-        return False  # the weight defines this boundary, its Gram matrix cannot show it: only a method that does not square may say
+    last = minor.sigma[-1].item()
+    gap = 0.0 if candidate.sigma_next is None else candidate.sigma_next - last
+    square_gap = gap * (2 * last + gap)
+    if not shown(gap, last, slack, scale):
+        return False
     if spectrum is not None:
         found = bool(((minor.sigma**2 - spectrum[:rank] ** 2).abs() <= slack).all())
         if principal is not None:
@@ -119,6 +149,14 @@ def complete(weight: Weight, candidate: Candidate) -> bool:
     if principal is not None and not _none_larger(gram, principal, slack):
         return False
     return _none_smaller(gram, minor, square_gap, slack)
+
+
+def shown(gap: float, last: float, slack: float, scale: float) -> bool:
+    """False where the weight defines the boundary above σ_R = ``last``, but its Gram matrix cannot show it.
+
+    Only a method that does not square may say then.
+    """
+    return not (gap * UNRESOLVED > NOISE * EPSILON * scale and gap * (2 * last + gap) <= slack)
 
 
 def _none_smaller(gram: Tensor, block: Block, square_gap: float, slack: float) -> bool:

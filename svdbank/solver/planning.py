@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from svdbank.errors import OptionError
 from svdbank.solver.cholesky import BLOCK
+from svdbank.solver.devices import Kind
+from svdbank.solver.filter import block_width
 from svdbank.solver.lanczos import shape_for
 from svdbank.solver.ritz import buffer_size
 from svdbank.solver.storage import PADDING
 from svdbank.solver.triangles import tile_side
-from svdbank.solver.weight import panel_width
+from svdbank.solver.weight import DEVICE_PANEL_ENTRIES, panel_width
 
 #: Names a caller may force; ``auto`` follows :func:`choose_path`.
-PATHS = ("shift-invert", "dense", "lq", "svd")
+PATHS = ("shift-invert", "filter", "dense", "lq", "svd")
 #: Short side from which the iteration can pay at all, and its least ratio to the rank. Measured on LLM-like weights twice as long
 #: as wide, on one thread and on two: up to k = 1024 the dense path is faster or equal at every rank, at 1536 they meet at k = 12 R, at
 #: 2048 and 12 R the iteration is 1.3 to 1.4 times faster, at 8 R slower or equal.
 ITERATE_FROM = 1280
 ITERATE_RATIO = 12
+#: The same for the filter on a GPU, where the block is twice as wide as the rank.
+FILTER_FROM = 768
+FILTER_RATIO = 4
 
 
-def choose_path(out_features: int, in_features: int, rank: int) -> str:
-    """The method for a weight (out, in) at ``rank``: a static rule, so that the same plan gives the same bytes."""
+def choose_path(out_features: int, in_features: int, rank: int, kind: Kind = "cpu") -> str:
+    """The method for a weight (out, in) at ``rank`` on a ``kind`` of device: a static rule, so that the same plan gives the same bytes."""
     check_rank(out_features, in_features, rank)
     k = min(out_features, in_features)
+    if kind != "cpu":
+        return "filter" if k >= FILTER_FROM and k >= FILTER_RATIO * rank else "dense"
     return "shift-invert" if k >= ITERATE_FROM and k >= ITERATE_RATIO * rank else "dense"
 
 
@@ -44,6 +51,11 @@ def flops(out_features: int, in_features: int, rank: int, path: str) -> float:
         columns = 8.0 * rank + 100.0
         iteration = columns * (2.0 * k * k + 8.0 * k * 4 * size) + 3 * 9.0 * (5 * size) ** 3
         return gram + 2 * k**3 / 3 + iteration + thin
+    if path == "filter":
+        # Two factors, inverses of factors and their squares; some thirty products with the block, six orthonormalisations.
+        width = block_width(k, rank) or k
+        inverses = 2 * (k**3 / 3 + 2 * k**3 / 3 + k**3)
+        return gram + inverses + 30 * 2.0 * k * k * width + 6 * 6.0 * k * width**2 + 9.0 * width**3 + thin
     if path == "dense":
         return gram + 9.0 * k**3 + thin
     if path == "lq":
@@ -53,7 +65,7 @@ def flops(out_features: int, in_features: int, rank: int, path: str) -> float:
     raise OptionError(f"no solver path is called {path!r}")
 
 
-def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dtype_bytes: int) -> int:
+def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dtype_bytes: int, kind: Kind = "cpu") -> int:
     """Upper bound of the memory that a solve on ``path`` holds, in bytes, the weight itself (``dtype_bytes`` an entry) included.
 
     Holds for that path; one that fails a gate hands over to ``lq``, whose own bound then counts. The interpreter with torch
@@ -64,13 +76,18 @@ def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dty
     held = k * n * dtype_bytes
     size = min(k, rank + buffer_size(k, rank))
     square = entry * k * k
-    panel = 2 * entry * (k + PADDING) * (panel_width(k, n) + PADDING)  # one in use while the next is made
+    entries = DEVICE_PANEL_ENTRIES["cpu" if kind == "cpu" else "cuda"]
+    panel = 2 * entry * (k + PADDING) * (panel_width(k, n, entries) + PADDING)  # one in use while the next is made
     # Widest moment, a Newton step: triplets with their buffer, product, difference, QR's copy and result, signed vectors, defects.
     thin = entry * (8 * n + 8 * k) * size
     if path == "shift-invert":
         shape = shape_for(k, size)
         rows = 0 if shape is None else 2 * shape.limit + 4 * shape.block
         return held + 2 * square + panel + max(thin, entry * (k + PADDING) * rows) + entry * 3 * k * BLOCK
+    if path == "filter":
+        # Widened weight; G, a shifted copy, L, its inverse's work and result; the block six times, then T, its parts and the thin ones.
+        width = block_width(k, rank) or k
+        return held + panel // 2 + 5 * square + entry * (6 * k + 3 * n) * width + thin
     if path == "dense":
         # G, its eigenvectors, and syevd's workspace of 2 k² entries.
         return held + 5 * square + panel + thin

@@ -13,23 +13,36 @@ from svdbank.errors import NotFiniteError, OptionError, SolverError
 from svdbank.solver.careful import solve_lq, solve_svd
 from svdbank.solver.contract import Block, Candidate, Failure, LinAlgError
 from svdbank.solver.dense import solve_dense
+from svdbank.solver.devices import Turn, give_back_device, kind_of, start, turns
+from svdbank.solver.filter import solve_filter
 from svdbank.solver.gates import Verdict, judge
 from svdbank.solver.planning import PATHS, check_rank, choose_path
 from svdbank.solver.shift_invert import solve_shift_invert
-from svdbank.solver.weight import DEFAULT_PRECISION, Precision, Weight
+from svdbank.solver.triplets import triplets
+from svdbank.solver.weight import DEFAULT_PRECISION, DEVICE_PANEL_ENTRIES, PANEL_ENTRIES, Precision, Weight
 from svdbank.specs import Side
 
 Method = Callable[[Weight, int, int], Candidate | Failure]
 
+#: Paths with steps that may work in less than float64.
+ITERATING = ("shift-invert", "filter")
+
 #: What is asked next where a path fails. What squaring κ spoils for one path it spoils for the other, so both hand over to ``lq``;
 #: ``dense`` closes the row of ``shift-invert`` because LAPACK's limit on k is wider for it.
 FALLBACKS = {
+    "filter": ("filter", "lq", "svd", "dense"),
     "shift-invert": ("shift-invert", "lq", "svd", "dense"),
     "dense": ("dense", "lq", "svd"),
     "lq": ("lq", "svd"),
     "svd": ("svd",),
 }
-METHODS: dict[str, Method] = {"shift-invert": solve_shift_invert, "dense": solve_dense, "lq": solve_lq, "svd": solve_svd}
+METHODS: dict[str, Method] = {
+    "shift-invert": solve_shift_invert,
+    "filter": solve_filter,
+    "dense": solve_dense,
+    "lq": solve_lq,
+    "svd": solve_svd,
+}
 
 
 def minor_basis(
@@ -84,46 +97,51 @@ def minor_basis(
         raise OptionError(f"principal {principal} is outside 0..{min(weight.shape)}")
     if side not in ("both", "left"):
         raise OptionError(f"side is 'both' or 'left', not {side!r}")
-    first = choose_path(out_features, in_features, rank) if solver == "auto" else solver
+    target = torch.device(device) if device is not None else weight.device
+    kind = kind_of(target)
+    first = choose_path(out_features, in_features, rank, kind) if solver == "auto" else solver
     if first not in PATHS:
         raise OptionError(f"no solver path is called {solver!r}; there are auto, {', '.join(PATHS)}")
 
-    weight = weight.detach()
-    target = torch.device(device) if device is not None else weight.device
-    weight, exponent = _scaled(weight.to(target))
-    if exponent is None:
-        return _zero_basis(out_features, in_features, rank, principal, side, target)
-    transposed = out_features > in_features
-    view = Weight(weight.mT if transposed else weight, precision or DEFAULT_PRECISION.get(target.type, Precision()))
-
-    tried: list[str] = []
-    for path in FALLBACKS[first]:
-        solved = _solve(METHODS[path], path, view, rank, principal, tried)
-        if solved is None:
-            continue
-        candidate, verdict, view_used = solved
-        scale = 2.0**exponent
-        following = candidate.sigma_next
-        certificate = Certificate(
-            path=path,
-            tried=tuple(tried),
-            dtype=str(view.precision.factor).removeprefix("torch.") if path == "shift-invert" else "float64",
-            device=view_used.device.type,
-            rank_full=min(out_features, in_features),
-            sigma_max=candidate.sigma_max * scale,
-            sigma_min=candidate.sigma_min * scale,
-            sigma_next=None if following is None else following * scale,
-            orthogonality=verdict.orthogonality,
-            residual=verdict.residual,
-            angle_bound=verdict.angle_bound,
-            completeness=verdict.completeness,
+    start(target)
+    with turns(target).shared() as turn:
+        scaled, exponent = _scaled(weight.detach().to(target))
+        if exponent is None:
+            return _zero_basis(out_features, in_features, rank, principal, side, target)
+        transposed = out_features > in_features
+        view = Weight(
+            scaled.mT if transposed else scaled,
+            precision or DEFAULT_PRECISION[kind],
+            DEVICE_PANEL_ENTRIES.get(target.type, PANEL_ENTRIES),
         )
-        top = candidate.principal
-        return Basis(
-            minor=_triplets(candidate.minor, transposed, side, scale, target),
-            certificate=certificate,
-            principal=None if top is None else _triplets(top, transposed, side, scale, target),
-        )
+        tried: list[str] = []
+        for path in FALLBACKS[first]:
+            solved = _solve(METHODS[path], path, view, rank, principal, tried, turn)
+            if solved is None:
+                continue
+            candidate, verdict, view_used = solved
+            scale = 2.0**exponent
+            following = candidate.sigma_next
+            certificate = Certificate(
+                path=path,
+                tried=tuple(tried),
+                dtype=str(view.precision.factor).removeprefix("torch.") if path in ITERATING else "float64",
+                device=view_used.device.type,
+                rank_full=min(out_features, in_features),
+                sigma_max=candidate.sigma_max * scale,
+                sigma_min=candidate.sigma_min * scale,
+                sigma_next=None if following is None else following * scale,
+                orthogonality=verdict.orthogonality,
+                residual=verdict.residual,
+                angle_bound=verdict.angle_bound,
+                completeness=verdict.completeness,
+            )
+            top = candidate.principal
+            return Basis(
+                minor=_triplets(candidate.minor, transposed, side, scale, target),
+                certificate=certificate,
+                principal=None if top is None else _triplets(top, transposed, side, scale, target),
+            )
     raise SolverError(
         f"no method passed the gates for this {out_features}×{in_features} weight at rank {rank}: {'; '.join(tried)}",
         hint="report the weight: a matrix that a float64 SVD cannot decompose is a defect of the LAPACK in use",
@@ -131,17 +149,22 @@ def minor_basis(
 
 
 def _solve(
-    method: Method, path: str, view: Weight, rank: int, principal: int, tried: list[str]
+    method: Method, path: str, view: Weight, rank: int, principal: int, tried: list[str], turn: Turn
 ) -> tuple[Candidate, Verdict, Weight] | None:
     """Run one method and judge it; None, with the reason appended to ``tried``, where it has no certified result.
 
-    Out of memory: again with smaller panels, then on the CPU.
+    Out of memory: again once no other solve uses the device, then with smaller panels, then on the CPU.
     """
     smaller = replace(view, panel_entries=view.panel_entries // 8)
-    ladder = [view, smaller]
-    if view.device.type != "cpu":
-        ladder.append(replace(smaller, matrix=view.matrix.cpu()))
-    for attempt in ladder:
+    on_device = view.device.type != "cpu"
+    ladder = [view, view, smaller] if on_device and not turn.is_alone else [view, smaller]
+    for number, attempt in enumerate([*ladder, None] if on_device else ladder):
+        # Only here, outside the handler below, has what the last attempt held been let go.
+        if number and on_device:
+            turn.alone()
+            give_back_device(view.device)
+        if attempt is None:
+            attempt = replace(smaller, matrix=view.matrix.cpu())
         try:
             candidate = method(attempt, rank, principal)
             if isinstance(candidate, Failure):
@@ -154,7 +177,10 @@ def _solve(
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            tried.append(f"{path}: out of memory on {attempt.device.type} with panels of {attempt.panel_entries} entries")
+            others = ", other solves beside it" if on_device and not turn.is_alone else ""
+            tried.append(
+                f"{path}: out of memory on {attempt.device.type} with panels of {attempt.panel_entries} entries{others}"
+            )
             continue
         tried.extend(f"{path}: {note}" for note in candidate.notes)
         if verdict.failed is not None:
@@ -193,22 +219,12 @@ def _scaled(weight: Tensor) -> tuple[Tensor, int | None]:
 
 def _triplets(block: Block, transposed: bool, side: Side, scale: float, target: torch.device) -> Triplets:
     left, right = (block.long, block.short) if transposed else (block.short, block.long)
-    sign = canonical_signs(left)
+    found = triplets(left, right, block.sigma * scale, side)
     return Triplets(
-        left=(left * sign).mT.contiguous().to(target),
-        right=(right * sign).mT.contiguous().to(target) if side == "both" else None,
-        sigma=(block.sigma * scale).contiguous().to(target),
+        left=found.left.to(target),
+        right=None if found.right is None else found.right.to(target),
+        sigma=found.sigma.to(target),
     )
-
-
-def canonical_signs(left: Tensor) -> Tensor:
-    """±1 for each column of ``left`` (out, R): what makes its entry of largest magnitude positive, the first one on a tie."""
-    magnitude = left.abs()
-    # argmax does not promise the first of equal entries; the smallest index that attains the maximum does.
-    index = torch.arange(left.shape[0], device=left.device).unsqueeze(1)
-    first = torch.where(magnitude == magnitude.amax(0), index, left.shape[0]).amin(0)
-    entry = left.gather(0, first.unsqueeze(0)).squeeze(0)
-    return torch.where(entry < 0, -1.0, 1.0).to(left.dtype)
 
 
 def _zero_basis(out_features: int, in_features: int, rank: int, principal: int, side: Side, device: torch.device) -> Basis:

@@ -30,6 +30,9 @@ def _halved(start: int, stop: int, side: int) -> list[tuple[slice, slice]]:
 
 def mirror(matrix: Tensor) -> None:
     """Copy the lower triangle of ``matrix`` (k, k) onto the upper one, in tiles that stay in the cache while they are turned."""
+    if matrix.is_cuda:  # a launch a tile would take longer than the whole
+        matrix.copy_(torch.tril(matrix) + torch.tril(matrix, -1).mT)
+        return
     k = matrix.shape[0]
     for start in range(0, k, TURNED):
         rows = slice(start, min(start + TURNED, k))

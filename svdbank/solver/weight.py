@@ -15,8 +15,9 @@ from svdbank.solver.contract import Block
 from svdbank.solver.storage import padded_rows
 from svdbank.solver.triangles import lower_tiles, mirror
 
-#: float64 entries of a widened panel: 128 MiB.
+#: float64 entries of a widened panel: 128 MiB; on a GPU 2 GiB, so that a weight is widened once and multiplied whole.
 PANEL_ENTRIES = 2**24
+DEVICE_PANEL_ENTRIES = {"cpu": PANEL_ENTRIES, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Precision:
     factor: torch.dtype = torch.float64
 
 
-#: Data-centre GPUs run float64 at half the float32 rate or better, as CPUs do. A consumer GPU (1/64) gains from a float32 factor.
-DEFAULT_PRECISION = {"cpu": Precision(), "cuda": Precision()}
+#: By kind of device (:func:`svdbank.solver.devices.kind_of`). Data-centre GPUs run float64 at half the float32 rate or better, as CPUs do.
+DEFAULT_PRECISION = {"cpu": Precision(), "cuda": Precision(), "cuda-low-float64": Precision()}
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,13 @@ class Weight:
 
     @property
     def rounding(self) -> float:
-        """What float64 leaves unknown of the eigenvalues of M Mᵀ, in units of σ_max².
+        """What float64 leaves unknown of the eigenvalues of M Mᵀ, in units of σ_max²."""
+        return rounding(self.n)
 
-        2 ε √n: rounding errors of n products add up like a random walk (Higham & Mary 2019), not like their worst case.
-        """
-        return 2 * EPSILON * math.sqrt(self.n)
+
+def rounding(n: int) -> float:
+    """2 ε √n: rounding errors of sums of n products add up like a random walk (Higham & Mary 2019), not like their worst case."""
+    return 2 * EPSILON * math.sqrt(n)
 
 
 def panel_width(k: int, n: int, entries: int = PANEL_ENTRIES) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from svdbank.errors import OptionError, SolverError
 from svdbank.solver import PATHS, Precision, choose_path, flops, minor_basis, peak_bytes
 from svdbank.solver.cholesky import factor, factorise
 from svdbank.solver.contract import Candidate, Failure
+from svdbank.solver.devices import Turns
 from svdbank.solver.weight import PANEL_ENTRIES, Weight
 
 ROOT = Path(__file__).parents[2]
@@ -76,15 +78,51 @@ def test_a_device_that_has_no_memory_at_all_hands_over_to_the_cpu(monkeypatch: p
 
     def method(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
         calls.append(weight.device.type)
-        if len(calls) < 3:
+        if len(calls) < 4:
             raise torch.OutOfMemoryError("device")
         return solve.METHODS["dense"](Weight(weight.matrix), rank, principal)
 
     monkeypatch.setattr(solve, "judge", lambda weight, candidate: (candidate, type("Passed", (), {"failed": None})()))
+    monkeypatch.setattr(solve, "give_back_device", lambda device: None)
     tried: list[str] = []
-    assert solve._solve(method, "dense", OnDevice(llm_like(30, 40)), 3, 0, tried) is not None
-    assert len(calls) == 3
-    assert len(tried) == 2 and all("out of memory on cuda" in note for note in tried)
+    with Turns().shared() as turn:
+        assert solve._solve(method, "dense", OnDevice(llm_like(30, 40)), 3, 0, tried, turn) is not None
+        assert turn.is_alone
+    # As it was, alone, with smaller panels, on the CPU.
+    assert len(calls) == 4
+    assert len(tried) == 3 and all("out of memory on cuda" in note for note in tried)
+    assert "other solves beside it" in tried[0] and "other solves" not in tried[1]
+
+
+def test_a_solve_that_ran_out_of_memory_waits_for_the_others_and_keeps_new_ones_out() -> None:
+    turns, events = Turns(), list[str]()
+    others_run, may_end, alone = threading.Event(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with turns.shared():
+            others_run.set()
+            may_end.wait()
+            events.append("other ends")
+
+    def short_of_memory() -> None:
+        with turns.shared() as turn:
+            others_run.wait()
+            threading.Timer(0.05, may_end.set).start()
+            turn.alone()
+            events.append("alone")
+            alone.set()
+
+    def late() -> None:
+        alone.wait()
+        with turns.shared():
+            events.append("late")
+
+    threads = [threading.Thread(target=work) for work in (other, short_of_memory, late)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert events == ["other ends", "alone", "late"]
 
 
 def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,177 @@
+"""Many weights of one shape at once on a GPU: every large step is one call for all of them, and the host is seldom waited for.
+
+What a weight gets depends on itself and on the size of the batch, never on its neighbours: each decides for itself how far it is shifted
+and filtered, and one that does not pass is left to :func:`svdbank.solver.minor_basis`. A batch that is not full is filled up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from svdbank.basis import EPSILON, Basis, Certificate
+from svdbank.solver.contract import Block, Failure, LinAlgError
+from svdbank.solver.filter import COUPLED, block_width, lower_end, start_block, upper_end
+from svdbank.solver.gates import allowances, departure, shown, verdict
+from svdbank.solver.ritz import buffer_size
+from svdbank.solver.subspace import orthonormal, orthonormal_factors
+from svdbank.solver.triplets import triplets
+from svdbank.solver.weight import rounding
+from svdbank.specs import Side
+
+#: float64 entries of a batch's widened weights: 1 GiB, and the most weights in it.
+BATCH_ENTRIES = 2**27
+MOST_IN_BATCH = 64
+#: Shorter sides are not worth the filter even in a batch; from this many weights on a batch is made.
+LEAST_IN_BATCH = 2
+
+
+def batch_size(out_features: int, in_features: int, count: int) -> int:
+    """How many of ``count`` weights (out, in) are solved at once on a GPU: a static rule, 1 where no batch pays."""
+    size = min(MOST_IN_BATCH, count, max(1, BATCH_ENTRIES // (out_features * in_features)))
+    return size if size >= LEAST_IN_BATCH else 1
+
+
+def filter_batch(weights: Sequence[Tensor], rank: int, size: int, *, side: Side = "both") -> list[Basis | str]:
+    """Certified minor bases of at most ``size`` weights (out, in) of one shape and dtype on one device, on the ``filter`` path.
+
+    Where a weight has none, the reason stands in its place. Bases lie on the device, float64. Weights of zeros, with entries that are not
+    finite or whose squares leave float64's range are left to the single solve, which says what is wrong with them.
+    """
+    out_features, in_features = weights[0].shape
+    k = min(out_features, in_features)
+    width = block_width(k, rank)
+    if width is None:
+        return [f"filter: rank {rank} leaves no room for an iteration in {k} dimensions"] * len(weights)
+    stacked = torch.stack([*weights, *[weights[0]] * (size - len(weights))])
+    tall = out_features > in_features
+    matrix = (stacked.mT if tall else stacked).to(torch.float64)  # (size, k, n)
+    ends = torch.stack([matrix.amin((-2, -1)), matrix.amax((-2, -1))]).abs().amax(0)
+    ordinary = [1e-60 < largest < 1e60 for largest in ends.tolist()]  # NaN compares false
+    if not all(ordinary):
+        # In a place of its own each: an exotic weight must not spoil, nor be, a neighbour.
+        unit = torch.eye(k, matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+        keep = torch.tensor(ordinary).to(matrix.device)[:, None, None]
+        matrix = torch.where(keep, matrix, unit)
+    try:
+        found = _solve(matrix, rank, width)
+    except LinAlgError as error:
+        return [f"filter: {error}"] * len(weights)
+    if isinstance(found, str):
+        return [found] * len(weights)
+    short, long, sigma, certificates = found
+    left, right = (long, short) if tall else (short, long)
+    bases: list[Basis | str] = []
+    for index in range(len(weights)):
+        certificate = certificates[index]
+        if not ordinary[index]:
+            bases.append("filter: an exotic weight in a batch")
+        elif isinstance(certificate, str):
+            bases.append(certificate)
+        else:
+            bases.append(Basis(triplets(left[index], right[index], sigma[index], side), certificate))
+    return bases
+
+
+def _solve(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor, Tensor, list[Certificate | str]] | str:
+    """Short vectors (size, k, R), long ones (size, n, R), σ (size, R) and a certificate or a failure for each ``matrix`` (size, k, n)."""
+    _, k, n = matrix.shape
+    gram = matrix @ matrix.mT
+    top = upper_end(gram)
+    if isinstance(top, Failure):
+        return f"filter: {top.reason}"
+    largest = top[1]
+    start = start_block(k, width, matrix.device)
+    subspace, apply_inverse, _ = lower_end(gram, start, rank, largest, least=32 * rounding(n))
+
+    # Rayleigh–Ritz: the small eigenproblems go to the host's processors, where they run side by side; on the device one waits for another.
+    size = rank + buffer_size(k, rank)
+    image = matrix.mT @ subspace.columns
+    mixing = _small_eigenvectors(image.mT @ image, size)
+    short = subspace.columns @ mixing
+    long, upper = orthonormal_factors(image @ mixing)
+    coupling = upper.triu(1).abs().amax((-2, -1))
+    sigma = upper.diagonal(dim1=-2, dim2=-1)
+    following, sigma = sigma[:, rank : rank + 1], sigma[:, :rank]
+    block = Block(short[..., :rank], long[..., :rank], sigma)
+
+    # One Newton step for all of them (``ritz.refined``): it costs less than to see who needs it.
+    defect = matrix @ block.long - block.short * sigma.unsqueeze(-2)
+    step = apply_inverse(defect - block.short @ (block.short.mT @ defect))
+    step -= block.short @ (block.short.mT @ step)
+    block = Block(orthonormal(block.short - step * sigma.unsqueeze(-2)), orthonormal(block.long - matrix.mT @ step), sigma)
+
+    # The gates.
+    scale = matrix.new_tensor(largest).sqrt().unsqueeze(-1)
+    short_defect = torch.linalg.vector_norm(matrix @ block.long - block.short * sigma.unsqueeze(-2), dim=-2)
+    long_defect = torch.linalg.vector_norm(matrix.mT @ block.short - block.long * sigma.unsqueeze(-2), dim=-2)
+    columns = torch.maximum(short_defect, long_defect)
+    gaps, allowed = allowances(sigma, following, scale)
+    slack = 4 * rounding(n) * scale**2
+    edge, gap = sigma[:, -1:], gaps[:, -1:]
+    square_gap = gap * (2 * edge + gap)
+    threshold = torch.where(square_gap > 2 * slack, edge**2 + square_gap / 2, edge**2 - slack)
+    lift = 2 * threshold.abs() + gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    gram.baddbmm_(block.short * lift.unsqueeze(-1), block.short.mT)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(threshold)
+    lower, info = torch.linalg.cholesky_ex(gram)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).sum(-1)
+    ends = [departure(block), coupling, pivots, info.to(torch.float64)]
+    figures = torch.cat([columns, gaps, allowed, sigma, *(end.unsqueeze(-1) for end in ends), following], dim=-1).tolist()
+    certificates = [
+        _certificate(row, rank, k, n, value**0.5, matrix.device) for row, value in zip(figures, largest, strict=True)
+    ]
+    return block.short, block.long, sigma, certificates
+
+
+def _certificate(row: list[float], rank: int, k: int, n: int, scale: float, device: torch.device) -> Certificate | str:
+    columns, gaps, allowed, sigma = (row[i * rank : (i + 1) * rank] for i in range(4))
+    orthogonality, coupling, pivots, info, following = row[4 * rank :]
+    if not coupling <= COUPLED * EPSILON * scale:
+        return f"filter: the projected weight is still coupled by {coupling / scale:.1e} of σ_max"
+    slack = 4 * rounding(n) * scale**2
+
+    def proven() -> bool:
+        return shown(gaps[-1], sigma[-1], slack, scale) and info == 0 and pivots == pivots  # NaN is not itself
+
+    decided = verdict(columns, gaps, allowed, orthogonality, 0.0, scale, "cholesky", proven)
+    if decided.failed is not None:
+        return f"filter: {decided.failed}"
+    return Certificate(
+        path="filter",
+        tried=(),
+        dtype="float64",
+        device=device.type,
+        rank_full=k,
+        sigma_max=scale,
+        sigma_min=sigma[0],
+        sigma_next=following,
+        orthogonality=decided.orthogonality,
+        residual=decided.residual,
+        angle_bound=decided.angle_bound,
+        completeness=decided.completeness,
+    )
+
+
+def _small_eigenvectors(matrices: Tensor, size: int) -> Tensor:
+    """The first ``size`` eigenvectors of each symmetric matrix (count, b, b), ascending, by LAPACK on the host, one thread each."""
+    here = matrices.to("cpu")
+    count = here.shape[0]
+    lost = ~torch.isfinite(here).all((-2, -1))
+    here[lost] = torch.eye(here.shape[-1], dtype=here.dtype)  # LAPACK can hang on NaN; the weight's own NaN fail its gates
+
+    def one(index: int) -> Tensor:
+        found: Tensor = torch.linalg.eigh(here[index]).eigenvectors[:, :size]
+        return found
+
+    with ThreadPoolExecutor(min(count, _cpus()), "svdbank-small", torch.set_num_threads, (1,)) as pool:
+        vectors = list(pool.map(one, range(count)))
+    return torch.stack(vectors).to(matrices.device)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,127 @@
+"""What the solver must know of a device: its kind, what is called once before threads start, and turns where memory runs out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal
+
+import torch
+
+#: Kinds of device that a plan chooses paths for.
+Kind = Literal["cpu", "cuda", "cuda-low-float64"]
+KINDS: tuple[Kind, ...] = ("cpu", "cuda", "cuda-low-float64")
+
+#: CUDA compute capabilities whose float64 runs at half the float32 rate or a little less: P100, V100, A100 and A30, H100 and H200,
+#: B200. All others (consumer and workstation cards, T4, A10, L4, L40, B300) have 1/16 to 1/64. A capability, never a timing:
+#: a plan must not depend on what else a machine is doing. NVIDIA, *CUDA C++ Programming Guide*, table of arithmetic throughput.
+FULL_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+
+_lock = threading.Lock()
+_started: set[torch.device] = set()
+
+
+@cache
+def kind_of(device: torch.device) -> Kind:
+    """The kind of a device, by its type and compute capability."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip is not None:  # Instinct cards, the only ones that ROCm supports for this, run float64 at full rate
+        return "cuda"
+    return "cuda" if torch.cuda.get_device_capability(device) in FULL_FLOAT64 else "cuda-low-float64"
+
+
+def start(device: torch.device) -> None:
+    """Make every call once that must not be made first by two threads at a time; repeats cost nothing.
+
+    torch loads CUDA's linear algebra at its first use, and two threads that do so end in "lazy wrapper should be called at most once".
+    """
+    with _lock:
+        if device in _started:
+            return
+        # Also on a CPU: a device hands its small problems over to it.
+        for place in {torch.device("cpu"), device}:
+            for size in (4, 48):  # small symmetric matrices take another routine on CUDA
+                square = torch.eye(size, dtype=torch.float64, device=place).expand(2, size, size).contiguous()
+                for dtype in (torch.float64, torch.float32):
+                    one = square[0].to(dtype)
+                    factor, info = torch.linalg.cholesky_ex(one)
+                    torch.linalg.solve_triangular(factor, one, upper=False)
+                    torch.linalg.eigh(one)
+                    torch.linalg.qr(one)
+                    torch.linalg.svd(one)
+                    (one @ one).sum().item()
+                factor, info = torch.linalg.cholesky_ex(square)
+                torch.linalg.solve_triangular(factor.mT, square, upper=True, left=False)
+                torch.linalg.eigh(square)
+                torch.bmm(square, square)
+                info.tolist()
+            if place.type == "cuda":
+                torch.linalg.svd(square[0], driver="gesvd")
+                torch.cuda.synchronize(place)
+        _started.add(device)
+
+
+class Turns:
+    """Solves that share the memory of one device: any number at a time, or one alone that waits for the others to end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._waiting = 0
+        self._alone = False
+
+    @contextmanager
+    def shared(self) -> Iterator[Turn]:
+        """Take part; waits while a solve is alone or waits to be."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone and not self._waiting)
+            self._running += 1
+        turn = Turn(self)
+        try:
+            yield turn
+        finally:
+            with self._changed:
+                if turn.is_alone:
+                    self._alone = False
+                else:
+                    self._running -= 1
+                self._changed.notify_all()
+
+    def wait_alone(self) -> None:
+        """Step back, and go on once every other solve has ended."""
+        with self._changed:
+            self._running -= 1
+            self._waiting += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._alone and self._running == 0)
+            self._waiting -= 1
+            self._alone = True
+
+
+class Turn:
+    """One solve's part in :class:`Turns`."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self.is_alone = False
+
+    def alone(self) -> None:
+        """Wait until no other solve uses the device, and keep them out until this one ends."""
+        if not self.is_alone:
+            self._turns.wait_alone()
+            self.is_alone = True
+
+
+@cache
+def turns(device: torch.device) -> Turns:
+    """The turns of a device, one object for all threads of the process."""
+    return Turns()
+
+
+def give_back_device(device: torch.device) -> None:
+    """Hand memory that torch keeps of a device back to it: what one size of block left is no use for another."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

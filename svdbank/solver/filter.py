@@ -1,0 +1,159 @@
+"""Path for GPUs: a Chebyshev filter on the explicit inverse of the float64 Gram matrix. Products of large matrices and little else.
+
+A GPU multiplies ten times faster than it substitutes, so the inverse is made explicit; it waits for its host at every small
+eigenproblem, so there is one, at the end, and none on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from svdbank.basis import EPSILON
+from svdbank.solver.contract import Block, Candidate, Failure
+from svdbank.solver.inverse import gram_of_lower, inverse_factor
+from svdbank.solver.ritz import buffer_size, rayleigh_ritz
+from svdbank.solver.subspace import Subspace, iterate, orthonormal_factors, power_steps, quotients
+from svdbank.solver.weight import Weight
+
+#: Seed of the start blocks: own generators, never the global one, so that the same weight gives the same bytes.
+SEED = 20261127
+#: Columns a vector wanted, and least number beyond them: with 1.5 instead of 2 twice the filters are needed.
+WIDTH, LEAST_SPARE = 2.0, 32
+#: How far below zero the Gram matrix is first inverted, in units of λ_max: enough that random columns keep apart, and far below what is
+#: wanted of any weight whose Gram matrix float64 can serve.
+FIRST_NUDGE = 1e-9
+#: Products with random columns before anything is read off them.
+FIRST_PRODUCTS = 2
+#: Ratio of the largest to the least Rayleigh quotient of the block from which the matrix is shifted and inverted again, and where to: below
+#: zero by this part of λ_R. A wider spectrum allows filters of degree one or two only.
+WIDE, SHIFT = 30.0, 0.75
+#: Columns, products and gain for λ_max: the scale of the gates.
+TOP_WIDTH, TOP_PRODUCTS, TOP_GAIN = 16, 3, 1e4
+#: Largest entry beside the diagonal of the projected weight, in units of ε σ_max, with which its diagonal serves as σ.
+COUPLED = 64
+
+
+def block_width(k: int, rank: int) -> int | None:
+    """Columns of the block for ``rank`` vectors of a (k, k) operator; None where k leaves no room for an iteration."""
+    wanted = rank + buffer_size(k, rank)
+    width = max(int(WIDTH * rank), wanted + LEAST_SPARE)
+    width = -(-width // 8) * 8
+    return width if width <= k // 2 else None
+
+
+def solve_filter(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
+    """Minor (and principal) triplets of the (k, n) weight by filtered subspace iteration."""
+    k = weight.k
+    width = block_width(k, rank)
+    if width is None:
+        return Failure(f"rank {rank} leaves no room for an iteration in {k} dimensions")
+    gram = weight.gram()
+    top = upper_end(gram, principal)
+    if isinstance(top, Failure):
+        return top
+    columns, (largest,) = top
+    start = start_block(k, width, weight.device)
+    subspace, apply_inverse, definite = lower_end(gram, start, rank, [largest], least=32 * weight.rounding)
+    if not definite:
+        return Failure("the Gram matrix is not positive definite at working precision")
+    size = rank + buffer_size(k, rank)
+    wide = project(weight, subspace.columns, size, largest**0.5)
+    raised, sigma_max = None, largest**0.5
+    if principal:
+        raised = rayleigh_ritz(weight, columns[:, : principal + buffer_size(k, principal)]).flipped().first(principal)
+        sigma_max = raised.sigma[0].item()
+    ends = wide.sigma[[0, rank]].tolist()
+    return Candidate(wide.first(rank), raised, ends[1], ends[0], sigma_max, None, gram, apply_inverse)
+
+
+@lru_cache(maxsize=8)
+def start_block(k: int, width: int, device: torch.device) -> Tensor:
+    """Random columns (k, width), the same on every device; kept, because a CPU takes longer to draw them than a GPU to solve."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(k, width, dtype=torch.float64, generator=generator).to(device)
+
+
+def upper_end(gram: Tensor, principal: int = 0) -> tuple[Tensor, list[float]] | Failure:
+    """Columns (…, k, b) at the upper end of ``gram``, best first, and λ_max of each matrix; ``principal`` of them converged.
+
+    λ_max alone, the scale of the gates, is a Ritz value: mostly far better than 1 %.
+    """
+    k = gram.shape[-1]
+    width = min(k, TOP_WIDTH)
+    if principal:
+        found = block_width(k, principal)
+        if found is None:
+            return Failure(f"principal {principal} leaves no room for an iteration in {k} dimensions")
+        width = found
+
+    def apply(columns: Tensor) -> Tensor:
+        return gram @ columns
+
+    columns = power_steps(apply, start_block(k, width, gram.device).expand(*gram.shape[:-1], width), TOP_PRODUCTS)
+    if principal:
+        columns = iterate(apply, columns, principal + buffer_size(k, principal)).columns
+        return columns, [row[0] for row in quotients(columns, apply(columns))]
+    columns = iterate(apply, columns, 1, gain=TOP_GAIN).columns
+    ritz = torch.linalg.eigvalsh(columns.mT @ apply(columns))[..., -1]
+    return columns, [float(value) for value in ritz.reshape(-1).tolist()]
+
+
+def lower_end(
+    gram: Tensor, start: Tensor, rank: int, largest: list[float], *, least: float
+) -> tuple[Subspace, Callable[[Tensor], Tensor], bool]:
+    """Subspace (…, k, b) that holds the ``rank`` smallest eigenvectors of each ``gram`` (…, k, k), and the inverse used for it.
+
+    ``largest`` is λ_max of each; ``least`` how far below zero float64 must shift for a factor, in units of it. Last comes whether every
+    matrix was positive definite; one that was not has columns that no gate will pass.
+    """
+    nudges = [-max(FIRST_NUDGE, least) * value for value in largest]
+    first, definite = _inverse(gram, nudges)
+    columns = power_steps(lambda x: first @ x, start.expand(*gram.shape[:-1], start.shape[-1]), FIRST_PRODUCTS)
+    values = quotients(columns, first @ columns)
+    shifts = [_shift(row, rank, nudge, least * value) for row, nudge, value in zip(values, nudges, largest, strict=True)]
+    inverse = first
+    if shifts != nudges:
+        # Of a batch all are inverted again: those whose shift has stayed come out as they were.
+        inverse, definite = _inverse(gram, shifts)
+
+    def apply(columns: Tensor) -> Tensor:
+        return inverse @ columns
+
+    return iterate(apply, columns, rank), apply, definite
+
+
+def _shift(values: list[float], rank: int, nudge: float, least: float) -> float:
+    """Where to invert again, from Rayleigh quotients of the first inverse: below zero, or where it was."""
+    if not values[0] > WIDE * max(values[-1], EPSILON * values[0]) or not values[rank - 1] > 0:
+        return nudge
+    return -max(SHIFT * (1 / values[rank - 1] + nudge), least)
+
+
+def _inverse(gram: Tensor, shifts: list[float]) -> tuple[Tensor, bool]:
+    """``(G - s I)⁻¹`` (…, k, k), symmetric up to rounding, and whether all were positive definite; NaN for one that was not."""
+    shift = gram.new_tensor(shifts).reshape(gram.shape[:-2])
+    lower, info = inverse_factor(gram, shift)
+    inverse = gram_of_lower(lower)
+    # No factorisation reports NaN as a bad pivot, but it stays in the trace.
+    sound = (info == 0) & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
+    inverse.masked_fill_(~sound[..., None, None], torch.nan)
+    return inverse, bool(sound.all())
+
+
+def project(weight: Weight, columns: Tensor, size: int, sigma_max: float) -> Block:
+    """Rayleigh–Ritz with the weight: the ``size`` smallest triplets of M in the span of ``columns`` (k, b), ascending.
+
+    By ``eigh`` of ``TᵀT`` with ``T = Mᵀ X``, whose vectors are good to ε (σ_b / σ_i)², and QR of what it leaves of T; an SVD of
+    that small factor, three times as long on a GPU, only where its columns are still coupled.
+    """
+    image = weight.transposed_times(columns)
+    mixing = torch.linalg.eigh(image.mT @ image).eigenvectors[:, :size]
+    short = columns @ mixing
+    long, upper = orthonormal_factors(image @ mixing)
+    if not bool(upper.triu(1).abs().max() <= COUPLED * EPSILON * sigma_max):
+        return rayleigh_ritz(weight, short)
+    return Block(short, long, upper.diagonal().clone())

@@ -1,0 +1,29 @@
+"""From columns as the solver finds them to the rows with canonical signs that a basis holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdbank.basis import Triplets
+from svdbank.specs import Side
+
+
+def triplets(left: Tensor, right: Tensor, sigma: Tensor, side: Side) -> Triplets:
+    """Columns ``left`` (out, R) and ``right`` (in, R) with σ (R,) as contiguous rows, signs canonical."""
+    sign = canonical_signs(left)
+    return Triplets(
+        left=(left * sign).mT.contiguous(),
+        right=(right * sign).mT.contiguous() if side == "both" else None,
+        sigma=sigma.contiguous(),
+    )
+
+
+def canonical_signs(left: Tensor) -> Tensor:
+    """±1 for each column of ``left`` (out, R): what makes its entry of largest magnitude positive, the first one on a tie."""
+    magnitude = left.abs()
+    # argmax does not promise the first of equal entries; the smallest index that attains the maximum does.
+    index = torch.arange(left.shape[0], device=left.device).unsqueeze(1)
+    first = torch.where(magnitude == magnitude.amax(0), index, left.shape[0]).amin(0)
+    entry = left.gather(0, first.unsqueeze(0)).squeeze(0)
+    return torch.where(entry < 0, -1.0, 1.0).to(left.dtype)
