@@ -25,6 +25,11 @@ MAX_CHECKS = 24
 LOCKED = 1e-14
 #: Rounding in a computed residual, in units of ε times the largest θ of the projection (seen: up to 40).
 NOISE = 64
+#: Residual, relative to its own θ, at which an iteration that falls no further by half has done what eigh lets it: inside a cluster it
+#: mixes converged vectors with others, whose residuals are far above the gap between the two (seen: plateaus up to 3,000 ε).
+HALTED = 1e4 * EPSILON
+#: Rounding in the columns of a projection and in its eigh, in units of ε times the mean θ and the root of their number (seen: 4 to 12).
+FORGOTTEN = 10
 #: Rounding of the operator itself, in units of ε times its largest θ, locked or not (seen: 0.001 to 0.006 on square weights, κ 1e5).
 OPERATOR = 1 / 128
 #: Ratio of the pivots of a block down to which two passes of Gram–Schmidt leave it orthogonal to the basis within 100 ε.
@@ -35,7 +40,7 @@ SPREAD = 100.0
 
 @dataclass(frozen=True)
 class Ritz:
-    """Ritz pairs of one projection, largest first: ``values`` (m,), ``vectors`` (wanted, k) as rows, ``products`` applied so far."""
+    """Ritz pairs of one projection, largest first: ``values`` (m,), ``vectors`` (wanted or more, k) as rows, ``products`` applied."""
 
     values: Tensor
     vectors: Tensor
@@ -68,6 +73,8 @@ def largest(
     shape: Shape,
     excess: Callable[[Tensor, Tensor, Tensor, float], float],
     generator: torch.Generator,
+    cut: Callable[[Tensor], int] | None = None,
+    spoilt: Callable[[Tensor, float], bool] | None = None,
 ) -> Ritz | Failure:
     """Iterate from ``start`` (block, k) until ``excess(values, residuals, next_block, noise)`` is at most 1.
 
@@ -75,6 +82,9 @@ def largest(
 
     ``apply`` maps (k, block) columns to columns; ``residuals`` (m,) are ``‖A x − θ x‖`` of the Ritz pairs, largest θ first;
     ``next_block`` (block, k) is the direction that all of them point in; below ``noise`` a residual says nothing.
+
+    ``cut(values)`` is the number of vectors to return, ``wanted`` where it is None. ``spoilt(values, error)``: whether an ``error`` in the
+    entries of the projection is more than the wanted pairs stand.
     """
     block, limit, k = shape.block, shape.limit, start.shape[1]
     basis = padded_rows(limit + block, k, start.device)
@@ -110,9 +120,11 @@ def largest(
         settled = stuck or not active[0].abs().item() > SPREAD * values[wanted - 1].abs().item()
         noise = EPSILON * max(NOISE * active[0].abs().item(), OPERATOR * values[0].abs().item())
         behind = excess(values, residuals, following, noise)
-        if settled and behind <= 1.0:
-            free = max(wanted - locked, 0)
-            return Ritz(values, torch.cat([basis[:locked], mixing[:, :free].mT @ basis[locked:size]])[:wanted], products)
+        halted = behind > former / 2 and bool((residuals[:wanted] <= HALTED * values[:wanted].abs()).all())
+        if settled and (behind <= 1.0 or halted):
+            count = wanted if cut is None else min(max(cut(values), wanted), size)
+            free = max(count - locked, 0)
+            return Ritz(values, torch.cat([basis[:locked], mixing[:, :free].mT @ basis[locked:size]])[:count], products)
         steps = _steps_left(former, behind, (products - seen) // block) if settled else limit
         former, seen = behind, products
         if size + block <= limit:  # there is room: a check does not cost what a restart costs
@@ -131,9 +143,21 @@ def largest(
         converged = (residuals[: wanted - 1] <= LOCKED * values[: wanted - 1].abs()).to(torch.int64).cumprod(0)
         before, locked = locked, max(locked, int(converged.sum()))
         stuck = before == locked
+        if not stuck and spoilt is not None and spoilt(values, _forgotten(active)):
+            # What eigh lost between the small values beside the large ones, a restart would keep for good: only the block that comes next,
+            # and what has left the projection, know nothing of it.
+            basis[locked : locked + block] = following
+            size, steps = locked, limit
+            projected.zero_()
+            projected.diagonal()[:size] = values[:size]
         size += block
         stop = min(limit, size + block * (steps - 1))
     return Failure(f"no convergence after {products} products")
+
+
+def _forgotten(active: Tensor) -> float:
+    """What rounding makes of a column of the projection with these eigenvalues (m,): entries are as large as the mean on average."""
+    return FORGOTTEN * EPSILON * active.abs().sum().item() / math.sqrt(len(active))
 
 
 def _steps_left(former: float, behind: float, steps: int) -> int:

@@ -23,6 +23,11 @@ from svdbank.solver.weight import Weight
 SEED = 20260419
 #: Predicted residual, relative to σ_max, at which the iteration stops: the measured one is then about a fifth of it.
 STOP_RESIDUAL = 1e-12
+#: Vectors that a cut may always be moved to, however small the rank, to leave a cluster whole (memory: a rank of 24 takes as many).
+LEAST_CUT = 48
+#: Residual, relative to σ_max, that rounding in the projection may leave: a tenth of what the gates let through, and the Newton step
+#: removes most of it. Asking less costs up to a cycle of products where a few σ lie far below the rest, which square weights often have.
+SPOILT = 1e-11
 #: Predicted sine of the angle at the boundary at which it stops, where the gap there is resolved at all.
 STOP_ANGLE = 1e-7
 
@@ -68,7 +73,24 @@ def solve_shift_invert(weight: Weight, rank: int, principal: int) -> Candidate |
         wanted = torch.minimum(torch.maximum(predicted, angle), 1e4 * angle)
         return min(float(wanted), error.max().item() / noise)
 
-    found = largest(lower.solve, _start(k, shape.block, weight.device), rank + buffer, shape, excess, generator())
+    def cut(values: Tensor) -> int:
+        """How many vectors the weight itself shall tell apart: no cut inside a cluster, because G blurs what lies in one."""
+        count, most = rank + buffer, min(shape.keep, max(2 * (rank + buffer), LEAST_CUT))
+        theta = values[: most + 1]
+        if most <= count or not bool(theta[-1] > 0):
+            return count
+        sigma = (shift + 1 / theta).clamp_min(0).sqrt()
+        apart = (sigma.diff()[count - 1 :] > 100 * EPSILON / UNRESOLVED * sigma_max).nonzero()
+        return count + int(apart[0]) if len(apart) else most
+
+    def spoilt(values: Tensor, error: float) -> bool:
+        # Mixed by error / (θ_i − θ_j), two pairs have a residual of error / (θ_i θ_j σ_i) in M: largest at the end that restarts keep.
+        last, end = values[rank - 1], values[shape.keep - 1]
+        sigma = (shift + 1 / last).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        return bool((end > 0) & (error > SPOILT * sigma_max * sigma * last * end))
+
+    start = _start(k, shape.block, weight.device)
+    found = largest(lower.solve, start, rank + buffer, shape, excess, generator(), cut, spoilt)
     if isinstance(found, Failure):
         return found
     orthonormal = torch.linalg.qr(found.vectors.mT).Q
