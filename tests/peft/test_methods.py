@@ -48,6 +48,15 @@ def triplets(bank: Bank, name: str, rank: int, method: str) -> tuple[Tensor, Ten
     return tuple(read([name], rank)[name].double() for read in (bank.left, bank.sigma, bank.right))
 
 
+def mixing(sigma: Tensor, rank: int) -> float:
+    """Angle by which PEFT's float32 SVD may turn the ``rank`` largest directions into the others: its rounding over the gap (Wedin).
+
+    ``sigma`` descends. Rounding is 32 ε σ_1: LAPACK promises a modest multiple of ε σ_1 without saying which (seen on MiniLM: up to 1), and
+    every processor has its own.
+    """
+    return 32 * torch.finfo(torch.float32).eps * float(sigma[0] / (sigma[rank - 1] - sigma[rank]))
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "all-linear": {},
     "rank_pattern": {"target_modules": ["query", "key"], "rank_pattern": {"query": 4, "layer.1.attention.self.key": 8}},
@@ -154,10 +163,8 @@ def test_pissa_starts_where_pefts_own_starts(bert: Load, minilm_bank: Bank) -> N
     for module, layer in ours.items():
         rival = theirs[module]
         sigma = triplets(minilm_bank, f"{module}.weight", 5, "pissa")[1]
-        # PEFT's float32 SVD mixes the fourth and the fifth direction by ε σ_1 over their distance (Wedin).
-        mixing = 32 * torch.finfo(torch.float32).eps * float(sigma[0] / (sigma[3] - sigma[4]))
         difference = layer.get_delta_weight("default").cpu() - rival.get_delta_weight("default")
-        assert difference.norm() <= mixing * sigma.norm(), module
+        assert difference.norm() <= mixing(sigma, 4) * sigma.norm(), module
         assert layer.scaling == rival.scaling
 
 
@@ -300,10 +307,15 @@ def test_a_folder_of_init_gives_the_base_s_outputs_or_an_error(
         for low in (False, True):
             with pytest.raises(ValueError, match="milora"):
                 peft.PeftModel.from_pretrained(bert(), tmp_path / "fresh", low_cpu_mem_usage=low)
-    else:  # PEFT has PiSSA: it decomposes again, and is right
+    else:  # PEFT has PiSSA: it decomposes again, and is right as far as its own float32 goes
         with quiet():
             plain = peft.PeftModel.from_pretrained(bert(), tmp_path / "fresh")
-        assert (output(plain) - expected).abs().max() <= 2e-5
+        base = bert()
+        for module, layer in lora_layers(plain).items():
+            W = base.get_parameter(f"{module}.weight").double()
+            whole = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
+            sigma = torch.linalg.svdvals(W)
+            assert (whole - W).norm() <= mixing(sigma, 8) * sigma[:8].norm(), module
     from transformers import AutoModel
 
     with quiet():
