@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svdbank.adapter import recognition
-from svdbank.solver import pinned_threads
+from svdbank.solver import devices, pinned_threads
 from tests.discipline.allowed import ALLOWED
 from tests.discipline.pretended import PretendedDevice
 
@@ -18,10 +18,19 @@ from tests.discipline.pretended import PretendedDevice
 @pytest.fixture
 def pretended() -> Iterator[PretendedDevice]:
     """The device, present for the length of a test."""
+    _forget()
     with pinned_threads(1), PretendedDevice(ALLOWED).present() as device:
+        for name in ("cuda", "cuda:0"):  # once a process: no part of what a weight costs
+            devices.start(torch.device(name))
         yield device
-    # It keeps index tensors by device.
+    _forget()
+
+
+def _forget() -> None:
+    """What the code under test keeps of devices, by their names: a real one must not get a pretended one's."""
     recognition._positions.cache_clear()
+    devices.kind_of.cache_clear()
+    devices._started.clear()
 
 
 @pytest.fixture(autouse=True)

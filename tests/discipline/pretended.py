@@ -12,7 +12,8 @@ What is counted, between :meth:`PretendedDevice.counting`'s begin and end: opera
 their flops; the heavier routines by name; synchronisations by the place that asked for them; bytes that cross over. Threads that are
 started meanwhile are held to the same rules, and counted with the rest.
 
-It knows no streams, graphs, events or random generators of a device, and takes no notice of memory.
+Everything has happened when the next line runs: it cannot see one stream that does not wait for another. It knows no graphs, events or
+random generators of a device, and takes no notice of memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,7 +222,9 @@ class PretendedDevice:
                 start(thread)
 
         def plain_type(value: Any) -> type:
-            return torch.nn.Parameter if isinstance(value, OnDevice) else type(value)
+            if not isinstance(value, OnDevice):
+                return type(value)
+            return torch.nn.Parameter if getattr(value, "_is_param", False) else torch.Tensor
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(threading.Thread, "run", run)
@@ -229,8 +232,13 @@ class PretendedDevice:
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             patch.setattr(torch.cuda, "current_device", lambda: 0)
             patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+            patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
             patch.setattr(torch.cuda, "mem_get_info", lambda *_: (64 * 2**30, 80 * 2**30))
+            patch.setattr(torch.cuda, "empty_cache", lambda: None)
             patch.setattr(torch.cuda, "synchronize", lambda *_: self._synchronised("synchronize"))
+            patch.setattr(torch.cuda, "Stream", lambda *_, **__: _Stream(self))
+            patch.setattr(torch.cuda, "current_stream", lambda *_: _Stream(self))
+            patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
             # A tensor of a real device is a plain one, to code that asks for its type.
             for name in ("svdbank.adapter.recognition", "svdbank.peft.layers"):
                 if name in sys.modules:
@@ -266,6 +274,7 @@ class PretendedDevice:
         inner_args, inner_kwargs = tree_map(lambda v: v.inner if isinstance(v, OnDevice) else v, (args, kwargs))
         if inner_kwargs.get("device") is not None:
             inner_kwargs["device"] = torch.device("cpu")
+        inner_kwargs.pop("driver", None)  # of cuSOLVER, which the CPU has not
         result = func(*inner_args, **inner_kwargs)
         self._count(func, name, inner_args, result)
         return tree_map(lambda v: self._returned(v, outer, name), result)
@@ -332,6 +341,19 @@ class PretendedDevice:
             flops = _flops(name, args)
             self.counts.products += flops > 0
             self.counts.flops += flops
+
+
+class _Stream:
+    """A stream on which everything has happened already."""
+
+    def __init__(self, device: PretendedDevice) -> None:
+        self._device = device
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._device._synchronised("synchronize")
 
 
 class _Interception(TorchFunctionMode):
@@ -414,7 +436,9 @@ def _set_data(device: PretendedDevice, func: Any, args: Any, kwargs: dict[str, A
     if isinstance(value, OnDevice) and isinstance(other, OnDevice):
         value.inner = other.inner
     elif isinstance(value, OnDevice) or isinstance(other, OnDevice):
-        raise TwoDevicesMet(f".data of one device was given a tensor of another, at {_place()}")
+        raise NotImplementedError(
+            f"torch lets .data bring a tensor to another device, a pretended one cannot follow, at {_place()}"
+        )
     return func(*args, **kwargs)
 
 
@@ -424,9 +448,23 @@ def _where(device: PretendedDevice, func: Any, args: Any, kwargs: dict[str, Any]
     return func(*(device.scalar(value) for value in args), **kwargs)
 
 
+def _get_item(device: PretendedDevice, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    target, index = args
+    return func(target, _index(index) if isinstance(target, OnDevice) else index, **kwargs)
+
+
 def _set_item(device: PretendedDevice, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target, index, value = args
-    return func(target, index, device.scalar(value, target.dtype) if isinstance(target, OnDevice) else value, **kwargs)
+    if not isinstance(target, OnDevice):
+        return func(*args, **kwargs)
+    return func(target, _index(index), device.scalar(value, target.dtype), **kwargs)
+
+
+def _index(index: Any) -> Any:
+    """Lists of numbers as tensors of the CPU, where torch's C++ would make some on ``meta``."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _pin_memory(device: PretendedDevice, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -443,7 +481,9 @@ _SPECIAL: dict[Any, Callable[[PretendedDevice, Any, Any, dict[str, Any]], Any]] 
     torch.Tensor.new_tensor: _new_tensor,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.pin_memory: _pin_memory,
+    torch.Tensor.record_stream: lambda device, func, args, kwargs: None,
     torch.where: _where,
+    torch.Tensor.__getitem__: _get_item,
     torch.Tensor.__setitem__: _set_item,
 }
 

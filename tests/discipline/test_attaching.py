@@ -20,6 +20,7 @@ from svdbank.training import TrainOptions, attaching
 from tests.discipline.allowed import ALLOWED
 from tests.discipline.pretended import HEADING, OnDevice, PretendedDevice
 from tests.peft.models import factors, lora_layers, only_a_trains, quiet, without_svd
+from tests.peft.test_experts import mixtral
 
 RANK = 8
 #: Linear weights of the model below.
@@ -109,6 +110,37 @@ def test_how_often_the_host_waits_does_not_grow_with_the_weights(
     assert counts.to_device <= (1 if method == "mica" else 2) * 4 * sum(sizes) + probes
     # Values that the bank has for comparison: at most a kilobyte a weight.
     assert counts.to_host <= WEIGHTS * 2**10 + 8
+
+
+def test_fused_experts_are_attached_there_as_on_the_cpu(pretended: PretendedDevice, tmp_path: Path) -> None:
+    with quiet():
+        mixtral().save_pretrained(tmp_path / "model")
+    targets = ("q_proj", "gate_up_proj", "down_proj")
+    bank = svdbank.build(tmp_path / "model", tmp_path / "bank", rank=RANK, targets=targets, device="cpu")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    for method, answers in (("mica", 1), ("milora", 2)):
+        options = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=method)
+        here = svdbank.peft.get_peft_model(mixtral(), options, bank=bank)
+        model = pretended.put_model(mixtral())
+        with pretended.counting() as counts:
+            there = svdbank.peft.get_peft_model(model, options, bank=bank)
+        _TABLE.append(counts.row(f"{method}, experts"))
+        assert counts.synchronisations == answers and svdbank.peft.attachment(there).state == "verified"
+        for one, two in zip(here.parameters(), there.parameters(), strict=True):
+            assert torch.equal(one.detach(), two.detach().cpu())
+
+
+def test_an_adapter_is_loaded_to_where_its_base_lies(
+    model: nn.Module, bank: Bank, tmp_path: Path, pretended: PretendedDevice
+) -> None:
+    svdbank.init(bank, rank=RANK, output=tmp_path / "a")
+    with pretended.counting() as counts:
+        there = svdbank.peft.load_adapter(pretended.put_model(model), tmp_path / "a", bank=bank)
+    _TABLE.append(counts.row("load_adapter"))
+    assert only_a_trains(there)
+    for module, layer in lora_layers(there).items():
+        assert isinstance(factors(layer)[1].data, OnDevice)
+        assert torch.equal(factors(layer)[1].detach().cpu(), bank[f"{module}.weight"].left(RANK))
 
 
 def test_mica_needs_no_float64_of_the_device(model: nn.Module, bank: Bank) -> None:

@@ -54,6 +54,8 @@ def test_numbers_beside_tensors_keep_their_values(pretended: PretendedDevice) ->
     assert there.new_tensor([4.0]).tolist() == [4.0]
     there[0] = 9
     assert (there * 2 + 1).tolist() == [19.0, 7.0]
+    there[[0, 1]] = there[[1, 0]]
+    assert there.tolist() == [3.0, 9.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from svdbank.basis import EPSILON, UNRESOLVED, Basis
 from svdbank.solver import choose_path
+from svdbank.solver.devices import kind_of
 
 
 def with_spectrum(sigma: Tensor, out_features: int, in_features: int, seed: int = 0) -> Tensor:
@@ -69,7 +70,7 @@ def hard_matrix(name: str, out_features: int, in_features: int) -> Tensor:
 
 def path_of(shape: tuple[int, int], rank: int, device: str) -> str:
     """What the solver's rule says for a weight of ``shape`` on ``device``."""
-    return choose_path(*shape, rank) if device == "cpu" else choose_path(*shape, rank, device)
+    return choose_path(*shape, rank, kind_of(torch.device(device)))
 
 
 def sine(one: Tensor, other: Tensor) -> float:
