@@ -9,8 +9,18 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from svdbank.solver import pinned_threads
+from svdbank.solver.devices import start
+
+
+@pytest.fixture(autouse=True)
+def called_once(request: pytest.FixtureRequest) -> None:
+    """What a process calls before its first solve has been called: a test may put something else in the place of a routine."""
+    name = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
+    for device in {torch.device(name), torch.empty(0, device=name).device}:  # cuda, and as a tensor says it: cuda:0
+        start(device)
 
 
 @pytest.fixture(autouse=True)
