@@ -10,6 +10,6 @@ import svdbank
 
 
 @pytest.fixture(scope="session")
-def smollm2_full_bank(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> svdbank.Bank:
+def smollm2_full_bank(smollm2: Path, device: str, tmp_path_factory: pytest.TempPathFactory) -> svdbank.Bank:
     """SmolLM2's 210 linear weights, rank 128, both sides."""
-    return svdbank.build(smollm2, tmp_path_factory.mktemp("smollm2-full") / "bank")
+    return svdbank.build(smollm2, tmp_path_factory.mktemp("smollm2-full") / "bank", device=device)

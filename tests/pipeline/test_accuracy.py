@@ -47,8 +47,8 @@ def _compare(model: Path, bank: svdbank.Bank) -> tuple[float, int, list[str]]:
     return worst, compared, exempt
 
 
-def test_every_basis_of_minilm_is_that_of_a_float64_svd(minilm: Path, tmp_path: Path) -> None:
-    worst, compared, exempt = _compare(minilm, svdbank.build(minilm, tmp_path / "bank"))
+def test_every_basis_of_minilm_is_that_of_a_float64_svd(minilm: Path, device: str, tmp_path: Path) -> None:
+    worst, compared, exempt = _compare(minilm, svdbank.build(minilm, tmp_path / "bank", device=device))
     print(f"MiniLM: worst sine {worst:.1e} over {compared} subspaces, exempt: {exempt}")
     assert compared + len(exempt) == 37 * len(RANKS)
     assert worst <= BOUND
@@ -65,10 +65,12 @@ def test_every_basis_of_smollm2_is_that_of_a_float64_svd(smollm2: Path, smollm2_
 
 
 @pytest.mark.parametrize("dtype, bound", [("float16", 2e-3), ("bfloat16", 1.6e-2)])
-def test_narrow_storage_keeps_the_subspace_to_its_own_precision(dtype: str, bound: float, minilm: Path, tmp_path: Path) -> None:
+def test_narrow_storage_keeps_the_subspace_to_its_own_precision(
+    dtype: str, bound: float, minilm: Path, device: str, tmp_path: Path
+) -> None:
     """Entries off by 2⁻¹¹ (2⁻⁸) of themselves: columns by that, sixteen of them by at most four times that."""
-    full = svdbank.build(minilm, tmp_path / "full", rank=16, targets=("query",))
-    narrow = svdbank.build(minilm, tmp_path / dtype, rank=16, targets=("query",), dtype=dtype)
+    full = svdbank.build(minilm, tmp_path / "full", rank=16, targets=("query",), device=device)
+    narrow = svdbank.build(minilm, tmp_path / dtype, rank=16, targets=("query",), dtype=dtype, device=device)
     for name in full:
         reference, basis = full[name].left(16).double(), narrow[name].left(16)
         assert basis.dtype == getattr(torch, dtype)

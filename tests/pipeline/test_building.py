@@ -1,4 +1,7 @@
-"""Building, resuming, extending and refusing."""
+"""Building, resuming, extending and refusing.
+
+Builds leave their device at ``auto``, which is what the test's ``device`` says (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from tests.pipeline.small import tree, write_small_checkpoint
 
 
 @pytest.fixture
-def model(minilm: Path, tmp_path: Path) -> Path:
+def model(minilm: Path, device: str, tmp_path: Path) -> Path:
     return write_small_checkpoint(tmp_path / "model", minilm)
 
 
@@ -34,10 +37,17 @@ def _build(model: Path, bank: Path, **options: object) -> BuildReport:
     return reports[0]
 
 
+@pytest.mark.usefixtures("device")
 def test_the_same_plan_gives_the_same_bytes_whatever_the_number_of_jobs(minilm: Path, tmp_path: Path) -> None:
     _build(minilm, tmp_path / "one", jobs=1, rank=16)
     _build(minilm, tmp_path / "four", jobs=4, rank=16)
     assert tree(tmp_path / "one") == tree(tmp_path / "four")
+
+
+def test_a_build_computes_where_the_test_says(model: Path, device: str, tmp_path: Path) -> None:
+    for choice in ("auto", device):
+        bank = svdbank.build(model, tmp_path / choice, rank=8, device=choice)
+        assert {bank[name].certificate.device for name in bank} == {device}
 
 
 def test_a_finished_bank_is_not_built_again(model: Path, tmp_path: Path) -> None:
@@ -48,6 +58,7 @@ def test_a_finished_bank_is_not_built_again(model: Path, tmp_path: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "bank").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("device")
 def test_ctrl_c_keeps_what_is_finished(minilm: Path, tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.stage == "decompose" and progress.done >= 10:
@@ -62,6 +73,7 @@ def test_ctrl_c_keeps_what_is_finished(minilm: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "bank") == tree(tmp_path / "undisturbed")
 
 
+@pytest.mark.usefixtures("device")
 def test_more_targets_extend_a_bank_and_leave_what_is_there(minilm: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     _build(minilm, bank, targets=("query", "value"))
@@ -80,6 +92,7 @@ def test_more_targets_extend_a_bank_and_leave_what_is_there(minilm: Path, tmp_pa
         assert torch.equal(opened[name].left(8), whole[name].left(8))
 
 
+@pytest.mark.usefixtures("device")
 def test_an_extension_that_was_stopped_goes_on_where_it_was(minilm: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     _build(minilm, bank, targets=("query",))
@@ -207,6 +220,7 @@ def test_rm_does_not_follow_a_link_and_takes_a_damaged_bank(model: Path, tmp_pat
     assert not (tmp_path / "bank").exists()
 
 
+@pytest.mark.usefixtures("device")
 def test_a_damaged_bank_is_neither_reused_nor_extended(minilm: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     _build(minilm, bank, targets=("query",))
@@ -236,6 +250,7 @@ def test_a_rank_beyond_a_weight_is_clamped_and_all_means_all(model: Path, tmp_pa
     assert basis.spec.rank == 24
 
 
+@pytest.mark.usefixtures("device")
 def test_a_plan_says_what_the_build_then_does(minilm: Path, tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     report = svdbank.plan(minilm, tmp_path / "bank", rank=20)
@@ -306,6 +321,7 @@ def test_open_finds_the_cached_bank_of_a_model_and_takes_the_richest(
     assert svdbank.open(model).rank == 4
 
 
+@pytest.mark.usefixtures("device")
 def test_progress_counts_every_weight_once_and_ends_complete(minilm: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     svdbank.build(minilm, tmp_path / "bank", rank=4, progress=seen.append)

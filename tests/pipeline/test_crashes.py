@@ -1,4 +1,7 @@
-"""A crash at any file operation, then the same build again, gives the bank of an undisturbed build, byte for byte."""
+"""A crash at any file operation, then the same build again, gives the bank of an undisturbed build, byte for byte.
+
+Builds leave their device at ``auto``, which is what the test's ``device`` says (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ RANK = 18  # two rank chunks, the second partly filled
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, minilm: Path, device: str) -> Path:
     return write_small_checkpoint(tmp_path_factory.mktemp("small") / "model", minilm)
 
 
@@ -94,6 +97,7 @@ def test_a_crash_at_any_operation_then_a_second_build_gives_the_same_bytes(
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("device")
 def test_a_crash_at_any_operation_of_an_extension_leaves_the_first_bank_and_finishes(
     minilm: Path, tmp_path: Path, memory_disk: Path
 ) -> None:
@@ -217,10 +221,12 @@ def _kills(minilm: Path, tmp_path: Path, count: int, seed: int) -> int:
     return struck
 
 
+@pytest.mark.usefixtures("device")
 def test_real_kills_then_a_second_build_give_the_same_bytes(minilm: Path, tmp_path: Path) -> None:
     assert _kills(minilm, tmp_path, count=3, seed=1) >= 1
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("device")
 def test_many_real_kills(minilm: Path, tmp_path: Path) -> None:
     assert _kills(minilm, tmp_path, count=40, seed=2) >= 20

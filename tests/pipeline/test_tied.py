@@ -25,8 +25,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Names and configuration of a tied Llama: the head is not stored."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
+    """Names and configuration of a tied Llama: the head is not stored. Builds take the device that ``auto`` finds: the test's."""
     folder = tmp_path_factory.mktemp("tied")
     generator = torch.Generator().manual_seed(0)
     tensors = {
