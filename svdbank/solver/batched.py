@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ from svdbank.solver.filter import COUPLED, block_width, lower_end, start_block, 
 from svdbank.solver.gates import allowances, departure, shown, verdict
 from svdbank.solver.ritz import buffer_size
 from svdbank.solver.subspace import orthonormal, orthonormal_factors
+from svdbank.solver.threads import pinned_threads
 from svdbank.solver.triplets import triplets
 from svdbank.solver.weight import rounding
 from svdbank.specs import Side
 
-#: float64 entries of a batch's widened weights: 1 GiB, and the most weights in it.
-BATCH_ENTRIES = 2**27
-MOST_IN_BATCH = 64
-#: Shorter sides are not worth the filter even in a batch; from this many weights on a batch is made.
-LEAST_IN_BATCH = 2
+#: float64 entries of a batch's widened weights, 2 GiB, and the most and the fewest weights in it. Not all at once: the host's part of one
+#: batch goes on beside the device's part of the next.
+BATCH_ENTRIES = 2**28
+MOST_IN_BATCH, LEAST_IN_BATCH = 16, 4
 
 
 def batch_size(out_features: int, in_features: int, count: int) -> int:
@@ -159,19 +160,24 @@ def _certificate(row: list[float], rank: int, k: int, n: int, scale: float, devi
 
 def _small_eigenvectors(matrices: Tensor, size: int) -> Tensor:
     """The first ``size`` eigenvectors of each symmetric matrix (count, b, b), ascending, by LAPACK on the host, one thread each."""
-    here = matrices.to("cpu")
-    count = here.shape[0]
-    lost = ~torch.isfinite(here).all((-2, -1))
-    here[lost] = torch.eye(here.shape[-1], dtype=here.dtype)  # LAPACK can hang on NaN; the weight's own NaN fail its gates
+    pinned = matrices.device.type == "cuda"
+    count, b, _ = matrices.shape
+    here = torch.empty(matrices.shape, dtype=matrices.dtype, pin_memory=pinned).copy_(matrices)
+    vectors = torch.empty(count, b, size, dtype=matrices.dtype, pin_memory=pinned)
 
-    def one(index: int) -> Tensor:
-        found: Tensor = torch.linalg.eigh(here[index]).eigenvectors[:, :size]
-        return found
+    def one(index: int) -> None:
+        matrix = here[index]
+        if not bool(torch.isfinite(matrix.sum())):  # LAPACK can hang on NaN; the weight's own fail its gates
+            matrix = torch.eye(b, dtype=matrices.dtype)
+        with pinned_threads(1):
+            vectors[index].copy_(torch.linalg.eigh(matrix).eigenvectors[:, :size])
 
-    with ThreadPoolExecutor(min(count, _cpus()), "svdbank-small", torch.set_num_threads, (1,)) as pool:
-        vectors = list(pool.map(one, range(count)))
-    return torch.stack(vectors).to(matrices.device)
+    list(_host().map(one, range(count)))
+    return vectors.to(matrices.device)
 
 
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@cache
+def _host() -> ThreadPoolExecutor:
+    """Threads for small problems, shared by all batches under way."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(cpus, "svdbank-small")

@@ -38,6 +38,7 @@ def start(device: torch.device) -> None:
 
     torch loads CUDA's linear algebra at its first use, and two threads that do so end in "lazy wrapper should be called at most once".
     """
+    device = with_index(device)
     with _lock:
         if device in _started:
             return
@@ -115,10 +116,21 @@ class Turn:
             self.is_alone = True
 
 
-@cache
 def turns(device: torch.device) -> Turns:
     """The turns of a device, one object for all threads of the process."""
+    return _turns(with_index(device))
+
+
+@cache
+def _turns(device: torch.device) -> Turns:
     return Turns()
+
+
+def with_index(device: torch.device) -> torch.device:
+    """``cuda`` as the ``cuda:N`` that it means in this thread."""
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def give_back_device(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svdbank.solver.contract import Block
 from svdbank.solver.orthogonal import thin_qr
+from svdbank.solver.subspace import orthonormal
 from svdbank.solver.weight import Weight
 
 
@@ -43,14 +44,7 @@ def refined(weight: Weight, block: Block, defect: Tensor, apply_inverse: Callabl
     step = apply_inverse(defect - block.short @ (block.short.mT @ defect))
     step -= block.short @ (block.short.mT @ step)
     return Block(
-        _orthonormal(block.short - step * block.sigma),
-        _orthonormal(block.long - weight.transposed_times(step)),
+        orthonormal(block.short - step * block.sigma),
+        orthonormal(block.long - weight.transposed_times(step)),
         block.sigma,
     )
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Nearly orthonormal columns made so. QR may turn signs; its R is the identity up to that and the square of the correction."""
-    basis, upper = torch.linalg.qr(columns)
-    signed: Tensor = basis * upper.diagonal().sign()
-    return signed

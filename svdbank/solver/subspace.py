@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svdbank.basis import EPSILON
+from svdbank.solver.inverse import inverse_lower
 
 #: Columns a filter may tell apart by, largest over least amplification. The first one meets random columns, all of which hold the first
 #: direction: beyond 1e7 Cholesky QR would lose the others in it. Later the columns are nearly eigenvectors; what is then
@@ -44,18 +45,26 @@ def orthonormal(columns: Tensor, *, passes: int = 2) -> Tensor:
     """Orthonormal columns with the span of ``columns`` (…, k, b), in their order; no host is waited for.
 
     Cholesky QR, shifted so that no factor fails (Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR*, SIAM J. Sci.
-    Comput. 42, 2020), after scaling the columns: two passes for a condition up to 1e7, three up to 1e14. Signs are kept.
+    Comput. 42, 2020), after scaling the columns: two passes for a condition up to 1e7. One pass leaves of a condition κ some ε κ², which
+    does between filters, where only the span counts. Signs are kept.
     """
     count = columns.shape[-1]
     found = columns / torch.linalg.vector_norm(columns, dim=-2, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
     lift = 8 * count * torch.finfo(columns.dtype).eps
     for number in range(passes):
         cosines = found.mT @ found
-        if number < passes - 1:  # the last pass meets columns that are orthogonal already: a shift would only scale them
+        if number == 0:  # later ones meet columns that are orthogonal already: a shift would only scale them
             cosines.diagonal(dim1=-2, dim2=-1).add_(lift)
-        factor = torch.linalg.cholesky_ex(cosines).L
-        found = torch.linalg.solve_triangular(factor.mT, found, upper=True, left=False)
-    result: Tensor = found.to(columns.dtype)
+        found = _divided(found, torch.linalg.cholesky_ex(cosines).L)
+    return found
+
+
+def _divided(columns: Tensor, factor: Tensor) -> Tensor:
+    """``X L⁻ᵀ`` for X (…, k, b) and a lower triangular L (…, b, b)."""
+    if columns.ndim > 2:  # the library's substitution takes the matrices of a batch apart
+        divided: Tensor = columns @ inverse_lower(factor).mT
+        return divided
+    result: Tensor = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
     return result
 
 
@@ -66,7 +75,7 @@ def orthonormal_factors(columns: Tensor) -> tuple[Tensor, Tensor]:
     upper: Tensor | None = None
     for _ in range(2):
         factor = torch.linalg.cholesky_ex(found.mT @ found).L
-        found = torch.linalg.solve_triangular(factor.mT, found, upper=True, left=False)
+        found = _divided(found, factor)
         upper = factor.mT if upper is None else factor.mT @ upper
     assert upper is not None
     return found, upper * lengths
@@ -75,13 +84,13 @@ def orthonormal_factors(columns: Tensor) -> tuple[Tensor, Tensor]:
 def power_steps(apply: Callable[[Tensor], Tensor], columns: Tensor, steps: int) -> Tensor:
     """``columns`` (…, k, b) after ``steps`` products, orthonormalised after each."""
     for _ in range(steps):
-        columns = orthonormal(apply(columns))
+        columns = orthonormal(apply(columns), passes=1)
     return columns
 
 
 def quotients(columns: Tensor, images: Tensor) -> list[list[float]]:
-    """Rayleigh quotients of orthonormal ``columns`` with their ``images`` (…, k, b), a list for each matrix, largest first."""
-    values = (columns * images).sum(-2).sort(-1, descending=True).values
+    """Rayleigh quotients of ``columns`` with their ``images`` (…, k, b), a list for each matrix, largest first."""
+    values = ((columns * images).sum(-2) / (columns * columns).sum(-2)).sort(-1, descending=True).values
     return [[float(v) for v in row] for row in values.reshape(-1, values.shape[-1]).tolist()]
 
 
@@ -91,7 +100,6 @@ def iterate(
     wanted: int,
     *,
     gain: float = GAIN,
-    orthonormalise: Callable[[Tensor], Tensor] = orthonormal,
 ) -> Subspace:
     """Turn orthonormal ``columns`` (…, k, b) towards the ``wanted`` largest eigenvalues of a symmetric positive operator.
 
@@ -105,7 +113,7 @@ def iterate(
     products = 0
     spread = FIRST_SPREAD
     values: list[list[float]] = []
-    for _ in range(MOST_CYCLES):
+    for number_of_filter in range(MOST_CYCLES):
         images = apply(columns)
         values = quotients(columns, images)
         cuts, degrees = [], []
@@ -114,12 +122,33 @@ def iterate(
             cuts.append(cut)
             degrees.append(degree)
             left[number] -= won
-        columns, done = _filtered(apply, columns, images, cuts, degrees, orthonormalise)
+        last = all(rest <= 0 for rest in left) or number_of_filter == MOST_CYCLES - 1
+        # Of a batch some may be at their last one in any round.
+        columns, done = _filtered(apply, columns, images, cuts, degrees, passes=2 if last or count > 1 else 1)
         products += done * shape[-1]
-        if all(rest <= 0 for rest in left):
+        if last:
             break
         spread = SPREAD
     return Subspace(columns, values, products)
+
+
+def chebyshev(
+    apply: Callable[[Tensor], Tensor],
+    columns: Tensor,
+    images: Tensor,
+    cut: Tensor | float,
+    degree: int,
+    degrees: list[int] | None = None,
+) -> Tensor:
+    """``T_d(2 A / cut − 1) X`` for X (…, k, b) and its ``images`` A X; with ``degrees`` each matrix stops at its own."""
+    before, now = columns, images * (2 / cut) - columns
+    for step in range(2, degree + 1):
+        following = (apply(now) * (4 / cut)).sub_(now, alpha=2).sub_(before)
+        if degrees is not None and step > min(degrees):
+            going = torch.tensor([own >= step for own in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
+            following = torch.where(going, following, now)
+        before, now = now, following
+    return now
 
 
 def _filter(values: list[float], wanted: int, left: float, spread: float) -> tuple[float, int, float]:
@@ -141,20 +170,15 @@ def _filtered(
     images: Tensor,
     cuts: list[float],
     degrees: list[int],
-    orthonormalise: Callable[[Tensor], Tensor],
+    *,
+    passes: int,
 ) -> tuple[Tensor, int]:
     """``T_d(2 A / cut − 1)`` of ``columns``, orthonormalised, and the products taken; a matrix of degree 0 keeps its columns."""
     single = len(cuts) == 1
     most, least = max(degrees), min(degrees)
     cut: Tensor | float = cuts[0] if single else columns.new_tensor(cuts).reshape(*columns.shape[:-2], 1, 1)
-    before, now = columns, images * (2 / cut) - columns
-    for step in range(2, most + 1):
-        following = (apply(now) * (4 / cut)).sub_(now, alpha=2).sub_(before)
-        if step > least:  # some matrices have had enough
-            going = torch.tensor([degree >= step for degree in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
-            following = torch.where(going, following, now)
-        before, now = now, following
-    found = orthonormalise(now)
+    now = chebyshev(apply, columns, images, cut, most, degrees if least < most else None)
+    found = orthonormal(now, passes=passes)
     if least == 0 and not single:
         going = torch.tensor([degree > 0 for degree in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
         found = torch.where(going, found, columns)

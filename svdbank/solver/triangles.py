@@ -11,14 +11,20 @@ TILE, ROWS = 512, 4
 TURNED = 256
 
 
-def tile_side(k: int) -> int:
+#: Side up to which a GPU multiplies a matrix whole: less work in smaller pieces takes longer there.
+WHOLE_ON_CUDA = 2048
+
+
+def tile_side(k: int, device_type: str = "cpu") -> int:
     """Largest side of a diagonal tile of a (k, k) matrix."""
+    if device_type != "cpu" and k <= WHOLE_ON_CUDA:
+        return k
     return min(TILE, -(-k // ROWS))
 
 
-def lower_tiles(k: int) -> list[tuple[slice, slice]]:
+def lower_tiles(k: int, device_type: str = "cpu") -> list[tuple[slice, slice]]:
     """The lower triangle of a (k, k) matrix in (rows, columns) tiles, halved recursively: few, large and nearly square."""
-    return _halved(0, k, tile_side(k))
+    return _halved(0, k, tile_side(k, device_type))
 
 
 def _halved(start: int, stop: int, side: int) -> list[tuple[slice, slice]]:

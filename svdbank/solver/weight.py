@@ -88,7 +88,7 @@ class Weight:
         """
         dtype = self.precision.gram
         result = torch.zeros(self.k, self.k, dtype=dtype, device=self.device)
-        tiles = lower_tiles(self.k)
+        tiles = lower_tiles(self.k, self.device.type)
         for _, panel in self.panels(dtype):
             for row, column in tiles:
                 result[row, column].addmm_(panel[row], panel[column].mT)
