@@ -1,4 +1,8 @@
-"""The small model, its bank and legal text, made once a session."""
+"""The small model, its bank and legal text, made once a session.
+
+The Trainer and ``svdbank.eval`` choose their device by themselves: CUDA in a ``cuda`` test, the CPU in every other one, where
+tests/conftest.py hides CUDA, also from the processes that a test starts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_bank(small: Path) -> Bank:
     """In the cache of this session, where train finds it."""
-    return svdbank.build(small, rank=32, principal=8)
+    return svdbank.build(small, rank=32, principal=8, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,11 @@ def adapter(small: Path, small_bank: Bank, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def report(small: Path, adapter: Path, legal: Path) -> EvalReport:
+def report(small: Path, adapter: Path, legal: Path, device: str) -> EvalReport:
     torch.set_num_threads(1)
-    return svdbank.eval(small, data={"law": legal}, adapters={"law": adapter, "twice": [adapter]}, length=48, batch_size=3)
+    # A GPU would choose bfloat16.
+    options: dict[str, Any] = {"length": 48, "batch_size": 3, "dtype": "float32"}
+    return svdbank.eval(small, data={"law": legal}, adapters={"law": adapter, "twice": [adapter]}, **options)
 
 
 def test_it_is_the_loss_of_a_plain_loop_over_documents(report: EvalReport, small: Path, legal: Path, adapter: Path) -> None:
@@ -102,6 +104,7 @@ def test_the_error_of_equal_draws_is_the_textbook_s() -> None:
     assert math.isnan(single.error())
 
 
+@pytest.mark.usefixtures("device")
 def test_one_document_is_measured_over_windows(small: Path, legal: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(json.loads(legal.read_text().splitlines()[0])["text"])
     with warnings.catch_warnings():

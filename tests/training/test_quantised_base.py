@@ -32,6 +32,7 @@ def command(*arguments: str | Path) -> Any:
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("device")
 def test_what_a_4_bit_smollm2_learns_the_bfloat16_one_knows(smollm2: Path, tmp_path: Path) -> None:
     texts = [text[:3000] for text in licence_texts()]
     legal = write_jsonl(tmp_path / "legal.jsonl", texts[:200])

@@ -36,6 +36,7 @@ RECIPE: dict[str, Any] = {
     "held_out_blocks": 12,
     "seed": 1,
     "learning_rate": 5e-3,
+    "dtype": "float32",  # a GPU would choose bfloat16, and what is measured here is compared with float32 on the CPU
 }
 
 
@@ -68,7 +69,7 @@ def loss(model: nn.Module, rows: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def trained(small: Path, small_bank: Bank, legal: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainReport:
+def trained(small: Path, small_bank: Bank, legal: Path, device: str, tmp_path_factory: pytest.TempPathFactory) -> TrainReport:
     torch.set_num_threads(1)
     return train(small, tmp_path_factory.mktemp("trained") / "adapter", legal)
 
@@ -119,7 +120,7 @@ def test_a_fresh_adapter_finds_its_base_and_its_task_by_itself(small: Path, smal
     assert config.base_model_name_or_path == str(small) and config.task_type == "CAUSAL_LM"
 
 
-def test_what_is_recorded_is_what_was_done(trained: TrainReport, small: Path, legal: Path, tmp_path: Path) -> None:
+def test_what_is_recorded_is_what_was_done(trained: TrainReport, small: Path, legal: Path, device: str, tmp_path: Path) -> None:
     figures = json.loads((Path(trained.adapter) / "training.json").read_bytes())
     assert figures["held_out"]["after"] == trained.held_out.after and figures["curve"] == [
         list(point) for point in trained.curve
@@ -127,13 +128,17 @@ def test_what_is_recorded_is_what_was_done(trained: TrainReport, small: Path, le
     config = read_config(Path(trained.adapter) / "training.toml")
     assert config["alpha"] == 4 and config["clip"] == 0.3 and config["data"] == [str(legal)] and config["dtype"] == "float32"
     again = svdbank.train(config=Path(trained.adapter) / "training.toml", output=tmp_path / "again")
+    if device != "cpu":  # sums of a GPU may come in any order, which Adam's first steps enlarge
+        assert again.held_out is not None and trained.held_out is not None
+        assert again.held_out.after == pytest.approx(trained.held_out.after, abs=2e-2)
+        return
     assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
         Path(trained.adapter) / "adapter_model.safetensors"
     ).read_bytes()
     assert again.held_out == trained.held_out
 
 
-def test_the_curve_is_that_of_peft_alone(trained: TrainReport, small: Path, legal: Path, tmp_path: Path) -> None:
+def test_the_curve_is_that_of_peft_alone(trained: TrainReport, small: Path, legal: Path, device: str, tmp_path: Path) -> None:
     """Transformers' Trainer and PEFT's own MiCA, written out by hand: the recipe of the paper, no svdbank in it."""
     import transformers
 
@@ -154,7 +159,7 @@ def test_the_curve_is_that_of_peft_alone(trained: TrainReport, small: Path, lega
         disable_tqdm=True,
         seed=1,
         data_seed=1,
-        use_cpu=True,
+        use_cpu=device == "cpu",
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
     trainer.remove_callback(transformers.PrinterCallback)
@@ -166,6 +171,7 @@ def test_the_curve_is_that_of_peft_alone(trained: TrainReport, small: Path, lega
     assert abs(theirs[0] - theirs[-1]) > 0.1
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("method", ["mica", "milora", "pissa", "lora"])
 def test_every_method_leaves_an_adapter_of_the_unchanged_base(
     method: str, small: Path, small_bank: Bank, legal: Path, tmp_path: Path
@@ -181,6 +187,7 @@ def test_every_method_leaves_an_adapter_of_the_unchanged_base(
     assert abs(report.held_out.change) > 1e-2
 
 
+@pytest.mark.usefixtures("device")
 def test_a_4_bit_base_trains_and_the_adapter_works_on_the_bf16_base(
     small: Path, small_bank: Bank, legal: Path, tmp_path: Path
 ) -> None:
@@ -195,7 +202,7 @@ def test_a_4_bit_base_trains_and_the_adapter_works_on_the_bf16_base(
 
 
 def test_a_new_domain_stands_on_the_next_free_band(
-    trained: TrainReport, small: Path, small_bank: Bank, legal: Path, tmp_path: Path
+    trained: TrainReport, small: Path, small_bank: Bank, legal: Path, device: str, tmp_path: Path
 ) -> None:
     code = write_jsonl(
         tmp_path / "code.jsonl", [Path(module.__file__).read_text()[:600] for module in (json, peft, svdbank, torch) * 3]
@@ -241,15 +248,17 @@ def test_a_new_domain_stands_on_the_next_free_band(
         svdbank.train(small, output=tmp_path / "again", data=str(code), progress=stop, **{**RECIPE, **options})
     again = train(small, tmp_path / "again", code, **options)
     assert again.resumed_from == 4
-    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
-        tmp_path / "code/adapter_model.safetensors"
-    ).read_bytes()
+    if device == "cpu":  # where it is promised
+        assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
+            tmp_path / "code/adapter_model.safetensors"
+        ).read_bytes()
     with pytest.raises(OptionError, match="stand on the same directions"):
         train(small, tmp_path / "third", code, on_top_of=(trained.adapter, trained.adapter))
     with pytest.raises(SvdbankError, match=r"the next free band is 8:40.*holds 32"):
         train(small, tmp_path / "third", code, on_top_of=(trained.adapter, report.adapter), rank=32)
 
 
+@pytest.mark.usefixtures("device")
 def test_forgetting_is_measured_on_other_text(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", ["To be, or not to be, that is the question: " * 20])
     report = train(
@@ -260,6 +269,7 @@ def test_forgetting_is_measured_on_other_text(small: Path, small_bank: Bank, leg
     assert report.tokens == 3 * 2 * 2 * 32
 
 
+@pytest.mark.usefixtures("device")
 def test_streamed_text_trains(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
     report = train(small, tmp_path / "adapter", legal, streaming=True, steps=4)
     assert report.steps == 4 and report.held_out is not None and report.held_out.after < report.held_out.before
@@ -267,6 +277,7 @@ def test_streamed_text_trains(small: Path, small_bank: Bank, legal: Path, tmp_pa
         train(small, tmp_path / "other", legal, streaming=True, steps=None)
 
 
+@pytest.mark.usefixtures("device")
 def test_an_epoch_is_every_block_once(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
     report = train(small, tmp_path / "adapter", legal, steps=None, epochs=0.5, held_out=0, batch_size=8)
     assert report.held_out is None
