@@ -1,6 +1,6 @@
 """The numerical tests as other processors would round them: ``make soak-processors``.
 
-``python -m tests.processors [--all] [--dry-run] [path …]``. MKL is told which instructions to use (``MKL_CBWR``), torch's own kernels
+``python -m tests.processors [--all] [--only TEXT] [--dry-run] [path …]``. MKL is told which instructions to use (``MKL_CBWR``), torch's own kernels
 likewise (``ATEN_CPU_CAPABILITY``), each with one thread and with two: sums run in another order, and whatever a test owes to the roundings
 of one machine shows. AVX2 is near what MKL does on an AMD processor. By default every pair of two settings is tried, in six runs;
 ``--all`` tries all twelve. A processor without AVX-512 runs what it has in its place.
@@ -55,6 +55,7 @@ class Processor:
             "OMP_NUM_THREADS": count,
             "MKL_NUM_THREADS": count,
             "SVDBANK_TEST_THREADS": count,
+            "OMP_WAIT_POLICY": "PASSIVE",  # two threads that spin for each other take minutes where the machine is shared
             "CUDA_VISIBLE_DEVICES": "",
         }
 
@@ -111,10 +112,15 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m tests.processors", description="The numerical tests as other processors round."
     )
     parser.add_argument("--all", action="store_true", help="all twelve combinations instead of six in which all pairs meet")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="environments whose name holds TEXT, such as AVX2 or threads=2"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the environments and run nothing")
     parser.add_argument("paths", nargs="*", default=NUMERICAL, help="what to run (default: the numerical tests)")
     options = parser.parse_args(arguments)
-    chosen = list(processors(options.all))
+    chosen = [processor for processor in processors(options.all) if options.only in processor.name]
+    if not chosen:
+        parser.error(f"no environment's name holds {options.only!r}")
     if options.dry_run:
         for processor in chosen:
             print(processor.name)
