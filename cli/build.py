@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from svdbank_cli.options import build_options, with_output
+from svdbank_cli.options import build_options, device_option, with_output
 from svdbank_cli.output import Output, dequantised, duration, size
 
 
 @click.command("build")
 @click.argument("model")
 @build_options
-@click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1 …")
+@device_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop, as svdbank plan does.")
 @with_output
 def build_command(
@@ -39,7 +39,7 @@ def build_command(
     if dry_run:
         from svdbank_cli.plan import show_plan
 
-        show_plan(model, bank, targets, output, options)
+        show_plan(model, bank, targets, output, {**options, "device": device})
         return
     reports: list[Any] = []
     with output.progress(lines=True) as progress:

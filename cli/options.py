@@ -117,6 +117,16 @@ def build_options(command: Command) -> Command:
     return command
 
 
+def device_option(command: Command) -> Command:
+    """Add ``--device``: where to compute."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Where to compute: auto (CUDA if there), cpu, cuda, cuda:1 …; plan also takes cuda-low-float64, a card with little float64.",
+    )(command)
+
+
 def composed_from(command: Command) -> Command:
     """Add ``--bank`` and ``--rebase``: which bank the adapters that are put together belong to."""
     for option in reversed(

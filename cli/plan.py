@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from svdbank_cli.options import build_options, with_output
+from svdbank_cli.options import build_options, device_option, with_output
 from svdbank_cli.output import Output, dequantised, duration, size, table
 
 _SHOWN_SKIPS = 3
@@ -16,6 +16,7 @@ _SHOWN_SKIPS = 3
 @click.command("plan", short_help="Show what building a bank of MODEL would do.")
 @click.argument("model")
 @build_options
+@device_option
 @with_output
 def plan_command(model: str, bank: str | None, targets: tuple[str, ...], output: Output, **options: Any) -> None:
     """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only, on the Hub too:
@@ -26,6 +27,7 @@ def plan_command(model: str, bank: str | None, targets: tuple[str, ...], output:
       svdbank plan HuggingFaceTB/SmolLM2-135M
       svdbank plan ./my-model --rank 64 --targets q_proj --targets v_proj
       svdbank plan meta-llama/Llama-3.1-70B --disk-budget 20GB
+      svdbank plan ./my-model --device cuda
       svdbank plan ./my-model --json
     """
     show_plan(model, bank, targets or ("all-linear",), output, options)
@@ -55,7 +57,7 @@ def _text(report: Any) -> str:
             f.count,
             f"{f.out_features}x{f.in_features}",
             f"{f.rank}{' (all)' if f.clamped else ''}",
-            f.path,
+            f.path if f.batch == 1 else f"{f.path}, {f.batch} at once",
             size(f.nbytes),
         )
         for f in report.families
@@ -71,9 +73,14 @@ def _text(report: Any) -> str:
         + (f"; {report.present} are in the bank already" if report.present else ""),
         f"bank      {report.output}",
         f"          {size(report.write_bytes)} in {report.files} files; {size(report.free_bytes)} free",
-        f"memory    at most {size(report.peak_bytes)} with {report.jobs} at a time",
-        f"time      about {duration(report.seconds)} (from one small solve, timed now)",
+        f"memory    at most {size(report.peak_bytes)}"
+        + (f" with {report.jobs} at a time" if report.device_bytes is None else ""),
+        f"time      about {duration(report.seconds)} (from one small solve, timed now)"
+        if report.seconds is not None
+        else f"time      unknown: there is no device of the kind {report.device} here",
     ]
+    if report.device_bytes is not None:
+        lines.insert(-1, f"device    {report.device}: {size(report.device_bytes)} of its memory a solve, up to three at a time")
     if report.fetch.way != "local":
         lines.insert(-2, _fetch(report.fetch))
     if report.quantised:

@@ -27,6 +27,10 @@ class CheckpointError(SvdbankError):
     """A checkpoint that cannot be read: a missing file, a lying header, an unsupported format."""
 
 
+class DeviceError(SvdbankError):
+    """A device that torch sees does not compute."""
+
+
 class SolverError(SvdbankError):
     """No method produced a basis that passes every gate."""
 

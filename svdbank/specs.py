@@ -272,8 +272,19 @@ class ShardSpec(Struct, frozen=True):
     threads: int
 
 
+class DevicePath(Struct, frozen=True):
+    """How a kind of GPU solves the weights of a family: on ``path``, ``batch`` of them at once (1: each by itself)."""
+
+    path: str
+    batch: int
+
+
 class Plan(Struct, frozen=True, omit_defaults=True):
-    """What a build will do, from headers alone. Fixes every byte of the bank; frozen into it."""
+    """What a build will do, from headers alone. Fixes every byte of the bank; frozen into it.
+
+    ``shards`` say how a CPU solves; ``devices`` maps each kind of GPU to what it does for each family, so that a bank begun on one machine
+    goes on on another.
+    """
 
     format: Literal[1]
     base: BaseSpec
@@ -282,6 +293,7 @@ class Plan(Struct, frozen=True, omit_defaults=True):
     shards: tuple[ShardSpec, ...]
     skips: tuple[Skip, ...]
     aliases: tuple[Alias, ...] = ()
+    devices: dict[str, dict[str, DevicePath]] = {}
 
 
 class Progress(Struct, frozen=True):

@@ -44,7 +44,8 @@ from svdbank.errors import BankError, DamageError
 from svdbank.specs import FamilySpec, Plan, ShardSpec, from_json, to_json
 
 _CREATED_BY = "svdbank format 1"
-_TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+#: torch dtype of the stored vectors.
+STORED_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class BankWriter:
@@ -226,7 +227,7 @@ class BankWriter:
 
     def _stored(self, rows: list[torch.Tensor]) -> NDArray[Any]:
         """Stack (R, n) tensors and cast to the stored dtype."""
-        stacked = torch.stack([row.to(device="cpu") for row in rows]).to(_TORCH_DTYPE[self.plan.options.dtype])
+        stacked = torch.stack([row.to(device="cpu") for row in rows]).to(STORED_TORCH[self.plan.options.dtype])
         if stacked.dtype == torch.bfloat16:
             stacked = stacked.view(torch.uint16)
         return stacked.numpy()

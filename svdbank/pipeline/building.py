@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from svdbank import fsio
 from svdbank.bank import Bank, clean, open_bank, read_manifest
 from svdbank.bank.layout import MANIFEST, plan_name
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
 from svdbank.errors import DamageError, OptionError, SvdbankError, WrongBaseError
+from svdbank.pipeline.devices import working_device
 from svdbank.pipeline.execution import Execution
 from svdbank.pipeline.fetching import Fetch, FetchReport, checked_fetch, gigabytes
 from svdbank.pipeline.locating import default_output, output_folder, refuse_foreign_folder
@@ -37,7 +36,8 @@ from svdbank.verification import verify
 class BuildReport(Struct, frozen=True):
     """What a build did. ``solved`` weights were decomposed now, ``reused`` were there already.
 
-    ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values.
+    ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values. ``stages`` are
+    seconds by what they were spent on, summed over threads that work beside each other: they come to more than ``seconds``.
     """
 
     bank: str
@@ -50,6 +50,8 @@ class BuildReport(Struct, frozen=True):
     fallbacks: tuple[str, ...]
     quantised: dict[str, int]
     fetch: FetchReport
+    device: str
+    stages: dict[str, float]
     same_bytes: bool = True
 
 
@@ -116,12 +118,13 @@ def build(
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
     fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
     folder, at_once = output_folder(output), checked_jobs(jobs)
+    where = working_device(device)
     with open_checkpoint(model) as checkpoint:
         weights, skips = decomposable(checkpoint, targets)
         root = folder or default_output(checkpoint, options)
         refuse_foreign_folder(root)
         with _nothing_left_of_a_refusal(root), fsio.locked(root):
-            run = Execution(checkpoint, root, _device(device), at_once, fetching, progress or _ignore)
+            run = Execution(checkpoint, root, where, at_once, fetching, progress or _ignore)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
             earlier, known, same_bytes = None, list[WeightSpec](), True
             if published is not None:
@@ -160,6 +163,8 @@ def build(
         fallbacks=tuple(name for name in bank if bank[name].certificate.tried),
         quantised=quantised_formats(bank[name].dtype for name in bank),
         fetch=run.fetch_report(),
+        device=str(where),
+        stages=run.stages(),
         same_bytes=same_bytes,
     )
     if on_report is not None:
@@ -234,26 +239,6 @@ def _refuse_full_disk(root: Path, plan: Plan) -> None:
             f"{root}: the bank needs {gigabytes(needed)} more, {gigabytes(free)} are free",
             hint="choose another disk with -o, a smaller --rank, --side left, or --dtype float16",
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as cause:
-        raise OptionError(f"no device is called {name!r}", hint="auto, cpu, cuda, cuda:0 …") from cause
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"the solver runs on cpu and cuda, not on {name!r}", hint="auto, cpu, cuda, cuda:0 …")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() > 0:
-        raise OptionError(
-            f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices", hint="they begin at cuda:0"
-        )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(
-            f"device {name!r} was asked for, but torch sees no CUDA device", hint="svdbank env shows what it sees"
-        )
-    return device
 
 
 def _ignore(progress: Progress) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,16 +25,18 @@ from svdbank import fsio
 from svdbank.adapter.recognition import differing
 from svdbank.bank import Bank, BankWriter, Manifest, ShardRecord, WeightRecord, base_digest
 from svdbank.bank.layout import LOG
+from svdbank.bank.writing import STORED_TORCH
 from svdbank.basis import Basis
 from svdbank.checkpoint import Checkpoint
 from svdbank.errors import NotFiniteError, SolverError, WrongBaseError
 from svdbank.pipeline.fetching import READ_AHEAD, FetchOptions, FetchPlan, FetchReport, fetched, files_of, plan_fetch
-from svdbank.pipeline.memory import give_back
-from svdbank.pipeline.planning import bank_bytes
+from svdbank.pipeline.memory import brought_home, give_back
+from svdbank.pipeline.planning import DEVICE_AHEAD, IN_FLIGHT, WRITERS, available_cpus, bank_bytes, planned_path
 from svdbank.pipeline.reading import Loaded, Reader
 from svdbank.probe import probe_indices
-from svdbank.solver import minor_basis, pinned_threads
-from svdbank.specs import BaseSpec, FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
+from svdbank.solver import batch_bases, batch_peak_bytes, minor_basis, on_own_stream, peak_bytes, pinned_threads
+from svdbank.solver.devices import Kind, kind_of
+from svdbank.specs import BaseSpec, BuildOptions, FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
 
 #: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
 READERS = 8
@@ -45,6 +52,33 @@ class _Work:
     shard: ShardSpec
     family: FamilySpec
     weights: list[WeightSpec]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Shards of one family that are solved together, on ``path``, ``size`` weights at a time (1: each by itself)."""
+
+    works: tuple[_Work, ...]
+    path: str
+    size: int
+
+    @property
+    def weights(self) -> list[WeightSpec]:
+        """All their weights, in order."""
+        return [weight for work in self.works for weight in work.weights]
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a solve, as planned."""
+        return self.works[0].shard.threads
+
+    def peak_bytes(self, kind: Kind) -> int:
+        """Memory of the device that solving takes, in bytes."""
+        family, first = self.works[0].family, self.works[0].weights[0]
+        itemsize = first.loaded_nbytes // max(1, first.out_features * first.in_features) or 1
+        shape = family.out_features, family.in_features, family.rank
+        single = peak_bytes(*shape, self.path, dtype_bytes=itemsize, kind=kind)
+        return max(single, batch_peak_bytes(*shape, self.size, dtype_bytes=itemsize) if self.size > 1 else 0)
 
 
 class Execution:
@@ -69,6 +103,11 @@ class Execution:
         self.reused = 0
         self.waited = 0.0
         self.way: FetchPlan | None = None
+        self.kind = kind_of(device)
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._counting = threading.Lock()
+        #: Who may use the device now; on a CPU the threads that solve are as many as may.
+        self._slots: AbstractContextManager[Any] = contextlib.nullcontext()
 
     def fetch_report(self) -> FetchReport:
         """How the bytes of the weights came, so far."""
@@ -81,6 +120,20 @@ class Execution:
             retries=traffic.retries if traffic is not None else 0,
             waiting_seconds=round(self.waited, 4),
         )
+
+    def stages(self) -> dict[str, float]:
+        """Seconds by what they were spent on, summed over the threads that worked beside each other."""
+        with self._counting:
+            return {stage: round(seconds, 4) for stage, seconds in self._spent.items()}
+
+    @contextlib.contextmanager
+    def _spending(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._spent[stage] += time.perf_counter() - begun
 
     def check_base(self, bank: Bank, weights: Sequence[WeightSpec]) -> bool:
         """Hash the weights a published bank holds; True when all are what it was built from, to the byte.
@@ -131,7 +184,7 @@ class Execution:
                 self.reused += len(done.weights)
         total = sum(len(work.weights) for work in shards)
         self.progress(Progress("decompose", self.reused, total, "weights", ""))
-        for record in self._solve_all(self._in_order(todo), writer):
+        for record in self._solve_all(self._batched(self._in_order(todo), plan), writer):
             hashes.update({weight.name: weight.source_sha256 for weight in record.weights})
             self.solved += len(record.weights)
             self.progress(Progress("decompose", self.reused + self.solved, total, "weights", record.weights[-1].name))
@@ -162,38 +215,75 @@ class Execution:
 
         return sorted(todo, key=order)
 
-    def _solve_all(self, todo: Sequence[_Work], writer: BankWriter) -> Iterator[ShardRecord]:
+    def _batched(self, todo: Sequence[_Work], plan: Plan) -> list[_Batch]:
+        """What is solved together: on a CPU each shard alone; on a GPU as the plan says, of single weights as many as a batch has."""
+        if self.kind == "cpu":
+            return [_Batch((work,), work.shard.path, 1) for work in todo]
+        assert self.way is not None
+        place = {file.name: number for number, file in enumerate(self.checkpoint.files)}
+        groups: dict[tuple[int, str], list[_Work]] = {}
+        for work in todo:
+            # Files that come one by one go again one by one: what is solved together must lie in the same.
+            last = max(place[name] for weight in work.weights for name in files_of(weight)) if self.way.way == "shards" else 0
+            groups.setdefault((last, work.family.name), []).append(work)
+        batches = []
+        for works in groups.values():
+            how = planned_path(plan, works[0].family, self.kind)
+            step = max(1, how.batch // works[0].family.weights_per_shard)
+            batches += [_Batch(tuple(works[i : i + step]), how.path, how.batch) for i in range(0, len(works), step)]
+        return batches
+
+    def _solve_all(self, todo: Sequence[_Batch], writer: BankWriter) -> Iterator[ShardRecord]:
         """Read and solve shards, yielding each record once it is durable."""
         assert self.way is not None
-        groups = [work.weights for work in todo]
+        groups = [batch.weights for batch in todo]
         remote = self.way.way in ("shards", "ranges")
+        on_gpu = self.kind != "cpu"
+        threads = READERS if remote else min(READERS, available_cpus()) if on_gpu else 1
         # Reads outlive downloads: a read that waits for a download is told to give up when that ends.
-        with Reader(groups, threads=READERS if remote else 1, ahead=READ_AHEAD if remote else 0) as reader:
+        with Reader(groups, threads=threads, ahead=DEVICE_AHEAD if on_gpu else READ_AHEAD if remote else 0) as reader:
             begun = time.perf_counter()
             weights = [weight for group in groups for weight in group]
             with fetched(self.checkpoint, weights, self.way, self.progress) as downloads:
                 self.waited += time.perf_counter() - begun  # a whole download comes before everything else
 
                 def read(weight: WeightSpec) -> tuple[Tensor, str]:
-                    result = self.checkpoint.read_hashed(weight)
+                    with self._spending("read and hash"):
+                        result = self.checkpoint.read_hashed(weight, pinned=on_gpu)
                     downloads.done(files_of(weight))
                     return result
 
                 reader.start(read)
+                if on_gpu:
+                    in_flight = self._in_flight(todo)
+                    self._slots = threading.BoundedSemaphore(in_flight)
+                    # What is solved is written while others are: by threads that have left the device to the next.
+                    with pinned_threads(1):
+                        yield from self._solve_group(todo, reader, writer, at_once=in_flight + WRITERS)
+                    return
                 # One thread count at a time: two solves with different counts would fight over the processors.
-                for threads, group in groupby(todo, key=lambda work: work.shard.threads):
+                for threads, group in groupby(todo, key=lambda batch: batch.threads):
                     with pinned_threads(threads):
                         yield from self._solve_group(list(group), reader, writer, at_once=self.jobs if threads == 1 else 1)
 
-    def _solve_group(self, todo: Sequence[_Work], reader: Reader, writer: BankWriter, *, at_once: int) -> Iterator[ShardRecord]:
+    def _in_flight(self, todo: Sequence[_Batch]) -> int:
+        """How many solves may share the GPU, by what is free of its memory; changes no byte of a result."""
+        largest = max((batch.peak_bytes(self.kind) for batch in todo), default=0)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(IN_FLIGHT, int(0.9 * free) // max(1, largest)))
+
+    def _solve_group(
+        self, todo: Sequence[_Batch], reader: Reader, writer: BankWriter, *, at_once: int
+    ) -> Iterator[ShardRecord]:
         """Solve shards, ``at_once`` at a time, while the next are read."""
         with ThreadPoolExecutor(at_once, "svdbank-solve") as solvers:
-            running: set[Future[ShardRecord]] = set()
+            running: set[Future[list[ShardRecord]]] = set()
             try:
-                for work in todo:
+                for batch in todo:
                     while len(running) >= at_once:
                         finished, running = wait(running, return_when=FIRST_COMPLETED)
-                        yield from (future.result() for future in finished)
+                        for future in finished:
+                            yield from future.result()
                     begun = time.perf_counter()
                     while pending := reader.pending():
                         either: set[Future[Any]] = {*pending, *running}
@@ -201,16 +291,18 @@ class Execution:
                         del either, pending  # they hold what was read
                         finished = {future for future in running if future.done()}
                         running -= finished
-                        yield from (future.result() for future in finished)
+                        for future in finished:
+                            yield from future.result()
                         if not running:
                             self._show_download()
                     self.waited += time.perf_counter() - begun
                     loaded = reader.take()
-                    running.add(solvers.submit(self._solve_shard, work, loaded, writer))
+                    running.add(solvers.submit(self._solve_batch, batch, loaded, writer))
                     del loaded
                 while running:
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in finished)
+                    for future in finished:
+                        yield from future.result()
             except BaseException:
                 # The solves under way end and are recorded; nothing new starts.
                 solvers.shutdown(wait=False, cancel_futures=True)
@@ -222,16 +314,15 @@ class Execution:
             done = min(self.checkpoint.remote.traffic.nbytes, self.way.nbytes)
             self.progress(Progress("download", done, self.way.nbytes, "bytes"))
 
-    def _solve_shard(self, work: _Work, loaded: Loaded, writer: BankWriter) -> ShardRecord:
-        """Solve the weights of a shard, giving each up once it is solved, and write them."""
+    def _solve_batch(self, batch: _Batch, loaded: Loaded, writer: BankWriter) -> list[ShardRecord]:
+        """Solve the weights of a batch's shards, giving each up once it is solved, and write them."""
         started = time.perf_counter()
         bases: list[Basis] = []
         weights: list[WeightRecord] = []
         probes: list[tuple[float, ...]] = []
-        with pinned_threads(work.shard.threads):
-            while loaded:
-                weight, matrix, sha256 = loaded.pop(0)
-                bases.append(self._solve(weight, matrix, work, writer.plan.options.side))
+        with pinned_threads(batch.threads if self.kind == "cpu" else 1):
+            for weight, basis, matrix, sha256 in self._solved(batch, loaded, writer.plan.options):
+                bases.append(basis)
                 probes.append(sample(matrix))
                 weights.append(
                     WeightRecord(
@@ -241,33 +332,73 @@ class Execution:
                         expert=weight.expert,
                         dtype=weight.dtype,
                         source_sha256=sha256,
-                        certificate=bases[-1].certificate,
+                        certificate=basis.certificate,
                     )
                 )
-        record = ShardRecord(
-            family=work.family.name,
-            index=work.shard.index,
-            weights=tuple(weights),
-            files={},
-            sigma=tuple(tuple(basis.minor.sigma.tolist()) for basis in bases),
-            principal_sigma=tuple(tuple(b.principal.sigma.tolist()) for b in bases if b.principal is not None),
-            probe=tuple(probes),
-        )
-        record = writer.write_shard(work.shard, bases, record)
-        bases.clear()
-        give_back()
-        self._log("shard", family=work.family.name, index=work.shard.index, seconds=round(time.perf_counter() - started, 4))
-        return record
+                del matrix
+        records = []
+        for work in batch.works:
+            count = len(work.weights)
+            own, bases = bases[:count], bases[count:]
+            described, weights = weights[:count], weights[count:]
+            probed, probes = probes[:count], probes[count:]
+            record = ShardRecord(
+                family=work.family.name,
+                index=work.shard.index,
+                weights=tuple(described),
+                files={},
+                sigma=tuple(tuple(basis.minor.sigma.tolist()) for basis in own),
+                principal_sigma=tuple(tuple(b.principal.sigma.tolist()) for b in own if b.principal is not None),
+                probe=tuple(probed),
+            )
+            with self._spending("write and record"):
+                records.append(writer.write_shard(work.shard, own, record))
+            own.clear()
+            give_back()
+            seconds = round(time.perf_counter() - started, 4)
+            self._log("shard", family=work.family.name, index=work.shard.index, seconds=seconds)
+        return records
 
-    def _solve(self, weight: WeightSpec, matrix: Tensor, work: _Work, side: Side) -> Basis:
+    def _solved(self, batch: _Batch, loaded: Loaded, options: BuildOptions) -> Iterator[tuple[WeightSpec, Basis, Tensor, str]]:
+        """Each weight with its basis on the CPU, its matrix and its hash, in order; ``loaded`` is emptied."""
+        if self.kind == "cpu":
+            while loaded:
+                weight, matrix, sha256 = loaded.pop(0)
+                with self._spending("solve"):
+                    basis = self._solve(weight, matrix, batch, options.side)
+                yield weight, basis, matrix, sha256
+            return
+        with self._spending("wait for a turn on the device"):
+            self._slots.__enter__()
+        try:
+            with self._spending("upload, solve and download"):
+                found = list[Basis]()
+                for first in range(0, len(loaded), batch.size):
+                    solve = partial(self._solve_on_device, loaded[first : first + batch.size], batch, options)
+                    found += on_own_stream(self.device, solve)
+        finally:
+            self._slots.__exit__(None, None, None)
+        for basis in found:
+            weight, matrix, sha256 = loaded.pop(0)
+            yield weight, basis, matrix, sha256
+
+    def _solve_on_device(self, part: Loaded, batch: _Batch, options: BuildOptions) -> list[Basis]:
+        """Bases of a batch, or of one weight, brought home from the GPU in the dtype of the bank."""
+        matrices = [matrix.to(self.device, non_blocking=True) for _, matrix, _ in part]
+        solved: list[Basis | str] = ["alone"] * len(part)
+        if batch.size > 1:
+            solved = batch_bases(matrices, batch.works[0].family.rank, batch.size, side=options.side)
+        bases = []
+        for (weight, _, _), matrix, basis in zip(part, matrices, solved, strict=True):
+            one = self._solve(weight, matrix, batch, options.side) if isinstance(basis, str) else basis
+            bases.append(brought_home(one, STORED_TORCH[options.dtype]))
+        return bases
+
+    def _solve(self, weight: WeightSpec, matrix: Tensor, batch: _Batch, side: Side) -> Basis:
+        family = batch.works[0].family
         try:
             return minor_basis(
-                matrix,
-                work.family.rank,
-                side=side,
-                solver=work.shard.path,
-                principal=work.family.principal,
-                device=self.device,
+                matrix, family.rank, side=side, solver=batch.path, principal=family.principal, device=self.device
             )
         except NotFiniteError as cause:
             raise NotFiniteError(

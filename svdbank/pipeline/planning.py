@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from svdbank.specs import (
     Alias,
     BaseSpec,
     BuildOptions,
+    DevicePath,
     FamilySpec,
     Plan,
     ShardSpec,
@@ -35,6 +36,9 @@ from svdbank.specs import (
     quantised_formats,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 #: Weights whose short side is at most this are solved one a thread, several at a time; larger ones one at a time on all threads.
 #: Below it a factorisation is too small to keep two threads busy (`python -m benchmarks.solver` shows 1×2 against 2×1).
 ONE_THREAD_SHORT_SIDE = 1024
@@ -42,9 +46,20 @@ ONE_THREAD_SHORT_SIDE = 1024
 #: Written beside the vectors: index, metadata, coordinate arrays. Generous; for the check of free space.
 _OVERHEAD_PER_WEIGHT = 64 << 10
 
-#: Memory of the process itself once torch and zarr are loaded, bytes.
+#: Memory of the process itself once torch and zarr are loaded, bytes, and what CUDA with its libraries adds.
 _RESIDENT = 450 << 20
+_CUDA_RESIDENT = 3 << 30
 
+#: With a GPU: solves that share it (each on a stream of its own), threads that write behind them, and bytes read ahead of them.
+IN_FLIGHT = 3
+WRITERS = 5
+DEVICE_AHEAD = 2 << 30
+
+_DEVICES = "auto, cpu, cuda, cuda:0 …"
+
+
+#: Kinds of GPU that a plan says something about (:func:`svdbank.solver.devices.kind_of`).
+GPU_KINDS = ("cuda", "cuda-low-float64")
 
 #: Largest rank that may be asked for; no weight has more.
 _LARGEST = 2**31 - 1
@@ -63,6 +78,7 @@ class FamilySummary(Struct, frozen=True):
     rank: int
     clamped: bool
     path: str
+    batch: int
     nbytes: int
 
 
@@ -71,11 +87,14 @@ class PlanReport(Struct, frozen=True):
 
     ``present`` weights are in the bank at ``output`` already and left out of everything else. ``fetch`` says what is downloaded and how;
     ``fetch_bytes`` are read from the checkpoint, ``write_bytes`` and ``files`` written to ``output``, ``peak_bytes`` the memory bound.
-    ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values.
+    ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values. ``device`` is the
+    kind of device that paths, ``seconds`` and ``device_bytes`` (its memory, of one solve or batch at a time; None on a CPU) are of;
+    ``seconds`` is None where there is none of that kind here to time a solve on.
     """
 
     model: str
     output: str
+    device: str
     plan: Plan
     families: tuple[FamilySummary, ...]
     present: int
@@ -85,8 +104,9 @@ class PlanReport(Struct, frozen=True):
     files: int
     free_bytes: int
     peak_bytes: int
+    device_bytes: int | None
     jobs: int
-    seconds: float
+    seconds: float | None
     quantised: dict[str, int]
 
 
@@ -100,6 +120,7 @@ def plan(
     dtype: StoredDtype = "float32",
     solver: str = "auto",
     principal: int = 0,
+    device: str = "auto",
     jobs: int | None = None,
     fetch: Fetch = "auto",
     disk_budget: int | None = None,
@@ -114,6 +135,7 @@ def plan(
     """
     options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
     fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
+    kind, found = planned_device(device)
     folder, at_once = output_folder(output), checked_jobs(jobs)
     with open_checkpoint(model) as checkpoint:
         asked, skips = decomposable(checkpoint, targets)
@@ -133,6 +155,8 @@ def plan(
             {weight.name: weight for weight in left},
             model=checkpoint.name,
             output=root,
+            kind=kind,
+            device=found,
             jobs=at_once,
             present=len(asked) - len(left),
             fetch=plan_fetch(checkpoint, left, fetching, root=root, bank_bytes=bank_bytes(root, whole)),
@@ -277,7 +301,25 @@ def make_plan(
         shards=tuple(shards),
         skips=tuple(skips),
         aliases=tuple(aliases),
+        devices={kind: {family.name: device_path(family, kind, options.solver) for family in families} for kind in GPU_KINDS},
     )
+
+
+def device_path(family: FamilySpec, kind: str, solver: str) -> DevicePath:
+    """How a ``kind`` of GPU solves the weights of a family, by shape, rank and number alone."""
+    from svdbank.solver import batch_size, choose_path
+    from svdbank.solver.devices import Kind
+
+    where = cast(Kind, kind)
+    shape = family.out_features, family.in_features
+    batch = 1 if family.principal else batch_size(*shape, len(family.weights))
+    path = choose_path(*shape, family.rank, where, batch) if solver == "auto" else solver
+    return DevicePath(path=path, batch=batch if path == "filter" else 1)
+
+
+def planned_path(plan: Plan, family: FamilySpec, kind: str) -> DevicePath:
+    """What the plan says of a family on a kind of GPU; what it would say, where it was made before it said so."""
+    return plan.devices.get(kind, {}).get(family.name) or device_path(family, kind, plan.options.solver)
 
 
 def exchanged_pairs(weights: Sequence[WeightSpec], known: Sequence[WeightSpec] = ()) -> tuple[Alias, ...]:
@@ -299,14 +341,21 @@ def report(
     *,
     model: str,
     output: Path,
+    kind: str = "cpu",
+    device: str | None = "cpu",
     jobs: int,
     present: int = 0,
     fetch: FetchPlan,
 ) -> PlanReport:
-    """Costs of a plan. ``weights`` maps the names in it to their specs."""
+    """Costs of a plan on a ``kind`` of device. ``weights`` maps the names in it to their specs; ``device`` is None where none is here."""
     from svdbank.solver import flops
 
-    paths = {shard.family: shard.path for shard in plan.shards}
+    if kind == "cpu":
+        ways = {shard.family: DevicePath(path=shard.path, batch=1) for shard in plan.shards}
+    else:
+        ways = {family.name: planned_path(plan, family, kind) for family in plan.families}
+    paths = {name: way.path for name, way in ways.items()}
+    rate = None if device is None else solve_rate(device)
     summaries = tuple(
         FamilySummary(
             name=family.name,
@@ -316,6 +365,7 @@ def report(
             rank=family.rank,
             clamped=plan.options.rank != "all" and family.rank < plan.options.rank,
             path=paths[family.name],
+            batch=ways[family.name].batch,
             nbytes=family_bytes(family, plan.options),
         )
         for family in plan.families
@@ -328,6 +378,7 @@ def report(
     return PlanReport(
         model=model,
         output=str(output),
+        device=kind,
         plan=plan,
         families=summaries,
         present=present,
@@ -337,9 +388,10 @@ def report(
         # Data files, then metadata and coordinate arrays of each family, then manifest, index, plan and root metadata.
         files=sum(arrays[shard.family] for shard in plan.shards) + sum(n + 23 for n in arrays.values()) + 4,
         free_bytes=fsio.free_bytes(output),
-        peak_bytes=peak_memory(plan, weights, jobs) + (FETCHING if fetch.way in ("shards", "ranges") else 0),
+        peak_bytes=peak_memory(plan, weights, jobs, kind) + (FETCHING if fetch.way in ("shards", "ranges") else 0),
+        device_bytes=None if kind == "cpu" else device_memory(plan, weights, kind),
         jobs=jobs,
-        seconds=work / _solve_rate() / min(jobs, available_cpus()),
+        seconds=None if rate is None else work / rate / (min(jobs, available_cpus()) if kind == "cpu" else 1),
         quantised=quantised_formats(weights[name].dtype for family in plan.families for name in family.weights),
     )
 
@@ -363,9 +415,15 @@ def bank_bytes(root: Path, plan: Plan) -> int:
     return needed - present
 
 
-def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int) -> int:
-    """Bound on the build's memory: the solves that run at once, the weights read ahead, the vectors held until they are written."""
+def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int, kind: str = "cpu") -> int:
+    """Bound on the build's memory: the solves that run at once, the weights read ahead, the vectors held until they are written.
+
+    With a GPU what it solves lies there; on the host are the weights on their way to it and the vectors on theirs to the disk.
+    """
     from svdbank.solver import peak_bytes
+
+    if kind != "cpu":
+        return _RESIDENT + _CUDA_RESIDENT + host_memory(plan, weights, kind)
 
     families = {family.name: family for family in plan.families}
     worst = 0
@@ -381,6 +439,71 @@ def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int) -> int:
     return _RESIDENT + worst
 
 
+def device_memory(plan: Plan, weights: dict[str, WeightSpec], kind: str) -> int:
+    """Memory of the GPU that the largest solve or batch takes; up to :data:`IN_FLIGHT` of them share it, by what is free."""
+    from svdbank.solver import batch_peak_bytes, peak_bytes
+    from svdbank.solver.devices import Kind
+
+    worst = 0
+    for family in plan.families:
+        way = planned_path(plan, family, kind)
+        first = weights[family.weights[0]]
+        itemsize = first.loaded_nbytes // max(1, first.out_features * first.in_features) or 1
+        shape = family.out_features, family.in_features, family.rank
+        single = peak_bytes(*shape, way.path, dtype_bytes=itemsize, kind=cast(Kind, kind))
+        batch = batch_peak_bytes(*shape, way.batch, dtype_bytes=itemsize) if way.batch > 1 else 0
+        worst = max(worst, single, batch)
+    return worst
+
+
+def host_memory(plan: Plan, weights: dict[str, WeightSpec], kind: str) -> int:
+    """Host memory of weights read ahead, of those being solved and of vectors being written, in bytes."""
+    largest, vectors = 0, 0
+    for family in plan.families:
+        batch = planned_path(plan, family, kind).batch
+        members = max(batch, family.weights_per_shard)
+        largest = max(largest, members * weights[family.weights[0]].loaded_nbytes)
+        # Three times: as they come, stacked, and as bytes.
+        vectors = max(vectors, 3 * members * family_bytes(family, plan.options) // len(family.weights))
+    return DEVICE_AHEAD + (IN_FLIGHT + WRITERS + 1) * (largest + vectors)
+
+
+def planned_device(name: str) -> tuple[str, str | None]:
+    """Kind of the device that a plan is for, and its name here; None where none of that kind is. OptionError for no device's name."""
+    import torch
+
+    from svdbank.solver.devices import kind_of
+
+    if name in GPU_KINDS and not torch.cuda.is_available():
+        return name, None
+    device = named_device("cuda" if name == "cuda-low-float64" else name)
+    kind = kind_of(device)
+    return (kind, str(device)) if name in ("auto", "cpu", "cuda", kind) or name.startswith("cuda:") else (name, None)
+
+
+def named_device(name: str) -> torch.device:
+    """The torch device called ``name``, or ``auto``: CUDA where there is one. OptionError for one that is not here."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as cause:
+        raise OptionError(f"no device is called {name!r}", hint=_DEVICES) from cause
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"the solver runs on cpu and cuda, not on {name!r}", hint=_DEVICES)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() > 0:
+        raise OptionError(
+            f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices", hint="they begin at cuda:0"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f"device {name!r} was asked for, but torch sees no CUDA device", hint="svdbank env --check shows what it sees"
+        )
+    return device
+
+
 def available_cpus() -> int:
     """Processors this process may use (its affinity, not the machine's count); ``SVDBANK_THREADS`` overrides."""
     asked = os.environ.get("SVDBANK_THREADS", "")
@@ -391,16 +514,20 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _solve_rate() -> float:
-    """Flops per second of one small solve on one thread, timed here and now."""
+def solve_rate(device: str = "cpu") -> float:
+    """Flops per second of one solve, small and on one thread on a CPU, larger on a GPU; timed here and now."""
     import torch
 
     from svdbank.solver import choose_path, flops, minor_basis, pinned_threads
+    from svdbank.solver.devices import kind_of
 
-    out_features, in_features, rank = 512, 1024, 64
-    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
+    kind = kind_of(torch.device(device))
+    out_features, in_features, rank = (512, 1024, 64) if kind == "cpu" else (2048, 4096, 64)
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)).to(device)
     with pinned_threads(1):
+        if kind != "cpu":
+            minor_basis(weight, rank)  # the first loads what CUDA needs
         start = time.perf_counter()
         minor_basis(weight, rank)
         elapsed = time.perf_counter() - start
-    return flops(out_features, in_features, rank, choose_path(out_features, in_features, rank)) / elapsed
+    return flops(out_features, in_features, rank, choose_path(out_features, in_features, rank, kind)) / elapsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -12,13 +13,15 @@ from torch import Tensor
 from svdbank.basis import Basis
 from svdbank.errors import OptionError
 from svdbank.solver.batched import batch_size, filter_batch
-from svdbank.solver.devices import Kind, kind_of, start, turns
+from svdbank.solver.devices import Kind, give_back_device, kind_of, start, turns
 from svdbank.solver.planning import choose_path
 from svdbank.solver.solve import minor_basis
 from svdbank.solver.threads import pinned_threads
 from svdbank.specs import Side
 
 T = TypeVar("T")
+
+_own = threading.local()
 
 #: Solves that share a GPU at a time, each on a stream of its own: more gain nothing (68, 52, 47 ms a weight with one, two, three).
 IN_FLIGHT = 3
@@ -47,30 +50,31 @@ def minor_bases(
     if len(ranks) != len(weights):
         raise OptionError(f"{len(ranks)} ranks were given for {len(weights)} weights")
 
-    def single(index: int) -> Basis:
-        return minor_basis(weights[index], ranks[index], side=side, solver=solver, principal=principal, device=device)
+    def single(index: int, path: str = solver) -> Basis:
+        return minor_basis(weights[index], ranks[index], side=side, solver=path, principal=principal, device=device)
 
     if not weights:
         return []
     target = torch.device(device) if device is not None else weights[0].device
     found: list[Basis | None] = [None] * len(weights)
 
-    def run(group: Sequence[int]) -> None:
-        if len(group) == 1:
+    def run(group: tuple[int, ...]) -> None:
+        if sizes[group] == 1:
             found[group[0]] = single(group[0])
             return
         chosen = [weights[index] for index in group]
-        bases = minor_batch(chosen, ranks[group[0]], len(group), side=side, device=target)
+        bases = batch_bases(chosen, ranks[group[0]], sizes[group], side=side, device=target)
         for index, basis in zip(group, bases, strict=True):
-            found[index] = basis
+            found[index] = single(index, "filter") if isinstance(basis, str) else basis
 
-    groups = _groups(weights, ranks, kind_of(target)) if solver in ("auto", "filter") and not principal else None
-    if groups is None:
-        groups = [(index,) for index in range(len(weights))]
+    sizes: dict[tuple[int, ...], int] = {(index,): 1 for index in range(len(weights))}
+    if kind_of(target) != "cpu" and solver in ("auto", "filter") and not principal:
+        sizes = _groups(weights, ranks, kind_of(target))
+    groups = list(sizes)
     start(target)
     with pinned_threads(threads):
         # The host's part of a batch goes on beside the device's part of the next.
-        jobs = max(jobs, IN_FLIGHT) if any(len(group) > 1 for group in groups) else jobs
+        jobs = max(jobs, IN_FLIGHT) if max(sizes.values()) > 1 else jobs
         if jobs == 1 or len(groups) < 2:
             for group in groups:
                 run(group)
@@ -78,52 +82,56 @@ def minor_bases(
             # OpenMP counts by thread: each worker sets its own before its first product.
             workers = ThreadPoolExecutor(min(jobs, len(groups)), "svdbank-solver", torch.set_num_threads, (threads,))
             with workers as pool:
-                list(pool.map(lambda group: on_own_stream(target, run, group), groups))
+                list(pool.map(lambda group: on_own_stream(target, lambda: run(group)), groups))
     return [basis for basis in found if basis is not None]
 
 
-def minor_batch(
+def batch_bases(
     weights: Sequence[Tensor], rank: int, size: int, *, side: Side = "both", device: torch.device | str | None = None
-) -> list[Basis]:
-    """:func:`minor_basis` of at most ``size`` weights of one shape, as one batch on the ``filter`` path.
+) -> list[Basis | str]:
+    """Certified minor bases of at most ``size`` weights of one shape, solved as one batch; where one has none, the reason.
 
-    Bytes depend on a weight and on ``size``, not on the others. One that does not pass there is solved by itself, on that path first.
+    Bytes depend on a weight and on ``size``, not on the others. What is left over is for :func:`minor_basis` on the ``filter`` path.
     """
     target = torch.device(device) if device is not None else weights[0].device
     start(target)
-    with turns(target).shared():
-        try:
-            found: list[Basis | str] = filter_batch([weight.detach().to(target) for weight in weights], rank, size, side=side)
-        except torch.OutOfMemoryError as error:
-            found = [f"filter: {str(error).splitlines()[0][:80]}"] * len(weights)
-    return [
-        minor_basis(weight, rank, side=side, solver="filter", device=target) if isinstance(basis, str) else basis
-        for weight, basis in zip(weights, found, strict=True)
-    ]
+    with turns(target).shared() as turn:
+        for attempt in range(2):
+            if attempt:  # outside the handler, so that what the first attempt held has been let go
+                turn.alone()
+                give_back_device(target)
+            try:
+                moved = [weight.detach().to(target, non_blocking=True) for weight in weights]
+                return filter_batch(moved, rank, size, side=side)
+            except torch.OutOfMemoryError as error:
+                reason = f"filter: {str(error).splitlines()[0][:80]}"
+    return [reason] * len(weights)
 
 
-def _groups(weights: Sequence[Tensor], ranks: Sequence[int], kind: Kind) -> list[tuple[int, ...]] | None:
-    """Indices of equal weights that a GPU solves together; None where nothing is."""
-    if kind == "cpu":
-        return None
+def _groups(weights: Sequence[Tensor], ranks: Sequence[int], kind: Kind) -> dict[tuple[int, ...], int]:
+    """Indices of equal weights that a GPU solves together, with the size of the batch that they make, full or not."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
         alike.setdefault((*weight.shape, rank), []).append(index)
-    groups: list[tuple[int, ...]] = []
+    groups: dict[tuple[int, ...], int] = {}
     for (out_features, in_features, rank), members in alike.items():
-        fits = choose_path(out_features, in_features, rank, kind) == "filter"
-        size = batch_size(out_features, in_features, len(members)) if fits else 1
-        groups += [tuple(members[first : first + size]) for first in range(0, len(members), size)]
+        size = batch_size(out_features, in_features, len(members))
+        if choose_path(out_features, in_features, rank, kind, size) != "filter":
+            size = 1
+        groups |= {tuple(members[first : first + size]): size for first in range(0, len(members), size)}
     return groups
 
 
-def on_own_stream(device: torch.device, work: Callable[[T], None], argument: T) -> None:
-    """``work(argument)`` on a CUDA stream of this thread's own; what it made is ready when this returns."""
+def on_own_stream(device: torch.device, work: Callable[[], T]) -> T:
+    """What ``work()`` returns, done on this thread's own CUDA stream and finished; elsewhere just ``work()``."""
     if device.type != "cuda":
-        work(argument)
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return work()
+    streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
+    if device not in streams:  # one a thread: each brings the libraries' workspaces with it
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = streams[device]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        work(argument)
+        result = work()
     stream.synchronize()
+    return result

@@ -103,3 +103,13 @@ def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dty
     if path == "svd":
         return held + 3 * entry * k * n + 7 * square + thin
     raise OptionError(f"no solver path is called {path!r}")
+
+
+def batch_peak_bytes(out_features: int, in_features: int, rank: int, batch: int, *, dtype_bytes: int) -> int:
+    """Upper bound of the device memory that a batch on the ``filter`` path holds, in bytes, its weights (stacked too) included."""
+    k, n = sorted((out_features, in_features))
+    width = block_width(k, rank) or k
+    size = rank + buffer_size(k, rank)
+    # Widened, and G, a shifted copy, L, K's work and result; the block six times, T and its parts; triplets, defects and corrections.
+    each = 2 * dtype_bytes * k * n + 8 * (k * n + 5 * k * k + (6 * k + 2 * n) * width + 6 * (n + k) * size)
+    return batch * each

@@ -56,7 +56,8 @@ def orthonormal(columns: Tensor, *, passes: int = 2) -> Tensor:
         if number == 0:  # later ones meet columns that are orthogonal already: a shift would only scale them
             cosines.diagonal(dim1=-2, dim2=-1).add_(lift)
         found = _divided(found, torch.linalg.cholesky_ex(cosines).L)
-    return found
+    result: Tensor = found
+    return result
 
 
 def _divided(columns: Tensor, factor: Tensor) -> Tensor:
