@@ -1,9 +1,9 @@
 """The numerical tests as other processors would round them: ``make soak-processors``.
 
-``python -m tests.processors [--all] [--only TEXT] [--dry-run] [path …]``. MKL is told which instructions to use (``MKL_CBWR``), torch's own kernels
-likewise (``ATEN_CPU_CAPABILITY``), each with one thread and with two: sums run in another order, and whatever a test owes to the roundings
-of one machine shows. AVX2 is near what MKL does on an AMD processor. By default every pair of two settings is tried, in six runs;
-``--all`` tries all twelve. A processor without AVX-512 runs what it has in its place.
+``python -m tests.processors [--all] [--only TEXT] [--dry-run] [path …]``. MKL is told which instructions to use (``MKL_CBWR``), torch's own
+kernels likewise (``ATEN_CPU_CAPABILITY``), each with one thread and with two: sums run in another order, and whatever a test owes to the
+roundings of one machine shows. AVX2 is near what MKL does on an AMD processor. By default every pair of two settings is tried, in six
+runs; ``--all`` tries all twelve. A processor without AVX-512 runs what it has in its place.
 """
 
 from __future__ import annotations
