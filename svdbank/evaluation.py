@@ -276,7 +276,9 @@ def _sums(model: Any, adapters: Sequence[str], batch: Sequence[_Window]) -> list
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     with torch.inference_mode(), _active(model, adapters):
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    return [float(row_loss(logits[row], tokens[row], len(window.tokens))) for row, window in enumerate(batch)]
+    losses = [row_loss(logits[row], tokens[row], len(window.tokens)) for row, window in enumerate(batch)]
+    sums: list[float] = torch.stack(losses).tolist()  # at once: a GPU is waited for at every number that it is asked for
+    return sums
 
 
 def row_loss(logits: Tensor, tokens: Tensor, count: int) -> Tensor:

@@ -46,10 +46,16 @@ ATTACHING = {
     "svdbank.peft.residuals:subtract": "what rounding lost of the base: one number for all weights",
 }
 
+#: Once a shard of a bank, or once a batch of windows.
+BUILDING = {
+    "svdbank.pipeline.memory:brought_home": "what is stored of a weight: one copy an array",
+    "svdbank.evaluation:_sums": "losses of a batch: one copy",
+}
+
 #: Once a run.
 TRAINING = {
     "svdbank.training.attaching:initial_factors": "the factors that a residual method starts from are needed again when it is saved",
     "peft.peft_model:PeftModel.save_pretrained": "the adapter is written to a file",
 }
 
-ALLOWED = {**SOLVER, **ATTACHING, **TRAINING}
+ALLOWED = {**SOLVER, **ATTACHING, **BUILDING, **TRAINING}

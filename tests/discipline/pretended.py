@@ -233,6 +233,7 @@ class PretendedDevice:
             patch.setattr(torch.cuda, "current_device", lambda: 0)
             patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
             patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+            patch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
             patch.setattr(torch.cuda, "mem_get_info", lambda *_: (64 * 2**30, 80 * 2**30))
             patch.setattr(torch.cuda, "empty_cache", lambda: None)
             patch.setattr(torch.cuda, "synchronize", lambda *_: self._synchronised("synchronize"))

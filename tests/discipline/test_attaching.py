@@ -18,11 +18,11 @@ import svdbank.peft
 from svdbank.bank import Bank
 from svdbank.training import TrainOptions, attaching
 from tests.discipline.allowed import ALLOWED
+from tests.discipline.conftest import RANK
 from tests.discipline.pretended import HEADING, OnDevice, PretendedDevice
 from tests.peft.models import factors, lora_layers, only_a_trains, quiet, without_svd
 from tests.peft.test_experts import mixtral
 
-RANK = 8
 #: Linear weights of the model below.
 WEIGHTS = 14
 
@@ -34,33 +34,6 @@ def _table() -> Iterator[None]:
     """What was counted, for whoever asks with -s."""
     yield
     print("", HEADING, *_TABLE, sep="\n")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama of two small layers, random values, bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-        )
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bank(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    return svdbank.build(llama, tmp_path_factory.mktemp("bank") / "bank", rank=2 * RANK, principal=RANK, device="cpu")
 
 
 @pytest.fixture
