@@ -9,6 +9,20 @@ import platform
 from svdbank.specs import Struct
 
 
+class DeviceReport(Struct, frozen=True):
+    """What a device made of a small weight: the residual, relative to σ_max, on each path tried, or the ``problem``.
+
+    ``kind`` is what plans go by: ``cpu``, ``cuda``, or ``cuda-low-float64`` for a card that has little of it.
+    """
+
+    device: str
+    name: str
+    kind: str
+    seconds: float
+    residuals: dict[str, float]
+    problem: str | None
+
+
 class Environment(Struct, frozen=True):
     """Versions of what matters (None where not installed), processors usable, memory and free space in bytes, devices, folders."""
 
@@ -25,10 +39,11 @@ class Environment(Struct, frozen=True):
     hub_cache: str
     hub_offline: bool
     variables: dict[str, str]
+    checks: tuple[DeviceReport, ...] = ()
 
 
-def env() -> Environment:
-    """Collect the facts. Tokens are never among them."""
+def env(*, check: bool = False) -> Environment:
+    """Collect the facts. Tokens are never among them. With ``check`` each device that torch sees solves and certifies a small weight."""
     import torch
     from huggingface_hub import constants
 
@@ -73,6 +88,26 @@ def env() -> Environment:
         hub_cache=str(constants.HF_HUB_CACHE),
         hub_offline=bool(constants.HF_HUB_OFFLINE),
         variables={name: os.environ[name] for name in shown if name in os.environ},
+        checks=tuple(_tried(device) for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))))
+        if check
+        else (),
+    )
+
+
+def _tried(name: str) -> DeviceReport:
+    import torch
+
+    from svdbank.solver import check_device, pinned_threads
+
+    with pinned_threads(1):
+        found = check_device(torch.device(name))
+    return DeviceReport(
+        device=found.device,
+        name=found.name,
+        kind=found.kind,
+        seconds=round(found.seconds, 3),
+        residuals=found.residuals,
+        problem=found.problem,
     )
 
 

@@ -6,7 +6,9 @@ eigenproblem, so there is one, at the end, and none on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -16,7 +18,16 @@ from svdbank.basis import EPSILON
 from svdbank.solver.contract import Block, Candidate, Failure
 from svdbank.solver.inverse import gram_of_lower, inverse_factor
 from svdbank.solver.ritz import buffer_size, rayleigh_ritz
-from svdbank.solver.subspace import Subspace, chebyshev, iterate, orthonormal, orthonormal_factors, power_steps, quotients
+from svdbank.solver.subspace import (
+    GAIN,
+    chebyshev,
+    filter_for,
+    iterate,
+    orthonormal,
+    orthonormal_factors,
+    power_steps,
+    quotients,
+)
 from svdbank.solver.weight import Weight
 
 #: Seed of the start blocks: own generators, never the global one, so that the same weight gives the same bytes.
@@ -35,6 +46,10 @@ WIDE, SHIFT = 30.0, 0.75
 #: Columns and products for λ_max, then one filter: its degree, and the end of what it damps in units of the largest Rayleigh quotient.
 TOP_WIDTH, TOP_PRODUCTS = 24, 2
 TOP_DEGREE, TOP_CUT = 10, 0.6
+#: Where the inverse is held in float32: the gain that its products allow, what a filter of a correction may tell apart by, how many
+#: corrections at most, and the residual, relative to σ_max, at which they end.
+LOW_GAIN, LOW_SPREAD = 1e6, 1e6
+CORRECTIONS, CORRECTED = 6, 2e-13
 #: Largest entry beside the diagonal of the projected weight, in units of ε σ_max, with which its diagonal serves as σ.
 COUPLED = 64
 
@@ -59,11 +74,15 @@ def solve_filter(weight: Weight, rank: int, principal: int) -> Candidate | Failu
         return top
     columns, (largest,) = top
     start = start_block(k, width, weight.device)
-    subspace, apply_inverse, definite = lower_end(gram, start, rank, [largest], least=32 * weight.rounding)
+    dtype = weight.precision.factor
+    subspace, apply_inverse, definite = lower_end(gram, start, rank, [largest], least=32 * weight.rounding, dtype=dtype)
     if not definite:
         return Failure("the Gram matrix is not positive definite at working precision")
     size = rank + buffer_size(k, rank)
-    wide = project(weight, subspace.columns, size, largest**0.5)
+    columns_below = subspace.columns
+    if dtype != torch.float64:
+        columns_below = corrected(gram, columns_below, apply_inverse, subspace.shift, rank, largest)
+    wide = project(weight, columns_below, size, largest**0.5)
     raised, sigma_max = None, largest**0.5
     if principal:
         raised = rayleigh_ritz(weight, columns[:, : principal + buffer_size(k, principal)]).flipped().first(principal)
@@ -107,27 +126,83 @@ def upper_end(gram: Tensor, principal: int = 0) -> tuple[Tensor, list[float]] | 
 
 
 def lower_end(
-    gram: Tensor, start: Tensor, rank: int, largest: list[float], *, least: float
-) -> tuple[Subspace, Callable[[Tensor], Tensor], bool]:
+    gram: Tensor,
+    start: Tensor,
+    rank: int,
+    largest: list[float],
+    *,
+    least: float,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Lower, Callable[[Tensor], Tensor], bool]:
     """Subspace (…, k, b) that holds the ``rank`` smallest eigenvectors of each ``gram`` (…, k, k), and the inverse used for it.
 
     ``largest`` is λ_max of each; ``least`` how far below zero float64 must shift for a factor, in units of it. Last comes whether every
-    matrix was positive definite; one that was not has columns that no gate will pass.
+    matrix was positive definite; one that was not has columns that no gate will pass. With float32 as ``dtype`` the inverse and its
+    products are of that precision, and the subspace as good as that allows.
     """
+    if dtype != torch.float64:
+        least = max(least, FIRST_NUDGE)  # κ(L) = 3e4: of a float32 inverse three digits are right
     nudges = [-max(FIRST_NUDGE, least) * value for value in largest]
-    first, definite = _inverse(gram, nudges)
-    columns = power_steps(lambda x: first @ x, start.expand(*gram.shape[:-1], start.shape[-1]), FIRST_PRODUCTS)
-    values = quotients(columns, first @ columns)
+    first, definite = _inverse(gram, nudges, dtype)
+    columns = power_steps(_product(first), start.expand(*gram.shape[:-1], start.shape[-1]), FIRST_PRODUCTS)
+    values = quotients(columns, _product(first)(columns))
     shifts = [_shift(row, rank, nudge, least * value) for row, nudge, value in zip(values, nudges, largest, strict=True)]
     inverse = first
     if shifts != nudges:
         # Of a batch all are inverted again: those whose shift has stayed come out as they were.
-        inverse, definite = _inverse(gram, shifts)
+        inverse, definite = _inverse(gram, shifts, dtype)
+    apply = _product(inverse)
+    found = iterate(apply, columns, rank, gain=GAIN if dtype == torch.float64 else LOW_GAIN)
+    return Lower(found.columns, found.products, shifts[0]), apply, definite
 
-    def apply(columns: Tensor) -> Tensor:
-        return inverse @ columns
 
-    return iterate(apply, columns, rank), apply, definite
+@dataclass(frozen=True)
+class Lower:
+    """``columns`` (…, k, b) at the lower end, the products taken, and the shift of the inverse (of the first matrix of a batch)."""
+
+    columns: Tensor
+    products: int
+    shift: float
+
+
+def _product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    """``X ↦ matrix X`` for float64 columns, in the precision of ``matrix``."""
+    if matrix.dtype == torch.float64:
+        return lambda columns: matrix @ columns
+    return lambda columns: (matrix @ columns.to(matrix.dtype)).to(torch.float64)
+
+
+def corrected(
+    gram: Tensor, columns: Tensor, apply_inverse: Callable[[Tensor], Tensor], shift: float, rank: int, largest: float
+) -> Tensor:
+    """Orthonormal ``columns`` (k, b) that a float32 inverse found, made as good as float64 ones: one float64 product a round.
+
+    With ``G X = X Λ + E`` after a rotation, a filter of the exact inverse maps X to ``X t(Θ) + D``, Θ = 1 / (Λ - s), where D follows the
+    same three-term recurrence from ``-(G - s)⁻¹ E Θ`` on: what is small already is all that float32 has to carry.
+    """
+    for _ in range(CORRECTIONS):
+        image = gram @ columns
+        values, mixing = torch.linalg.eigh(columns.mT @ image)
+        columns = columns @ mixing
+        defect = image @ mixing - columns * values
+        # ‖M v - σ u‖ = ‖E‖ / σ; below the rounding of G there is nothing left to correct.
+        size = torch.linalg.vector_norm(defect, dim=0)[:rank]
+        sigma = values[:rank].clamp_min(EPSILON * largest).sqrt()
+        if bool(((size <= CORRECTED * sigma * largest**0.5) | (size <= 16 * EPSILON * largest)).all()):
+            break
+        theta = 1 / (values - shift)
+        row = theta.tolist()
+        cut, degree, _ = filter_for(row, rank, math.log(LOW_GAIN), LOW_SPREAD)
+        source = apply_inverse(defect * -theta)
+        before, now = torch.zeros_like(columns), source * (2 / cut)
+        ends = 2 * theta / cut - 1
+        former, grown = torch.ones_like(theta), ends
+        for _ in range(2, degree + 1):
+            following = apply_inverse(now) * (4 / cut) - 2 * now - before + source * grown * (4 / cut)
+            before, now = now, following
+            former, grown = grown, 2 * ends * grown - former
+        columns = orthonormal(columns + now / grown)
+    return columns
 
 
 def _shift(values: list[float], rank: int, nudge: float, least: float) -> float:
@@ -137,10 +212,10 @@ def _shift(values: list[float], rank: int, nudge: float, least: float) -> float:
     return -max(SHIFT * (1 / values[rank - 1] + nudge), least)
 
 
-def _inverse(gram: Tensor, shifts: list[float]) -> tuple[Tensor, bool]:
+def _inverse(gram: Tensor, shifts: list[float], dtype: torch.dtype) -> tuple[Tensor, bool]:
     """``(G - s I)⁻¹`` (…, k, k), symmetric up to rounding, and whether all were positive definite; NaN for one that was not."""
     shift = gram.new_tensor(shifts).reshape(gram.shape[:-2])
-    lower, info = inverse_factor(gram, shift)
+    lower, info = inverse_factor(gram, shift, dtype)
     inverse = gram_of_lower(lower)
     # No factorisation reports NaN as a bad pivot, but it stays in the trace.
     sound = (info == 0) & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))

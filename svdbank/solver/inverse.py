@@ -13,16 +13,16 @@ LEAST_BLOCK = 96
 PANELS = 4
 
 
-def inverse_factor(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_factor(matrix: Tensor, shift: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """``(K, info)`` with ``K = L⁻¹`` and ``L Lᵀ = matrix - shift I`` for (…, k, k) and shifts (…); ``matrix`` is kept.
 
-    ``info`` (…) is not 0 where that is not positive definite; K then means nothing.
+    ``info`` (…) is not 0 where that is not positive definite; K then means nothing. L is of the precision of ``matrix``, K of ``dtype``.
     """
     shifted = matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_(shift.unsqueeze(-1))
     lower, info = torch.linalg.cholesky_ex(shifted)
     del shifted
-    return inverse_lower(lower), info
+    return inverse_lower(lower.to(dtype)), info
 
 
 def inverse_lower(lower: Tensor) -> Tensor:

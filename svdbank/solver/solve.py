@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -115,8 +115,8 @@ def minor_basis(
             DEVICE_PANEL_ENTRIES.get(target.type, PANEL_ENTRIES),
         )
         tried: list[str] = []
-        for path in FALLBACKS[first]:
-            solved = _solve(METHODS[path], path, view, rank, principal, tried, turn)
+        for path, seen in _attempts(first, view):
+            solved = _solve(METHODS[path], path, seen, rank, principal, tried, turn)
             if solved is None:
                 continue
             candidate, verdict, view_used = solved
@@ -125,7 +125,7 @@ def minor_basis(
             certificate = Certificate(
                 path=path,
                 tried=tuple(tried),
-                dtype=str(view.precision.factor).removeprefix("torch.") if path in ITERATING else "float64",
+                dtype=str(seen.precision.factor).removeprefix("torch.") if path in ITERATING else "float64",
                 device=view_used.device.type,
                 rank_full=min(out_features, in_features),
                 sigma_max=candidate.sigma_max * scale,
@@ -146,6 +146,17 @@ def minor_basis(
         f"no method passed the gates for this {out_features}×{in_features} weight at rank {rank}: {'; '.join(tried)}",
         hint="report the weight: a matrix that a float64 SVD cannot decompose is a defect of the LAPACK in use",
     )
+
+
+def _attempts(first: str, view: Weight) -> Iterator[tuple[str, Weight]]:
+    """Paths in the order in which they are asked, with the weight as each sees it.
+
+    A filter in float32 that does not serve is asked again in float64, before the slow ways that never square κ.
+    """
+    for path in FALLBACKS[first]:
+        yield path, view
+        if path == "filter" and view.precision.factor != torch.float64:
+            yield path, replace(view, precision=replace(view.precision, factor=torch.float64))
 
 
 def _solve(

@@ -119,7 +119,7 @@ def iterate(
         values = quotients(columns, images)
         cuts, degrees = [], []
         for number, row in enumerate(values):
-            cut, degree, won = _filter(row, wanted, left[number], spread)
+            cut, degree, won = filter_for(row, wanted, left[number], spread)
             cuts.append(cut)
             degrees.append(degree)
             left[number] -= won
@@ -152,7 +152,7 @@ def chebyshev(
     return now
 
 
-def _filter(values: list[float], wanted: int, left: float, spread: float) -> tuple[float, int, float]:
+def filter_for(values: list[float], wanted: int, left: float, spread: float) -> tuple[float, int, float]:
     """End of the damped interval, degree (0 for none) and logarithm of the gain, from Rayleigh quotients, largest first."""
     if not (left > 0 and math.isfinite(values[0]) and math.isfinite(values[-1]) and values[0] > 0):
         return 1.0, 0, left  # it is done, or lost: NaN stays and fails every gate

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdbank.basis import EPSILON
 from svdbank.solver.contract import Block
+from svdbank.solver.pieces import exact_gram
 from svdbank.solver.storage import padded_rows
 from svdbank.solver.triangles import lower_tiles, mirror
 
@@ -24,15 +25,22 @@ DEVICE_PANEL_ENTRIES = {"cpu": PANEL_ENTRIES, "cuda": 2**28}
 class Precision:
     """Working dtype of the steps that may leave float64; Rayleigh–Ritz and the gates never do.
 
-    ``gram``: products ``M Mᵀ``. ``factor``: the Cholesky factor; below float64 each solve with it is refined with float64 products.
+    ``gram``: products ``M Mᵀ``; ``pieces``: made of exact float32 products instead. ``factor``: the Cholesky factor of shift-invert or the
+    inverse of the filter; below float64 what they give is refined with float64 products.
     """
 
     gram: torch.dtype = torch.float64
     factor: torch.dtype = torch.float64
+    pieces: bool = False
 
 
 #: By kind of device (:func:`svdbank.solver.devices.kind_of`). Data-centre GPUs run float64 at half the float32 rate or better, as CPUs do.
-DEFAULT_PRECISION = {"cpu": Precision(), "cuda": Precision(), "cuda-low-float64": Precision()}
+#: Where there is little float64, G and Rayleigh–Ritz, the gates and one product a correction need it; the filters' products do not.
+DEFAULT_PRECISION = {
+    "cpu": Precision(),
+    "cuda": Precision(),
+    "cuda-low-float64": Precision(factor=torch.float32, pieces=True),
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,8 @@ class Weight:
 
         Of bfloat16 or float32 data it is nearly exact; what it costs is that κ is squared.
         """
+        if self.precision.pieces:
+            return exact_gram(self.matrix)
         dtype = self.precision.gram
         result = torch.zeros(self.k, self.k, dtype=dtype, device=self.device)
         tiles = lower_tiles(self.k, self.device.type)
