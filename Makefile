@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo test soak soak-processors check bench docs clean
+.PHONY: demo test soak soak-versions soak-processors check bench docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,8 +34,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m 'not soak' -n auto --maxprocesses 4 --dist loadfile
 
-soak: $(VENV)/.dev soak-processors
+soak: $(VENV)/.dev soak-versions soak-processors
 	$(BIN)/python -m pytest -m soak
+
+soak-versions: $(VENV)/.dev
+	$(BIN)/python -m tests.versions
 
 soak-processors: $(VENV)/.dev
 	$(BIN)/python -m tests.processors

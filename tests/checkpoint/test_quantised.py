@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import svdbank
@@ -137,6 +138,9 @@ def test_what_is_decomposed_is_the_parameter_that_transformers_loads(checkpoints
             loaded = parameters[f"{spec.module}.weight"] if spec.expert is None else parameters[spec.module][spec.expert]
             if spec.operation == "transpose":
                 loaded = loaded.mT
+            if layout == "tensor-float32" and Version(transformers.__version__) < Version("5.23"):
+                # Before, transformers widened the scale, not the product; the library that wrote it rounds to the scale's dtype.
+                loaded = loaded.bfloat16().to(loaded.dtype)
             # A model loads what is not quantised in its own dtype; a bank describes it as stored.
             own = checkpoint.read(spec).dtype if spec.sources[0].quantisation else loaded.dtype
             assert torch.equal(checkpoint.read(spec).to(own), loaded), spec.name
