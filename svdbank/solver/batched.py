@@ -28,7 +28,7 @@ from svdbank.specs import Side
 #: float64 entries of a batch's widened weights, 2 GiB, and the most and the fewest weights in it. Not all at once: the host's part of one
 #: batch goes on beside the device's part of the next.
 BATCH_ENTRIES = 2**28
-MOST_IN_BATCH, LEAST_IN_BATCH = 16, 4
+MOST_IN_BATCH, LEAST_IN_BATCH = 32, 4
 
 
 def batch_size(out_features: int, in_features: int, count: int) -> int:
@@ -87,13 +87,13 @@ def _solve(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor, Tenso
         return f"filter: {top.reason}"
     largest = top[1]
     start = start_block(k, width, matrix.device)
-    subspace, apply_inverse, _ = lower_end(gram, start, rank, largest, least=32 * rounding(n))
+    lower = lower_end(gram, start, rank, largest, least=32 * rounding(n))
 
     # Rayleigh–Ritz: the small eigenproblems go to the host's processors, where they run side by side; on the device one waits for another.
     size = rank + buffer_size(k, rank)
-    image = matrix.mT @ subspace.columns
+    image = matrix.mT @ lower.columns
     mixing = _small_eigenvectors(image.mT @ image, size)
-    short = subspace.columns @ mixing
+    short = lower.columns @ mixing
     long, upper = orthonormal_factors(image @ mixing)
     coupling = upper.triu(1).abs().amax((-2, -1))
     sigma = upper.diagonal(dim1=-2, dim2=-1)
@@ -102,7 +102,8 @@ def _solve(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor, Tenso
 
     # One Newton step for all of them (``ritz.refined``): it costs less than to see who needs it.
     defect = matrix @ block.long - block.short * sigma.unsqueeze(-2)
-    step = apply_inverse(defect - block.short @ (block.short.mT @ defect))
+    solve = lower.newton(block.short, sigma)
+    step = solve(defect - block.short @ (block.short.mT @ defect))
     step -= block.short @ (block.short.mT @ step)
     block = Block(orthonormal(block.short - step * sigma.unsqueeze(-2)), orthonormal(block.long - matrix.mT @ step), sigma)
 
@@ -119,8 +120,8 @@ def _solve(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor, Tenso
     lift = 2 * threshold.abs() + gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     gram.baddbmm_(block.short * lift.unsqueeze(-1), block.short.mT)
     gram.diagonal(dim1=-2, dim2=-1).sub_(threshold)
-    lower, info = torch.linalg.cholesky_ex(gram)
-    pivots = lower.diagonal(dim1=-2, dim2=-1).sum(-1)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
     ends = [departure(block), coupling, pivots, info.to(torch.float64)]
     figures = torch.cat([columns, gaps, allowed, sigma, *(end.unsqueeze(-1) for end in ends), following], dim=-1).tolist()
     certificates = [

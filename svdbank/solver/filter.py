@@ -18,16 +18,7 @@ from svdbank.basis import EPSILON
 from svdbank.solver.contract import Block, Candidate, Failure
 from svdbank.solver.inverse import gram_of_lower, inverse_factor
 from svdbank.solver.ritz import buffer_size, rayleigh_ritz
-from svdbank.solver.subspace import (
-    GAIN,
-    chebyshev,
-    filter_for,
-    iterate,
-    orthonormal,
-    orthonormal_factors,
-    power_steps,
-    quotients,
-)
+from svdbank.solver.subspace import GAIN, Operator, filter_for, iterate, orthonormal, orthonormal_factors, quotients
 from svdbank.solver.weight import Weight
 
 #: Seed of the start blocks: own generators, never the global one, so that the same weight gives the same bytes.
@@ -46,6 +37,8 @@ WIDE, SHIFT = 30.0, 0.75
 #: Columns and products for λ_max, then one filter: its degree, and the end of what it damps in units of the largest Rayleigh quotient.
 TOP_WIDTH, TOP_PRODUCTS = 24, 2
 TOP_DEGREE, TOP_CUT = 10, 0.6
+#: Terms of the series that carries a Newton step from the inverse at the shift to that at each σ².
+SERIES = 4
 #: Where the inverse is held in float32: the gain that its products allow, what a filter of a correction may tell apart by, how many
 #: corrections at most, and the residual, relative to σ_max, at which they end.
 LOW_GAIN, LOW_SPREAD = 1e6, 1e6
@@ -75,20 +68,20 @@ def solve_filter(weight: Weight, rank: int, principal: int) -> Candidate | Failu
     columns, (largest,) = top
     start = start_block(k, width, weight.device)
     dtype = weight.precision.factor
-    subspace, apply_inverse, definite = lower_end(gram, start, rank, [largest], least=32 * weight.rounding, dtype=dtype)
-    if not definite:
+    lower = lower_end(gram, start, rank, [largest], least=32 * weight.rounding, dtype=dtype)
+    if not lower.definite:
         return Failure("the Gram matrix is not positive definite at working precision")
     size = rank + buffer_size(k, rank)
-    columns_below = subspace.columns
-    if dtype != torch.float64:
-        columns_below = corrected(gram, columns_below, apply_inverse, subspace.shift, rank, largest)
-    wide = project(weight, columns_below, size, largest**0.5)
+    below = lower.columns if dtype == torch.float64 else corrected(gram, lower, rank, largest)
+    wide = project(weight, below, size, largest**0.5)
+    minor = wide.first(rank)
     raised, sigma_max = None, largest**0.5
     if principal:
         raised = rayleigh_ritz(weight, columns[:, : principal + buffer_size(k, principal)]).flipped().first(principal)
         sigma_max = raised.sigma[0].item()
-    ends = wide.sigma[[0, rank]].tolist()
-    return Candidate(wide.first(rank), raised, ends[1], ends[0], sigma_max, None, gram, apply_inverse)
+    smallest, following = torch.stack([wide.sigma[0], wide.sigma[rank]]).tolist()
+    newton = lower.newton(minor.short, minor.sigma)
+    return Candidate(minor, raised, following, smallest, sigma_max, None, gram, newton)
 
 
 @lru_cache(maxsize=8)
@@ -111,17 +104,15 @@ def upper_end(gram: Tensor, principal: int = 0) -> tuple[Tensor, list[float]] | 
             return Failure(f"principal {principal} leaves no room for an iteration in {k} dimensions")
         width = found
 
-    def apply(columns: Tensor) -> Tensor:
-        return gram @ columns
-
-    columns = power_steps(apply, start_block(k, width, gram.device).expand(*gram.shape[:-1], width), TOP_PRODUCTS)
+    operator = Operator(gram)
+    columns = operator.powered(start_block(k, width, gram.device).expand(*gram.shape[:-1], width), TOP_PRODUCTS)
     if principal:
-        columns = iterate(apply, columns, principal + buffer_size(k, principal)).columns
-        return columns, [row[0] for row in quotients(columns, apply(columns))]
-    images = apply(columns)
-    cut = TOP_CUT * (columns * images).sum(-2, keepdim=True).amax(-1, keepdim=True)
-    columns = orthonormal(chebyshev(apply, columns, images, cut, TOP_DEGREE))
-    ritz = torch.linalg.eigvalsh(columns.mT @ apply(columns))[..., -1]
+        columns = iterate(operator, columns, principal + buffer_size(k, principal)).columns
+        return columns, [row[0] for row in quotients(columns, operator.product(columns))]
+    images = operator.product(columns)
+    cut = TOP_CUT * ((columns * images).sum(-2, keepdim=True).amax(-1, keepdim=True))
+    columns = orthonormal(operator.chebyshev(columns, images, cut, TOP_DEGREE))
+    ritz = torch.linalg.eigvalsh(columns.mT @ operator.product(columns))[..., -1]
     return columns, [float(value) for value in ritz.reshape(-1).tolist()]
 
 
@@ -133,53 +124,76 @@ def lower_end(
     *,
     least: float,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Lower, Callable[[Tensor], Tensor], bool]:
+) -> Lower:
     """Subspace (…, k, b) that holds the ``rank`` smallest eigenvectors of each ``gram`` (…, k, k), and the inverse used for it.
 
-    ``largest`` is λ_max of each; ``least`` how far below zero float64 must shift for a factor, in units of it. Last comes whether every
-    matrix was positive definite; one that was not has columns that no gate will pass. With float32 as ``dtype`` the inverse and its
-    products are of that precision, and the subspace as good as that allows.
+    ``largest`` is λ_max of each; ``least`` how far below zero float64 must shift for a factor, in units of it. With float32 as ``dtype``
+    the inverse and its products are of that precision, and the subspace as good as that allows.
     """
     if dtype != torch.float64:
         least = max(least, FIRST_NUDGE)  # κ(L) = 3e4: of a float32 inverse three digits are right
-    nudges = [-max(FIRST_NUDGE, least) * value for value in largest]
-    first, definite = _inverse(gram, nudges, dtype)
-    columns = power_steps(_product(first), start.expand(*gram.shape[:-1], start.shape[-1]), FIRST_PRODUCTS)
-    values = quotients(columns, _product(first)(columns))
-    shifts = [_shift(row, rank, nudge, least * value) for row, nudge, value in zip(values, nudges, largest, strict=True)]
-    inverse = first
-    if shifts != nudges:
+    shifts = [-max(FIRST_NUDGE, least) * value for value in largest]
+    operator, definite = _inverse(gram, shifts, dtype)
+    columns = operator.powered(start.expand(*gram.shape[:-1], start.shape[-1]), FIRST_PRODUCTS)
+    values = quotients(columns, operator.product(columns))
+    again = [_shift(row, rank, shift, least * value) for row, shift, value in zip(values, shifts, largest, strict=True)]
+    if again != shifts:
         # Of a batch all are inverted again: those whose shift has stayed come out as they were.
-        inverse, definite = _inverse(gram, shifts, dtype)
-    apply = _product(inverse)
-    found = iterate(apply, columns, rank, gain=GAIN if dtype == torch.float64 else LOW_GAIN)
-    return Lower(found.columns, found.products, shifts[0]), apply, definite
+        shifts = again
+        operator, definite = _inverse(gram, shifts, dtype)
+    found = iterate(operator, columns, rank, gain=GAIN if dtype == torch.float64 else LOW_GAIN)
+    return Lower(found.columns, found.products, operator, gram.new_tensor(shifts).reshape(gram.shape[:-2]), definite)
 
 
 @dataclass(frozen=True)
 class Lower:
-    """``columns`` (…, k, b) at the lower end, the products taken, and the shift of the inverse (of the first matrix of a batch)."""
+    """What is found of the lower end of a Gram matrix, or of a batch of them.
+
+    Attributes
+    ----------
+    columns
+        (…, k, b), orthonormal.
+    products
+        Columns multiplied on the way.
+    inverse
+        ``(G - s I)⁻¹``.
+    shifts
+        s of each matrix, (…).
+    definite
+        Whether every ``G - s I`` was positive definite; one that was not has columns that no gate will pass.
+    """
 
     columns: Tensor
     products: int
-    shift: float
+    inverse: Operator
+    shifts: Tensor
+    definite: bool
+
+    def newton(self, short: Tensor, sigma: Tensor) -> Callable[[Tensor], Tensor]:
+        """Solver of ``(G - σ_i²) y_i = r_i`` beside the vectors ``short`` (…, k, R), for columns r (…, k, R) that they are not in.
+
+        The inverse is one of ``G - s``: the rest of the Neumann series ``A Σ ((σ² - s) A)^m`` makes up for the difference, which for
+        vectors just above the block is most of it.
+        """
+        distance = (sigma.square() - self.shifts.unsqueeze(-1)).unsqueeze(-2)
+
+        def solve(columns: Tensor) -> Tensor:
+            found: Tensor = self.inverse.product(columns)
+            for _ in range(SERIES):
+                found = found - short @ (short.mT @ found)
+                found = self.inverse.product(columns + distance * found)
+            return found
+
+        return solve
 
 
-def _product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    """``X ↦ matrix X`` for float64 columns, in the precision of ``matrix``."""
-    if matrix.dtype == torch.float64:
-        return lambda columns: matrix @ columns
-    return lambda columns: (matrix @ columns.to(matrix.dtype)).to(torch.float64)
-
-
-def corrected(
-    gram: Tensor, columns: Tensor, apply_inverse: Callable[[Tensor], Tensor], shift: float, rank: int, largest: float
-) -> Tensor:
-    """Orthonormal ``columns`` (k, b) that a float32 inverse found, made as good as float64 ones: one float64 product a round.
+def corrected(gram: Tensor, lower: Lower, rank: int, largest: float) -> Tensor:
+    """Orthonormal columns (k, b) that a float32 inverse found, made as good as float64 ones: one float64 product a round.
 
     With ``G X = X Λ + E`` after a rotation, a filter of the exact inverse maps X to ``X t(Θ) + D``, Θ = 1 / (Λ - s), where D follows the
     same three-term recurrence from ``-(G - s)⁻¹ E Θ`` on: what is small already is all that float32 has to carry.
     """
+    columns, apply_inverse, shift = lower.columns, lower.inverse.product, float(lower.shifts)
     for _ in range(CORRECTIONS):
         image = gram @ columns
         values, mixing = torch.linalg.eigh(columns.mT @ image)
@@ -212,7 +226,7 @@ def _shift(values: list[float], rank: int, nudge: float, least: float) -> float:
     return -max(SHIFT * (1 / values[rank - 1] + nudge), least)
 
 
-def _inverse(gram: Tensor, shifts: list[float], dtype: torch.dtype) -> tuple[Tensor, bool]:
+def _inverse(gram: Tensor, shifts: list[float], dtype: torch.dtype) -> tuple[Operator, bool]:
     """``(G - s I)⁻¹`` (…, k, k), symmetric up to rounding, and whether all were positive definite; NaN for one that was not."""
     shift = gram.new_tensor(shifts).reshape(gram.shape[:-2])
     lower, info = inverse_factor(gram, shift, dtype)
@@ -220,7 +234,7 @@ def _inverse(gram: Tensor, shifts: list[float], dtype: torch.dtype) -> tuple[Ten
     # No factorisation reports NaN as a bad pivot, but it stays in the trace.
     sound = (info == 0) & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
     inverse.masked_fill_(~sound[..., None, None], torch.nan)
-    return inverse, bool(sound.all())
+    return Operator(inverse), bool(sound.all())
 
 
 def project(weight: Weight, columns: Tensor, size: int, sigma_max: float) -> Block:

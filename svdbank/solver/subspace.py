@@ -8,7 +8,6 @@ which sorts and separates them by itself, so Rayleigh quotients say where the sp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +33,9 @@ MOST_DEGREE, MOST_CYCLES = 40, 16
 
 @dataclass(frozen=True)
 class Subspace:
-    """``columns`` (…, k, b), orthonormal; ``values`` the Rayleigh quotients of each matrix before its last filter, largest first."""
+    """``columns`` (…, k, b), orthonormal, and the columns multiplied to get there."""
 
     columns: Tensor
-    values: list[list[float]]
     products: int
 
 
@@ -82,11 +80,45 @@ def orthonormal_factors(columns: Tensor) -> tuple[Tensor, Tensor]:
     return found, upper * lengths
 
 
-def power_steps(apply: Callable[[Tensor], Tensor], columns: Tensor, steps: int) -> Tensor:
-    """``columns`` (…, k, b) after ``steps`` products, orthonormalised after each."""
-    for _ in range(steps):
-        columns = orthonormal(apply(columns), passes=1)
-    return columns
+@dataclass(frozen=True)
+class Operator:
+    """A symmetric ``matrix`` (…, k, k); it is multiplied with float64 columns (…, k, s) in its own precision."""
+
+    matrix: Tensor
+
+    def product(self, columns: Tensor) -> Tensor:
+        """``A X`` in float64."""
+        if self.matrix.dtype == columns.dtype:
+            return self.matrix @ columns
+        return (self.matrix @ columns.to(self.matrix.dtype)).to(columns.dtype)
+
+    def powered(self, columns: Tensor, steps: int) -> Tensor:
+        """``columns`` after ``steps`` products, orthonormalised after each."""
+        for _ in range(steps):
+            columns = orthonormal(self.product(columns), passes=1)
+        return columns
+
+    def chebyshev(
+        self, columns: Tensor, images: Tensor, cut: Tensor | float, degree: int, degrees: list[int] | None = None
+    ) -> Tensor:
+        """``T_d(2 A / cut − 1) X`` for X (…, k, b) and its ``images`` A X; with ``degrees`` each matrix stops at its own."""
+        before, now = columns, images * (2 / cut) - columns
+        scaled = None
+        if self.matrix.dtype == columns.dtype and degree > 2:  # then a step is one product and no pass over the columns
+            scaled = self.matrix * (4 / cut)
+            scaled.diagonal(dim1=-2, dim2=-1).sub_(2)
+        for step in range(2, degree + 1):
+            if scaled is None:
+                following = (self.product(now) * (4 / cut)).sub_(now, alpha=2).sub_(before)
+            elif scaled.ndim == 2:
+                following = torch.addmm(before, scaled, now, beta=-1)
+            else:
+                following = torch.baddbmm(before, scaled, now, beta=-1)
+            if degrees is not None and step > min(degrees):
+                going = torch.tensor([own >= step for own in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
+                following = torch.where(going, following, now)
+            before, now = now, following
+        return now
 
 
 def quotients(columns: Tensor, images: Tensor) -> list[list[float]]:
@@ -95,61 +127,31 @@ def quotients(columns: Tensor, images: Tensor) -> list[list[float]]:
     return [[float(v) for v in row] for row in values.reshape(-1, values.shape[-1]).tolist()]
 
 
-def iterate(
-    apply: Callable[[Tensor], Tensor],
-    columns: Tensor,
-    wanted: int,
-    *,
-    gain: float = GAIN,
-) -> Subspace:
-    """Turn orthonormal ``columns`` (…, k, b) towards the ``wanted`` largest eigenvalues of a symmetric positive operator.
+def iterate(operator: Operator, columns: Tensor, wanted: int, *, gain: float = GAIN) -> Subspace:
+    """Turn ``columns`` (…, k, b) towards the ``wanted`` largest eigenvalues of a symmetric positive operator; orthonormal at the end.
 
     Each matrix of a batch takes the degrees and the number of filters that it alone asks for, and stands still once it is there: its
-    result does not depend on its neighbours. ``apply`` maps (…, k, b) to its images. After so many filters that more would not help
-    it ends: whether what is there serves is for the gates to say.
+    result does not depend on its neighbours. After so many filters that more would not help it ends: whether what is there serves is for
+    the gates to say.
     """
-    shape = columns.shape
-    count = math.prod(shape[:-2])
+    count = math.prod(columns.shape[:-2])
     left = [math.log(gain)] * count
     products = 0
     spread = FIRST_SPREAD
-    values: list[list[float]] = []
-    for number_of_filter in range(MOST_CYCLES):
-        images = apply(columns)
-        values = quotients(columns, images)
+    for _ in range(MOST_CYCLES):
+        images = operator.product(columns)
         cuts, degrees = [], []
-        for number, row in enumerate(values):
+        for number, row in enumerate(quotients(columns, images)):
             cut, degree, won = filter_for(row, wanted, left[number], spread)
             cuts.append(cut)
             degrees.append(degree)
             left[number] -= won
-        last = all(rest <= 0 for rest in left) or number_of_filter == MOST_CYCLES - 1
-        # Of a batch some may be at their last one in any round.
-        columns, done = _filtered(apply, columns, images, cuts, degrees, passes=2 if last or count > 1 else 1)
-        products += done * shape[-1]
-        if last:
+        columns = _filtered(operator, columns, images, cuts, degrees)
+        products += max(degrees) * columns.shape[-1]
+        if all(rest <= 0 for rest in left):
             break
         spread = SPREAD
-    return Subspace(columns, values, products)
-
-
-def chebyshev(
-    apply: Callable[[Tensor], Tensor],
-    columns: Tensor,
-    images: Tensor,
-    cut: Tensor | float,
-    degree: int,
-    degrees: list[int] | None = None,
-) -> Tensor:
-    """``T_d(2 A / cut − 1) X`` for X (…, k, b) and its ``images`` A X; with ``degrees`` each matrix stops at its own."""
-    before, now = columns, images * (2 / cut) - columns
-    for step in range(2, degree + 1):
-        following = (apply(now) * (4 / cut)).sub_(now, alpha=2).sub_(before)
-        if degrees is not None and step > min(degrees):
-            going = torch.tensor([own >= step for own in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
-            following = torch.where(going, following, now)
-        before, now = now, following
-    return now
+    return Subspace(orthonormal(columns, passes=1), products)
 
 
 def filter_for(values: list[float], wanted: int, left: float, spread: float) -> tuple[float, int, float]:
@@ -165,22 +167,15 @@ def filter_for(values: list[float], wanted: int, left: float, spread: float) -> 
     return edge, degree, degree * each
 
 
-def _filtered(
-    apply: Callable[[Tensor], Tensor],
-    columns: Tensor,
-    images: Tensor,
-    cuts: list[float],
-    degrees: list[int],
-    *,
-    passes: int,
-) -> tuple[Tensor, int]:
-    """``T_d(2 A / cut − 1)`` of ``columns``, orthonormalised, and the products taken; a matrix of degree 0 keeps its columns."""
-    single = len(cuts) == 1
+def _filtered(operator: Operator, columns: Tensor, images: Tensor, cuts: list[float], degrees: list[int]) -> Tensor:
+    """A filter of each matrix's own degree, orthonormalised once; a matrix of degree 0 keeps its columns."""
     most, least = max(degrees), min(degrees)
-    cut: Tensor | float = cuts[0] if single else columns.new_tensor(cuts).reshape(*columns.shape[:-2], 1, 1)
-    now = chebyshev(apply, columns, images, cut, most, degrees if least < most else None)
-    found = orthonormal(now, passes=passes)
-    if least == 0 and not single:
+    if len(cuts) == 1:
+        return orthonormal(operator.chebyshev(columns, images, cuts[0], most), passes=1)
+    cut = columns.new_tensor(cuts).reshape(*columns.shape[:-2], 1, 1)
+    found = operator.chebyshev(columns, images, cut, most, degrees if least < most else None)
+    found = orthonormal(found, passes=1)
+    if least == 0:
         going = torch.tensor([degree > 0 for degree in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
         found = torch.where(going, found, columns)
-    return found, most
+    return found
