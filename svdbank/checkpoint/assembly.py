@@ -18,10 +18,8 @@ class ReadTensor(Protocol):
     def __call__(self, source: TensorSource, digest: Any | None = None, *, out: Tensor | None = None) -> Tensor: ...
 
 
-def assemble(read_tensor: ReadTensor, spec: WeightSpec, digest: Any | None = None, *, pinned: bool = False) -> Tensor:
+def assemble(read_tensor: ReadTensor, spec: WeightSpec, digest: Any | None = None) -> Tensor:
     """The matrix (out, in) of ``spec`` in its stored dtype; ``digest`` (a hashlib object) is fed its sources' bytes in their order.
-
-    ``pinned``: in page-locked memory.
 
     ``as_is`` and ``transpose`` take one source, the latter as a view of what was read. ``concat`` lays the rows of several under
     each other, each read straight into its place. Raises CheckpointError where the sources do not make a matrix of that shape.
@@ -29,20 +27,15 @@ def assemble(read_tensor: ReadTensor, spec: WeightSpec, digest: Any | None = Non
     shape = (spec.out_features, spec.in_features)
     if _shape(spec) != shape:
         raise CheckpointError(f"{spec.name!r} is {_shape(spec)}, not {shape}")
-    import torch
-
     if spec.operation != "concat":
-        source = spec.sources[0]
-        out = None
-        if pinned and source.dtype in FLOATING:
-            out = torch.empty(source.shape, dtype=torch_dtype(source.dtype), pin_memory=True)
-        stored = read_tensor(source, digest, out=out)
+        stored = read_tensor(spec.sources[0], digest)
         return stored.mT if spec.operation == "transpose" else stored
+    import torch
 
     dtype = spec.sources[0].dtype
     if dtype not in FLOATING or any(source.dtype != dtype for source in spec.sources):
         raise CheckpointError(f"{spec.name!r} is made of {', '.join(source.dtype for source in spec.sources)}")
-    matrix = torch.empty(shape, dtype=torch_dtype(dtype), pin_memory=pinned)
+    matrix = torch.empty(shape, dtype=torch_dtype(dtype))
     row = 0
     for source in spec.sources:
         read_tensor(source, digest, out=matrix[row : row + source.shape[0]])

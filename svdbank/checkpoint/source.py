@@ -85,13 +85,10 @@ class Checkpoint:
         """
         return assemble(self.read_tensor, spec)
 
-    def read_hashed(self, spec: WeightSpec, *, pinned: bool = False) -> tuple[Tensor, str]:
-        """As :meth:`read`, with the sha256 hex of the stored bytes of its sources, in their order.
-
-        ``pinned``: into page-locked memory, from which a GPU fetches by itself.
-        """
+    def read_hashed(self, spec: WeightSpec) -> tuple[Tensor, str]:
+        """As :meth:`read`, with the sha256 hex of the stored bytes of its sources, in their order."""
         digest = hashlib.sha256()
-        matrix = assemble(self.read_tensor, spec, digest, pinned=pinned)
+        matrix = assemble(self.read_tensor, spec, digest)
         return matrix, digest.hexdigest()
 
     def close(self) -> None:

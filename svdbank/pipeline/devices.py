@@ -17,7 +17,7 @@ def working_device(name: str) -> torch.device:
     device = named_device(name)
     if device.type == "cpu":
         return device
-    found = check_device(device)
+    found = check_device(device, every_path=False)
     if found.problem is not None:
         raise DeviceError(
             f"{device} ({found.name}) does not solve a small weight: {found.problem}",

@@ -30,9 +30,10 @@ from svdbank.basis import Basis
 from svdbank.checkpoint import Checkpoint
 from svdbank.errors import NotFiniteError, SolverError, WrongBaseError
 from svdbank.pipeline.fetching import READ_AHEAD, FetchOptions, FetchPlan, FetchReport, fetched, files_of, plan_fetch
-from svdbank.pipeline.memory import brought_home, give_back
+from svdbank.pipeline.memory import give_back
 from svdbank.pipeline.planning import DEVICE_AHEAD, IN_FLIGHT, WRITERS, available_cpus, bank_bytes, planned_path
 from svdbank.pipeline.reading import Loaded, Reader
+from svdbank.pipeline.transfer import brought_home, uploaded
 from svdbank.probe import probe_indices
 from svdbank.solver import batch_bases, batch_peak_bytes, minor_basis, on_own_stream, peak_bytes, pinned_threads
 from svdbank.solver.devices import Kind, kind_of
@@ -249,7 +250,7 @@ class Execution:
 
                 def read(weight: WeightSpec) -> tuple[Tensor, str]:
                     with self._spending("read and hash"):
-                        result = self.checkpoint.read_hashed(weight, pinned=on_gpu)
+                        result = self.checkpoint.read_hashed(weight)
                     downloads.done(files_of(weight))
                     return result
 
@@ -368,23 +369,29 @@ class Execution:
                     basis = self._solve(weight, matrix, batch, options.side)
                 yield weight, basis, matrix, sha256
             return
-        with self._spending("wait for a turn on the device"):
-            self._slots.__enter__()
-        try:
-            with self._spending("upload, solve and download"):
-                found = list[Basis]()
-                for first in range(0, len(loaded), batch.size):
-                    solve = partial(self._solve_on_device, loaded[first : first + batch.size], batch, options)
-                    found += on_own_stream(self.device, solve)
-        finally:
-            self._slots.__exit__(None, None, None)
+        parts = [loaded[first : first + batch.size] for first in range(0, len(loaded), batch.size)]
+        found = list[Basis]()
+        for number, part in enumerate(parts):
+            with self._spending("upload"):  # before its turn: the device solves others meanwhile
+                matrices = on_own_stream(self.device, partial(self._upload, part))
+            with self._spending("wait for a turn on the device"):
+                self._slots.__enter__()
+            try:
+                with self._spending("solve and download"):
+                    found += on_own_stream(self.device, partial(self._solve_on_device, part, matrices, batch, options))
+            finally:
+                self._slots.__exit__(None, None, None)
+            del matrices
+            parts[number] = []
         for basis in found:
             weight, matrix, sha256 = loaded.pop(0)
             yield weight, basis, matrix, sha256
 
-    def _solve_on_device(self, part: Loaded, batch: _Batch, options: BuildOptions) -> list[Basis]:
+    def _upload(self, part: Loaded) -> list[Tensor]:
+        return [uploaded(matrix, self.device) for _, matrix, _ in part]
+
+    def _solve_on_device(self, part: Loaded, matrices: list[Tensor], batch: _Batch, options: BuildOptions) -> list[Basis]:
         """Bases of a batch, or of one weight, brought home from the GPU in the dtype of the bank."""
-        matrices = [matrix.to(self.device, non_blocking=True) for _, matrix, _ in part]
         solved: list[Basis | str] = ["alone"] * len(part)
         if batch.size > 1:
             solved = batch_bases(matrices, batch.works[0].family.rank, batch.size, side=options.side)

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system between shards; what a GPU solved comes back to the host."""
+"""Freed memory goes back to the system between shards."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import ctypes
 import sys
 from collections.abc import Callable
 from functools import cache
-
-import torch
-from torch import Tensor
-
-from svdbank.basis import Basis, Triplets
 
 
 @cache
@@ -27,22 +22,3 @@ def give_back() -> None:
     """
     if (trim := _trim()) is not None:
         trim(0)
-
-
-def brought_home(basis: Basis, dtype: torch.dtype) -> Basis:
-    """``basis`` on the CPU, its vectors in ``dtype``: rounded where they were computed, fetched into page-locked memory.
-
-    They are there once the current stream is done.
-    """
-
-    def fetched(vectors: Tensor) -> Tensor:
-        rounded = vectors.to(dtype)
-        if rounded.device.type != "cuda":
-            return rounded
-        return torch.empty(rounded.shape, dtype=dtype, pin_memory=True).copy_(rounded, non_blocking=True)
-
-    def end(triplets: Triplets) -> Triplets:
-        right = None if triplets.right is None else fetched(triplets.right)
-        return Triplets(fetched(triplets.left), right, triplets.sigma.to("cpu"))
-
-    return Basis(end(basis.minor), basis.certificate, None if basis.principal is None else end(basis.principal))

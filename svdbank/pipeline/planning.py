@@ -53,7 +53,7 @@ _CUDA_RESIDENT = 3 << 30
 #: With a GPU: solves that share it (each on a stream of its own), threads that write behind them, and bytes read ahead of them.
 IN_FLIGHT = 3
 WRITERS = 5
-DEVICE_AHEAD = 2 << 30
+DEVICE_AHEAD = 1 << 30
 
 _DEVICES = "auto, cpu, cuda, cuda:0 …"
 
