@@ -40,11 +40,10 @@ def _stages(device: torch.device) -> list[tuple[Tensor, torch.cuda.Event]]:
     """This thread's buffers with the event that says when the GPU has fetched what is in them."""
     stages: dict[torch.device, list[tuple[Tensor, torch.cuda.Event]]] = _own.__dict__.setdefault("stages", {})
     if device not in stages:
-        with torch.cuda.device(device):
-            stages[device] = [
-                (torch.empty(STAGE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
-                for _ in range(2)
-            ]
+        stages[device] = [
+            (torch.empty(STAGE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        ]
     return stages[device]
 
 

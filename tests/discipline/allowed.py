@@ -48,7 +48,7 @@ ATTACHING = {
 
 #: Once a shard of a bank, or once a batch of windows.
 BUILDING = {
-    "svdbank.pipeline.memory:brought_home": "what is stored of a weight: one copy an array",
+    "svdbank.pipeline.transfer:brought_home": "what is stored of a weight: one copy an array",
     "svdbank.evaluation:_sums": "losses of a batch: one copy",
 }
 

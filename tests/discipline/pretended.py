@@ -238,6 +238,7 @@ class PretendedDevice:
             patch.setattr(torch.cuda, "empty_cache", lambda: None)
             patch.setattr(torch.cuda, "synchronize", lambda *_: self._synchronised("synchronize"))
             patch.setattr(torch.cuda, "Stream", lambda *_, **__: _Stream(self))
+            patch.setattr(torch.cuda, "Event", _Event)
             patch.setattr(torch.cuda, "current_stream", lambda *_: _Stream(self))
             patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
             # A tensor of a real device is a plain one, to code that asks for its type.
@@ -342,6 +343,16 @@ class PretendedDevice:
             flops = _flops(name, args)
             self.counts.products += flops > 0
             self.counts.flops += flops
+
+
+class _Event:
+    """What was copied has been copied."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _Stream:
