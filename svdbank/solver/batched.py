@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON, Basis, Certificate
+from svdbank.basis import EPSILON, Basis, Certificate, Triplets
 from svdbank.solver.contract import Block, Failure, LinAlgError
-from svdbank.solver.filter import COUPLED, block_width, lower_end, start_block, upper_end
+from svdbank.solver.filter import COUPLED, Lower, block_width, lower_end, start_block, upper_end
 from svdbank.solver.gates import allowances, departure, shown, verdict
 from svdbank.solver.ritz import buffer_size
 from svdbank.solver.subspace import orthonormal, orthonormal_factors
@@ -25,10 +26,11 @@ from svdbank.solver.triplets import triplets
 from svdbank.solver.weight import rounding
 from svdbank.specs import Side
 
-#: float64 entries of a batch's widened weights, 2 GiB, and the most and the fewest weights in it. Not all at once: the host's part of one
-#: batch goes on beside the device's part of the next.
+#: float64 entries of a batch's widened weights, 2 GiB, and the most and the fewest weights in it.
 BATCH_ENTRIES = 2**28
-MOST_IN_BATCH, LEAST_IN_BATCH = 32, 4
+MOST_IN_BATCH, LEAST_IN_BATCH = 64, 4
+#: Weights that go through the device together; the small problems of so many are solved by the host while the device works on the next.
+PIECE = 32
 
 
 def batch_size(out_features: int, in_features: int, count: int) -> int:
@@ -48,53 +50,67 @@ def filter_batch(weights: Sequence[Tensor], rank: int, size: int, *, side: Side 
     width = block_width(k, rank)
     if width is None:
         return [f"filter: rank {rank} leaves no room for an iteration in {k} dimensions"] * len(weights)
-    stacked = torch.stack([*weights, *[weights[0]] * (size - len(weights))])
-    tall = out_features > in_features
-    matrix = (stacked.mT if tall else stacked).to(torch.float64)  # (size, k, n)
+    piece = min(PIECE, size)
+    parts = [weights[first : first + piece] for first in range(0, len(weights), piece)]
+    # While the host solves the small problems of one piece the device works on the next.
+    begun = [_begin(torch.stack([*part, *[part[0]] * (piece - len(part))]), rank, width) for part in parts]
+    bases: list[Basis | str] = []
+    for part, work in zip(parts, begun, strict=True):
+        bases += (_end(work, rank, side) if isinstance(work, _Begun) else [work] * piece)[: len(part)]
+    return bases
+
+
+@dataclass
+class _Begun:
+    """A piece of a batch whose subspaces are found and whose small eigenproblems are with the host.
+
+    ``matrix`` (piece, k, n) and ``gram`` (piece, k, k); ``image`` = Mᵀ X (piece, n, b); ``largest`` λ_max of each; ``ordinary`` says which
+    weights are not a stand-in.
+    """
+
+    matrix: Tensor
+    gram: Tensor
+    lower: Lower
+    image: Tensor
+    mixing: _Mixing
+    largest: list[float]
+    ordinary: list[bool]
+    tall: bool
+
+
+def _begin(stacked: Tensor, rank: int, width: int) -> _Begun | str:
+    """Everything before the small eigenproblems of ``stacked`` weights (piece, out, in), and those under way."""
+    tall = stacked.shape[-2] > stacked.shape[-1]
+    matrix = (stacked.mT if tall else stacked).to(torch.float64)  # (piece, k, n)
+    k, n = matrix.shape[-2:]
     ends = torch.stack([matrix.amin((-2, -1)), matrix.amax((-2, -1))]).abs().amax(0)
     ordinary = [1e-60 < largest < 1e60 for largest in ends.tolist()]  # NaN compares false
     if not all(ordinary):
         # In a place of its own each: an exotic weight must not spoil, nor be, a neighbour.
-        unit = torch.eye(k, matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+        unit = torch.eye(k, n, dtype=torch.float64, device=matrix.device)
         keep = torch.tensor(ordinary).to(matrix.device)[:, None, None]
         matrix = torch.where(keep, matrix, unit)
-    try:
-        found = _solve(matrix, rank, width)
-    except LinAlgError as error:
-        return [f"filter: {error}"] * len(weights)
-    if isinstance(found, str):
-        return [found] * len(weights)
-    short, long, sigma, certificates = found
-    left, right = (long, short) if tall else (short, long)
-    bases: list[Basis | str] = []
-    for index in range(len(weights)):
-        certificate = certificates[index]
-        if not ordinary[index]:
-            bases.append("filter: an exotic weight in a batch")
-        elif isinstance(certificate, str):
-            bases.append(certificate)
-        else:
-            bases.append(Basis(triplets(left[index], right[index], sigma[index], side), certificate))
-    return bases
-
-
-def _solve(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor, Tensor, list[Certificate | str]] | str:
-    """Short vectors (size, k, R), long ones (size, n, R), σ (size, R) and a certificate or a failure for each ``matrix`` (size, k, n)."""
-    _, k, n = matrix.shape
     gram = matrix @ matrix.mT
     top = upper_end(gram)
     if isinstance(top, Failure):
         return f"filter: {top.reason}"
-    largest = top[1]
-    start = start_block(k, width, matrix.device)
-    lower = lower_end(gram, start, rank, largest, least=32 * rounding(n))
-
+    lower = lower_end(gram, start_block(k, width, matrix.device), rank, top[1], least=32 * rounding(n))
     # Rayleigh–Ritz: the small eigenproblems go to the host's processors, where they run side by side; on the device one waits for another.
-    size = rank + buffer_size(k, rank)
     image = matrix.mT @ lower.columns
-    mixing = _small_eigenvectors(image.mT @ image, size)
+    mixing = _Mixing(image.mT @ image, rank + buffer_size(k, rank))
+    return _Begun(matrix, gram, lower, image, mixing, top[1], ordinary, tall)
+
+
+def _end(begun: _Begun, rank: int, side: Side) -> list[Basis | str]:
+    """The rest: triplets, one Newton step, gates, certificates."""
+    matrix, gram, lower, largest = begun.matrix, begun.gram, begun.lower, begun.largest
+    k, n = matrix.shape[-2:]
+    try:
+        mixing = begun.mixing.result()
+    except LinAlgError as error:
+        return [f"filter: {error}"] * len(largest)
     short = lower.columns @ mixing
-    long, upper = orthonormal_factors(image @ mixing)
+    long, upper = orthonormal_factors(begun.image @ mixing)
     coupling = upper.triu(1).abs().amax((-2, -1))
     sigma = upper.diagonal(dim1=-2, dim2=-1)
     following, sigma = sigma[:, rank : rank + 1], sigma[:, :rank]
@@ -124,10 +140,20 @@ def _solve(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor, Tenso
     pivots = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
     ends = [departure(block), coupling, pivots, info.to(torch.float64)]
     figures = torch.cat([columns, gaps, allowed, sigma, *(end.unsqueeze(-1) for end in ends), following], dim=-1).tolist()
-    certificates = [
-        _certificate(row, rank, k, n, value**0.5, matrix.device) for row, value in zip(figures, largest, strict=True)
-    ]
-    return block.short, block.long, sigma, certificates
+
+    left, right = (block.long, block.short) if begun.tall else (block.short, block.long)
+    found = triplets(left, right, sigma, side)
+    bases: list[Basis | str] = []
+    for index, (row, value) in enumerate(zip(figures, largest, strict=True)):
+        certificate = _certificate(row, rank, k, n, value**0.5, matrix.device)
+        if not begun.ordinary[index]:
+            bases.append("filter: an exotic weight in a batch")
+        elif isinstance(certificate, str):
+            bases.append(certificate)
+        else:
+            own = Triplets(found.left[index], None if found.right is None else found.right[index], found.sigma[index])
+            bases.append(Basis(own, certificate))
+    return bases
 
 
 def _certificate(row: list[float], rank: int, k: int, n: int, scale: float, device: torch.device) -> Certificate | str:
@@ -159,22 +185,39 @@ def _certificate(row: list[float], rank: int, k: int, n: int, scale: float, devi
     )
 
 
-def _small_eigenvectors(matrices: Tensor, size: int) -> Tensor:
-    """The first ``size`` eigenvectors of each symmetric matrix (count, b, b), ascending, by LAPACK on the host, one thread each."""
-    pinned = matrices.device.type == "cuda"
-    count, b, _ = matrices.shape
-    here = torch.empty(matrices.shape, dtype=matrices.dtype, pin_memory=pinned).copy_(matrices)
-    vectors = torch.empty(count, b, size, dtype=matrices.dtype, pin_memory=pinned)
+class _Mixing:
+    """The first ``size`` eigenvectors of symmetric matrices (count, b, b), ascending, by LAPACK on the host, one thread each.
 
-    def one(index: int) -> None:
-        matrix = here[index]
-        if not bool(torch.isfinite(matrix.sum())):  # LAPACK can hang on NaN; the weight's own fail its gates
-            matrix = torch.eye(b, dtype=matrices.dtype)
-        with pinned_threads(1):
-            vectors[index].copy_(torch.linalg.eigh(matrix).eigenvectors[:, :size])
+    Under way once it is made; :meth:`result` waits.
+    """
 
-    list(_host().map(one, range(count)))
-    return vectors.to(matrices.device)
+    def __init__(self, matrices: Tensor, size: int) -> None:
+        self._device = matrices.device
+        pinned = self._device.type == "cuda"
+        count, b, _ = matrices.shape
+        self._vectors = torch.empty(count, b, size, dtype=matrices.dtype, pin_memory=pinned)
+        here = torch.empty(matrices.shape, dtype=matrices.dtype, pin_memory=pinned)
+        here.copy_(matrices, non_blocking=pinned)
+        fetched = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        if fetched is not None:
+            fetched.record()
+
+        def one(index: int) -> None:
+            if fetched is not None:
+                fetched.synchronize()
+            matrix = here[index]
+            if not bool(torch.isfinite(matrix.sum())):  # LAPACK can hang on NaN; the weight's own fail its gates
+                matrix = torch.eye(b, dtype=matrices.dtype)
+            with pinned_threads(1):
+                self._vectors[index].copy_(torch.linalg.eigh(matrix).eigenvectors[:, :size])
+
+        self._under_way = [_host().submit(one, index) for index in range(count)]
+
+    def result(self) -> Tensor:
+        """(count, b, size) on the device they came from. Raises what LAPACK raised."""
+        for task in self._under_way:
+            task.result()
+        return self._vectors.to(self._device)
 
 
 @cache

@@ -20,8 +20,9 @@ from svdbank.solver.inverse import inverse_lower
 #: direction: beyond 1e7 Cholesky QR would lose the others in it. Later the columns are nearly eigenvectors; what is then
 #: lost is rounding, ε times this, in the columns that are wanted least.
 FIRST_SPREAD, SPREAD = 1e6, 1e9
-#: How much smaller the unwanted part of the subspace is to become (seen: what is asked is missed by a factor of 10 at most).
-GAIN = 1e15
+#: How much smaller the unwanted part of the subspace is to become (seen: what is asked is missed by a factor of 100 at most, where the
+#: spectrum is crowded, and 1e15 left residuals of 6e-13).
+GAIN = 1e17
 #: Relative width of the block's quotients from which it counts as one cluster: a filter would need thousands of products to tell its
 #: vectors apart. One of this degree, damping what is smaller than half of it, takes out what does not belong; the gates decide.
 CLUSTER, CLUSTER_DEGREE = 1e-4, 20
@@ -39,19 +40,20 @@ class Subspace:
     products: int
 
 
-def orthonormal(columns: Tensor, *, passes: int = 2) -> Tensor:
+def orthonormal(columns: Tensor, *, passes: int = 2, lifted: bool = True) -> Tensor:
     """Orthonormal columns with the span of ``columns`` (…, k, b), in their order; no host is waited for.
 
     Cholesky QR, shifted so that no factor fails (Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR*, SIAM J. Sci.
     Comput. 42, 2020), after scaling the columns: two passes for a condition up to 1e7. One pass leaves of a condition κ some ε κ², which
-    does between filters, where only the span counts. Signs are kept.
+    does between filters, where only the span counts. Without ``lifted`` columns that one pass has made nearly orthogonal become so, of
+    length one to the last bit. Signs are kept.
     """
     count = columns.shape[-1]
     found = columns / torch.linalg.vector_norm(columns, dim=-2, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
     lift = 8 * count * torch.finfo(columns.dtype).eps
     for number in range(passes):
         cosines = found.mT @ found
-        if number == 0:  # later ones meet columns that are orthogonal already: a shift would only scale them
+        if lifted and number == 0:  # later ones meet columns that are orthogonal already: a shift would only scale them
             cosines.diagonal(dim1=-2, dim2=-1).add_(lift)
         found = _divided(found, torch.linalg.cholesky_ex(cosines).L)
     result: Tensor = found
@@ -151,7 +153,7 @@ def iterate(operator: Operator, columns: Tensor, wanted: int, *, gain: float = G
         if all(rest <= 0 for rest in left):
             break
         spread = SPREAD
-    return Subspace(orthonormal(columns, passes=1), products)
+    return Subspace(orthonormal(columns, passes=1, lifted=False), products)
 
 
 def filter_for(values: list[float], wanted: int, left: float, spread: float) -> tuple[float, int, float]:

@@ -10,8 +10,8 @@ from svdbank.specs import Side
 
 
 def triplets(left: Tensor, right: Tensor, sigma: Tensor, side: Side) -> Triplets:
-    """Columns ``left`` (out, R) and ``right`` (in, R) with σ (R,) as contiguous rows, signs canonical."""
-    sign = canonical_signs(left)
+    """Columns ``left`` (…, out, R) and ``right`` (…, in, R) with σ (…, R) as contiguous rows, signs canonical."""
+    sign = canonical_signs(left).unsqueeze(-2)
     return Triplets(
         left=(left * sign).mT.contiguous(),
         right=(right * sign).mT.contiguous() if side == "both" else None,
@@ -20,10 +20,11 @@ def triplets(left: Tensor, right: Tensor, sigma: Tensor, side: Side) -> Triplets
 
 
 def canonical_signs(left: Tensor) -> Tensor:
-    """±1 for each column of ``left`` (out, R): what makes its entry of largest magnitude positive, the first one on a tie."""
+    """±1 for each column of ``left`` (…, out, R): what makes its entry of largest magnitude positive, the first one on a tie."""
     magnitude = left.abs()
     # argmax does not promise the first of equal entries; the smallest index that attains the maximum does.
-    index = torch.arange(left.shape[0], device=left.device).unsqueeze(1)
-    first = torch.where(magnitude == magnitude.amax(0), index, left.shape[0]).amin(0)
-    entry = left.gather(0, first.unsqueeze(0)).squeeze(0)
+    count = left.shape[-2]
+    index = torch.arange(count, device=left.device).unsqueeze(1)
+    first = torch.where(magnitude == magnitude.amax(-2, keepdim=True), index, count).amin(-2, keepdim=True)
+    entry = left.gather(-2, first).squeeze(-2)
     return torch.where(entry < 0, -1.0, 1.0).to(left.dtype)
