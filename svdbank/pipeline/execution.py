@@ -109,6 +109,7 @@ class Execution:
         self._counting = threading.Lock()
         #: Who may use the device now; on a CPU the threads that solve are as many as may.
         self._slots: AbstractContextManager[Any] = contextlib.nullcontext()
+        self._device_threads: ThreadPoolExecutor | None = None
 
     def fetch_report(self) -> FetchReport:
         """How the bytes of the weights came, so far."""
@@ -258,8 +259,9 @@ class Execution:
                 if on_gpu:
                     in_flight = self._in_flight(todo)
                     self._slots = threading.BoundedSemaphore(in_flight)
-                    # What is solved is written while others are: by threads that have left the device to the next.
-                    with pinned_threads(1):
+                    # What is solved is written while others are. Few threads use the device, since each brings the libraries'
+                    # handles and workspaces with it: one more than solve, which uploads meanwhile.
+                    with ThreadPoolExecutor(in_flight + 1, "svdbank-device") as self._device_threads, pinned_threads(1):
                         yield from self._solve_group(todo, reader, writer, at_once=in_flight + WRITERS)
                     return
                 # One thread count at a time: two solves with different counts would fight over the processors.
@@ -369,9 +371,17 @@ class Execution:
                     basis = self._solve(weight, matrix, batch, options.side)
                 yield weight, basis, matrix, sha256
             return
-        parts = [loaded[first : first + batch.size] for first in range(0, len(loaded), batch.size)]
+        assert self._device_threads is not None
+        found = self._device_threads.submit(self._solved_there, batch, list(loaded), options).result()
+        for basis in found:
+            weight, matrix, sha256 = loaded.pop(0)
+            yield weight, basis, matrix, sha256
+
+    def _solved_there(self, batch: _Batch, loaded: Loaded, options: BuildOptions) -> list[Basis]:
+        """Bases of a batch from the GPU, in the calling thread."""
         found = list[Basis]()
-        for number, part in enumerate(parts):
+        for first in range(0, len(loaded), batch.size):
+            part = loaded[first : first + batch.size]
             with self._spending("upload"):  # before its turn: the device solves others meanwhile
                 matrices = on_own_stream(self.device, partial(self._upload, part))
             with self._spending("wait for a turn on the device"):
@@ -382,10 +392,7 @@ class Execution:
             finally:
                 self._slots.__exit__(None, None, None)
             del matrices
-            parts[number] = []
-        for basis in found:
-            weight, matrix, sha256 = loaded.pop(0)
-            yield weight, basis, matrix, sha256
+        return found
 
     def _upload(self, part: Loaded) -> list[Tensor]:
         return [uploaded(matrix, self.device) for _, matrix, _ in part]

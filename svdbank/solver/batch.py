@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 _own = threading.local()
 
-#: Solves that share a GPU at a time, each on a stream of its own: more gain nothing (68, 52, 47 ms a weight with one, two, three).
-IN_FLIGHT = 3
+#: Batches that share a GPU at a time, each on a stream of its own; a third one only waits for the interpreter (measured).
+IN_FLIGHT = 2
 
 
 def minor_bases(
