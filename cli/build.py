@@ -54,8 +54,9 @@ def _text(report: Any) -> str:
         what = f"reused {report.reused} of {report.weights} weights: nothing to do"
     else:
         what = f"decomposed {report.solved} weights"
+    where = f" on {report.device}" if report.solved and report.device != "cpu" else ""
     lines = [
-        f"{what} in {duration(report.seconds)}",
+        f"{what} in {duration(report.seconds)}{where}",
         f"largest residual ‖Wv − σu‖/‖W‖  {report.largest_residual:.1e}",
         f"{size(report.nbytes)} in {report.bank}",
     ]

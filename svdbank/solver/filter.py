@@ -71,6 +71,9 @@ def solve_filter(weight: Weight, rank: int, principal: int) -> Candidate | Failu
     lower = lower_end(gram, start, rank, [largest], least=32 * weight.rounding, dtype=dtype)
     if not lower.definite:
         return Failure("the Gram matrix is not positive definite at working precision")
+    # NaN goes into no further routine: a factor that failed on the way has left it in every column.
+    if not bool(torch.isfinite(lower.columns.sum())):
+        return Failure("the filtered iteration left the range of float64")
     size = rank + buffer_size(k, rank)
     below = lower.columns if dtype == torch.float64 else corrected(gram, lower, rank, largest)
     wide = project(weight, below, size, largest**0.5)

@@ -14,7 +14,7 @@ SOLVER = {
     "svdbank.solver.filter:_inverse": "whether the factor exists decides the shift: one answer an inverse",
     "svdbank.solver.filter:upper_end": "the filter's bounds",
     "svdbank.solver.filter:project": "eigh reports whether it converged; the Ritz values decide what is done next",
-    "svdbank.solver.filter:solve_filter": "ends of the spectrum for the certificate",
+    "svdbank.solver.filter:solve_filter": "whether the subspace is finite; ends of the spectrum for the certificate",
     "svdbank.solver.subspace:quotients": "Rayleigh quotients of a cycle, which decide the next one",
     "svdbank.solver.batched:_begin": "one copy a batch: which weights are not finite, or zero",
     "svdbank.solver.batched:_end": "one copy a batch: every figure of the gates",
