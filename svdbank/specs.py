@@ -6,10 +6,11 @@ error before anything is used.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -319,9 +320,21 @@ def to_json(value: object, *, indent: int = 0) -> bytes:
     return (msgspec.json.format(data, indent=indent) if indent else data) + b"\n"
 
 
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+_making = threading.Lock()
+
+
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    """The strict decoder of a type, made once: msgspec works a type out at its first use, and two threads that do so at once crash."""
+    with _making:
+        if kind not in _decoders:
+            _decoders[kind] = msgspec.json.Decoder(kind, strict=True)
+        return _decoders[kind]
+
+
 def from_json(data: bytes, kind: type[T], *, where: str, error: type[SvdbankError]) -> T:
     """Decode strictly into ``kind``; ``error`` names the place and the field that does not fit."""
     try:
-        return msgspec.json.decode(data, type=kind, strict=True)
+        return _decoder(kind).decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as cause:
         raise error(f"{where}: not a valid {getattr(kind, '__name__', 'document')}: {cause}") from cause
