@@ -64,7 +64,7 @@ def env(*, check: bool = False) -> Environment:
         "datasets",
         "bitsandbytes",
     )
-    devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+    devices = ["cpu", *(f"cuda:{i} {_name(i)}" for i in range(torch.cuda.device_count()))]
     shown = (
         "SVDBANK_HOME",
         "SVDBANK_THREADS",
@@ -92,6 +92,15 @@ def env(*, check: bool = False) -> Environment:
         if check
         else (),
     )
+
+
+def _name(index: int) -> str:
+    import torch
+
+    try:
+        return torch.cuda.get_device_name(index)
+    except Exception as error:  # a card that fails is what this page is read for
+        return f"(no name: {type(error).__name__})"
 
 
 def _tried(name: str) -> DeviceReport:

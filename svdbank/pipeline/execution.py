@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -36,7 +35,7 @@ from svdbank.pipeline.reading import Loaded, Reader
 from svdbank.pipeline.transfer import brought_home, uploaded
 from svdbank.probe import probe_indices
 from svdbank.solver import batch_bases, batch_peak_bytes, minor_basis, on_own_stream, peak_bytes, pinned_threads
-from svdbank.solver.devices import Kind, kind_of
+from svdbank.solver.devices import Kind, give_back_device, kind_of
 from svdbank.specs import BaseSpec, BuildOptions, FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
 
 #: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
@@ -107,8 +106,10 @@ class Execution:
         self.kind = kind_of(device)
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._counting = threading.Lock()
-        #: Who may use the device now; on a CPU the threads that solve are as many as may.
-        self._slots: AbstractContextManager[Any] = contextlib.nullcontext()
+        #: Turns on a GPU: who has one solves there.
+        self._turns = 1
+        self._slots = threading.Semaphore(1)
+        self._taking_all = threading.Lock()
         self._device_threads: ThreadPoolExecutor | None = None
 
     def fetch_report(self) -> FetchReport:
@@ -258,7 +259,7 @@ class Execution:
                 reader.start(read)
                 if on_gpu:
                     in_flight = self._in_flight(todo)
-                    self._slots = threading.BoundedSemaphore(in_flight)
+                    self._turns, self._slots = in_flight, threading.Semaphore(in_flight)
                     # What is solved is written while others are. Few threads use the device, since each brings the libraries'
                     # handles and workspaces with it: one more than solve, which uploads meanwhile.
                     with ThreadPoolExecutor(in_flight + 1, "svdbank-device") as self._device_threads, pinned_threads(1):
@@ -368,7 +369,7 @@ class Execution:
             while loaded:
                 weight, matrix, sha256 = loaded.pop(0)
                 with self._spending("solve"):
-                    basis = self._solve(weight, matrix, batch, options.side)
+                    basis = self._solve(weight, matrix, batch, options.side, self.device)
                 yield weight, basis, matrix, sha256
             return
         assert self._device_threads is not None
@@ -381,18 +382,50 @@ class Execution:
         """Bases of a batch from the GPU, in the calling thread."""
         found = list[Basis]()
         for first in range(0, len(loaded), batch.size):
-            part = loaded[first : first + batch.size]
+            found += self._solved_part(loaded[first : first + batch.size], batch, options)
+        return found
+
+    def _solved_part(self, part: Loaded, batch: _Batch, options: BuildOptions) -> list[Basis]:
+        """Bases of one batch or weight. Where uploading or fetching finds no memory: again with the device to itself, then on the CPU."""
+        try:
             with self._spending("upload"):  # before its turn: the device solves others meanwhile
                 matrices = on_own_stream(self.device, partial(self._upload, part))
             with self._spending("wait for a turn on the device"):
-                self._slots.__enter__()
+                self._slots.acquire()
             try:
                 with self._spending("solve and download"):
-                    found += on_own_stream(self.device, partial(self._solve_on_device, part, matrices, batch, options))
+                    return on_own_stream(self.device, partial(self._solve_on_device, part, matrices, batch, options))
             finally:
-                self._slots.__exit__(None, None, None)
-            del matrices
-        return found
+                self._slots.release()
+        except torch.OutOfMemoryError:
+            matrices = []
+        with self._whole_device():
+            try:
+                with self._spending("solve and download"):
+                    matrices = on_own_stream(self.device, partial(self._upload, part))
+                    return on_own_stream(self.device, partial(self._solve_on_device, part, matrices, batch, options))
+            except torch.OutOfMemoryError:
+                matrices = []
+        before = (f"{batch.path}: out of memory on {self.device} for the weight itself",)
+        with self._spending("solve on the CPU"):
+            here = torch.device("cpu")
+            return [
+                brought_home(self._solve(weight, matrix, batch, options.side, here, before), STORED_TORCH[options.dtype])
+                for weight, matrix, _ in part
+            ]
+
+    @contextlib.contextmanager
+    def _whole_device(self) -> Iterator[None]:
+        """Every turn on the device at once, by one thread at a time, with what torch keeps of its memory given back."""
+        with self._taking_all:
+            for _ in range(self._turns):
+                self._slots.acquire()
+            try:
+                give_back_device(self.device)
+                yield
+            finally:
+                for _ in range(self._turns):
+                    self._slots.release()
 
     def _upload(self, part: Loaded) -> list[Tensor]:
         return [uploaded(matrix, self.device) for _, matrix, _ in part]
@@ -404,15 +437,25 @@ class Execution:
             solved = batch_bases(matrices, batch.works[0].family.rank, batch.size, side=options.side)
         bases = []
         for (weight, _, _), matrix, basis in zip(part, matrices, solved, strict=True):
-            one = self._solve(weight, matrix, batch, options.side) if isinstance(basis, str) else basis
-            bases.append(brought_home(one, STORED_TORCH[options.dtype]))
+            if isinstance(basis, str):
+                before = (f"batch: {basis}",) if batch.size > 1 else ()
+                basis = self._solve(weight, matrix, batch, options.side, self.device, before)
+            bases.append(brought_home(basis, STORED_TORCH[options.dtype]))
         return bases
 
-    def _solve(self, weight: WeightSpec, matrix: Tensor, batch: _Batch, side: Side) -> Basis:
+    def _solve(
+        self,
+        weight: WeightSpec,
+        matrix: Tensor,
+        batch: _Batch,
+        side: Side,
+        device: torch.device,
+        before: tuple[str, ...] = (),
+    ) -> Basis:
         family = batch.works[0].family
         try:
             return minor_basis(
-                matrix, family.rank, side=side, solver=batch.path, principal=family.principal, device=self.device
+                matrix, family.rank, side=side, solver=batch.path, principal=family.principal, device=device, before=before
             )
         except NotFiniteError as cause:
             raise NotFiniteError(

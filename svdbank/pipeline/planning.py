@@ -312,14 +312,22 @@ def device_path(family: FamilySpec, kind: str, solver: str) -> DevicePath:
 
     where = cast(Kind, kind)
     shape = family.out_features, family.in_features
-    batch = 1 if family.principal else batch_size(*shape, len(family.weights))
-    path = choose_path(*shape, family.rank, where, batch) if solver == "auto" else solver
+    batch = 1 if family.principal else batch_size(*shape, len(family.weights), where)
+    path = choose_path(*shape, family.rank, where, batch, family.principal) if solver == "auto" else solver
     return DevicePath(path=path, batch=batch if path == "filter" else 1)
 
 
 def planned_path(plan: Plan, family: FamilySpec, kind: str) -> DevicePath:
     """What the plan says of a family on a kind of GPU; what it would say, where it was made before it said so."""
-    return plan.devices.get(kind, {}).get(family.name) or device_path(family, kind, plan.options.solver)
+    from svdbank.solver import PATHS
+
+    how = plan.devices.get(kind, {}).get(family.name) or device_path(family, kind, plan.options.solver)
+    if how.path not in PATHS or not 1 <= how.batch <= _MOST_JOBS or (how.batch > 1 and how.path != "filter"):
+        raise BankError(
+            f"the plan of this unfinished build solves {family.name} on {kind} by {how.path!r}, {how.batch} at once, which cannot be meant",
+            hint="the file is damaged: delete this bank, or choose another place with -o",
+        )
+    return how
 
 
 def exchanged_pairs(weights: Sequence[WeightSpec], known: Sequence[WeightSpec] = ()) -> tuple[Alias, ...]:

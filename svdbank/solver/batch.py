@@ -15,7 +15,7 @@ from svdbank.errors import OptionError
 from svdbank.solver.batched import batch_size, filter_batch
 from svdbank.solver.devices import Kind, give_back_device, kind_of, start, turns
 from svdbank.solver.planning import choose_path
-from svdbank.solver.solve import minor_basis
+from svdbank.solver.solve import check_request, minor_basis
 from svdbank.solver.threads import pinned_threads
 from svdbank.specs import Side
 
@@ -50,11 +50,15 @@ def minor_bases(
     if len(ranks) != len(weights):
         raise OptionError(f"{len(ranks)} ranks were given for {len(weights)} weights")
 
-    def single(index: int, path: str = solver) -> Basis:
-        return minor_basis(weights[index], ranks[index], side=side, solver=path, principal=principal, device=device)
+    def single(index: int, path: str = solver, before: tuple[str, ...] = ()) -> Basis:
+        return minor_basis(
+            weights[index], ranks[index], side=side, solver=path, principal=principal, device=device, before=before
+        )
 
     if not weights:
         return []
+    for weight, own in zip(weights, ranks, strict=True):
+        check_request(weight, own, side, principal)
     target = torch.device(device) if device is not None else weights[0].device
     found: list[Basis | None] = [None] * len(weights)
 
@@ -65,7 +69,7 @@ def minor_bases(
         chosen = [weights[index] for index in group]
         bases = batch_bases(chosen, ranks[group[0]], sizes[group], side=side, device=target)
         for index, basis in zip(group, bases, strict=True):
-            found[index] = single(index, "filter") if isinstance(basis, str) else basis
+            found[index] = single(index, "filter", (f"batch: {basis}",)) if isinstance(basis, str) else basis
 
     sizes: dict[tuple[int, ...], int] = {(index,): 1 for index in range(len(weights))}
     if kind_of(target) != "cpu" and solver in ("auto", "filter") and not principal:
@@ -110,12 +114,12 @@ def batch_bases(
 
 def _groups(weights: Sequence[Tensor], ranks: Sequence[int], kind: Kind) -> dict[tuple[int, ...], int]:
     """Indices of equal weights that a GPU solves together, with the size of the batch that they make, full or not."""
-    alike: dict[tuple[int, ...], list[int]] = {}
+    alike: dict[tuple[int, int, int, torch.dtype, torch.device], list[int]] = {}
     for index, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
-        alike.setdefault((*weight.shape, rank), []).append(index)
+        alike.setdefault((*weight.shape, rank, weight.dtype, weight.device), []).append(index)
     groups: dict[tuple[int, ...], int] = {}
-    for (out_features, in_features, rank), members in alike.items():
-        size = batch_size(out_features, in_features, len(members))
+    for (out_features, in_features, rank, dtype, _), members in alike.items():
+        size = batch_size(out_features, in_features, len(members), kind) if dtype.itemsize > 1 else 1
         if choose_path(out_features, in_features, rank, kind, size) != "filter":
             size = 1
         groups |= {tuple(members[first : first + size]): size for first in range(0, len(members), size)}

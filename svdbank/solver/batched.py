@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svdbank.basis import EPSILON, Basis, Certificate, Triplets
 from svdbank.solver.contract import Block, Failure, LinAlgError
+from svdbank.solver.devices import Kind
 from svdbank.solver.filter import COUPLED, Lower, block_width, lower_end, start_block, upper_end
 from svdbank.solver.gates import allowances, departure, shown, verdict
 from svdbank.solver.ritz import buffer_size
@@ -33,8 +34,13 @@ MOST_IN_BATCH, LEAST_IN_BATCH = 64, 4
 PIECE = 32
 
 
-def batch_size(out_features: int, in_features: int, count: int) -> int:
-    """How many of ``count`` weights (out, in) are solved at once on a GPU: a static rule, 1 where no batch pays."""
+def batch_size(out_features: int, in_features: int, count: int, kind: Kind = "cuda") -> int:
+    """How many of ``count`` weights (out, in) are solved at once on a ``kind`` of GPU: a static rule, 1 where no batch pays.
+
+    Batches work in float64 throughout: not on a card that has little of it.
+    """
+    if kind != "cuda":
+        return 1
     size = min(MOST_IN_BATCH, count, max(1, BATCH_ENTRIES // (out_features * in_features)))
     return size if size >= LEAST_IN_BATCH else 1
 
@@ -56,7 +62,7 @@ def filter_batch(weights: Sequence[Tensor], rank: int, size: int, *, side: Side 
     begun = [_begin(torch.stack([*part, *[part[0]] * (piece - len(part))]), rank, width) for part in parts]
     bases: list[Basis | str] = []
     for part, work in zip(parts, begun, strict=True):
-        bases += (_end(work, rank, side) if isinstance(work, _Begun) else [work] * piece)[: len(part)]
+        bases += _end(work, rank, side)[: len(part)]
     return bases
 
 
@@ -78,7 +84,7 @@ class _Begun:
     tall: bool
 
 
-def _begin(stacked: Tensor, rank: int, width: int) -> _Begun | str:
+def _begin(stacked: Tensor, rank: int, width: int) -> _Begun:
     """Everything before the small eigenproblems of ``stacked`` weights (piece, out, in), and those under way."""
     tall = stacked.shape[-2] > stacked.shape[-1]
     matrix = (stacked.mT if tall else stacked).to(torch.float64)  # (piece, k, n)
@@ -88,12 +94,11 @@ def _begin(stacked: Tensor, rank: int, width: int) -> _Begun | str:
     if not all(ordinary):
         # In a place of its own each: an exotic weight must not spoil, nor be, a neighbour.
         unit = torch.eye(k, n, dtype=torch.float64, device=matrix.device)
-        keep = torch.tensor(ordinary).to(matrix.device)[:, None, None]
+        keep = torch.tensor(ordinary, device="cpu").to(matrix.device)[:, None, None]
         matrix = torch.where(keep, matrix, unit)
     gram = matrix @ matrix.mT
     top = upper_end(gram)
-    if isinstance(top, Failure):
-        return f"filter: {top.reason}"
+    assert not isinstance(top, Failure)  # which only principal triplets can be
     lower = lower_end(gram, start_block(k, width, matrix.device), rank, top[1], least=32 * rounding(n))
     # Rayleigh–Ritz: the small eigenproblems go to the host's processors, where they run side by side; on the device one waits for another.
     image = matrix.mT @ lower.columns
@@ -105,11 +110,7 @@ def _end(begun: _Begun, rank: int, side: Side) -> list[Basis | str]:
     """The rest: triplets, one Newton step, gates, certificates."""
     matrix, gram, lower, largest = begun.matrix, begun.gram, begun.lower, begun.largest
     k, n = matrix.shape[-2:]
-    try:
-        mixing = begun.mixing.result()
-    except LinAlgError as error:
-        return [f"filter: {error}"] * len(largest)
-    short = lower.columns @ mixing
+    short = lower.columns @ (mixing := begun.mixing.result())
     long, upper = orthonormal_factors(begun.image @ mixing)
     coupling = upper.triu(1).abs().amax((-2, -1))
     sigma = upper.diagonal(dim1=-2, dim2=-1)
@@ -145,20 +146,22 @@ def _end(begun: _Begun, rank: int, side: Side) -> list[Basis | str]:
     found = triplets(left, right, sigma, side)
     bases: list[Basis | str] = []
     for index, (row, value) in enumerate(zip(figures, largest, strict=True)):
-        certificate = _certificate(row, rank, k, n, value**0.5, matrix.device)
+        certificate = _certificate(row, rank, k, n, max(value, 0.0) ** 0.5, matrix.device)
         if not begun.ordinary[index]:
             bases.append("filter: an exotic weight in a batch")
         elif isinstance(certificate, str):
             bases.append(certificate)
         else:
-            own = Triplets(found.left[index], None if found.right is None else found.right[index], found.sigma[index])
-            bases.append(Basis(own, certificate))
+            right_rows = None if found.right is None else found.right[index].clone()  # not a view that keeps its neighbours
+            bases.append(Basis(Triplets(found.left[index].clone(), right_rows, found.sigma[index].clone()), certificate))
     return bases
 
 
 def _certificate(row: list[float], rank: int, k: int, n: int, scale: float, device: torch.device) -> Certificate | str:
     columns, gaps, allowed, sigma = (row[i * rank : (i + 1) * rank] for i in range(4))
     orthogonality, coupling, pivots, info, following = row[4 * rank :]
+    if not scale > 0:
+        return "filter: the largest eigenvalue of the Gram matrix was not found"
     if not coupling <= COUPLED * EPSILON * scale:
         return f"filter: the projected weight is still coupled by {coupling / scale:.1e} of σ_max"
     slack = 4 * rounding(n) * scale**2
@@ -195,26 +198,29 @@ class _Mixing:
         self._device = matrices.device
         pinned = self._device.type == "cuda"
         count, b, _ = matrices.shape
-        self._vectors = torch.empty(count, b, size, dtype=matrices.dtype, pin_memory=pinned)
-        here = torch.empty(matrices.shape, dtype=matrices.dtype, pin_memory=pinned)
+        self._vectors = torch.empty(count, b, size, dtype=matrices.dtype, device="cpu", pin_memory=pinned)
+        here = torch.empty(matrices.shape, dtype=matrices.dtype, device="cpu", pin_memory=pinned)
         here.copy_(matrices, non_blocking=pinned)
         fetched = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         if fetched is not None:
-            fetched.record()
+            fetched.record(torch.cuda.current_stream(self._device))  # of that device, which need not be the current one
 
         def one(index: int) -> None:
             if fetched is not None:
                 fetched.synchronize()
             matrix = here[index]
-            if not bool(torch.isfinite(matrix.sum())):  # LAPACK can hang on NaN; the weight's own fail its gates
-                matrix = torch.eye(b, dtype=matrices.dtype)
-            with pinned_threads(1):
-                self._vectors[index].copy_(torch.linalg.eigh(matrix).eigenvectors[:, :size])
+            try:
+                if not bool(torch.isfinite(matrix.sum())):  # LAPACK can hang on NaN
+                    raise LinAlgError
+                with pinned_threads(1):
+                    self._vectors[index].copy_(torch.linalg.eigh(matrix).eigenvectors[:, :size])
+            except LinAlgError:
+                self._vectors[index].fill_(torch.nan)  # its own gates refuse it; its neighbours know nothing of it
 
         self._under_way = [_host().submit(one, index) for index in range(count)]
 
     def result(self) -> Tensor:
-        """(count, b, size) on the device they came from. Raises what LAPACK raised."""
+        """(count, b, size) on the device they came from; NaN where LAPACK found none."""
         for task in self._under_way:
             task.result()
         return self._vectors.to(self._device)

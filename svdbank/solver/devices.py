@@ -23,12 +23,14 @@ _lock = threading.Lock()
 _started: set[torch.device] = set()
 
 
-@cache
 def kind_of(device: torch.device) -> Kind:
     """The kind of a device, by its type and compute capability."""
-    if device.type != "cuda":
-        return "cpu"
-    if torch.version.hip is not None:  # Instinct cards, the only ones that ROCm supports for this, run float64 at full rate
+    return "cpu" if device.type != "cuda" else _kind_of(with_index(device))
+
+
+@cache
+def _kind_of(device: torch.device) -> Kind:
+    if torch.version.hip is not None:  # AMD's Instinct cards run float64 at full rate; its Radeon cards are not told apart
         return "cuda"
     return "cuda" if torch.cuda.get_device_capability(device) in FULL_FLOAT64 else "cuda-low-float64"
 
@@ -97,8 +99,14 @@ class Turns:
             self._running -= 1
             self._waiting += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._alone and self._running == 0)
-            self._waiting -= 1
+            try:
+                self._changed.wait_for(lambda: not self._alone and self._running == 0)
+            except BaseException:  # an interrupt: it takes part again, until its own block ends
+                self._running += 1
+                raise
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
             self._alone = True
 
 

@@ -37,6 +37,8 @@ WIDE, SHIFT = 30.0, 0.75
 #: Columns and products for λ_max, then one filter: its degree, and the end of what it damps in units of the largest Rayleigh quotient.
 TOP_WIDTH, TOP_PRODUCTS = 24, 2
 TOP_DEGREE, TOP_CUT = 10, 0.6
+#: Departure from orthogonality up to which a Ritz value counts.
+ORTHOGONAL = 1e-8
 #: Terms of the series that carries a Newton step from the inverse at the shift to that at each σ².
 SERIES = 4
 #: Where the inverse is held in float32: the gain that its products allow, what a filter of a correction may tell apart by, how many
@@ -66,6 +68,8 @@ def solve_filter(weight: Weight, rank: int, principal: int) -> Candidate | Failu
     if isinstance(top, Failure):
         return top
     columns, (largest,) = top
+    if not largest > 0:
+        return Failure("the largest eigenvalue of the Gram matrix was not found")
     start = start_block(k, width, weight.device)
     dtype = weight.precision.factor
     lower = lower_end(gram, start, rank, [largest], least=32 * weight.rounding, dtype=dtype)
@@ -87,11 +91,11 @@ def solve_filter(weight: Weight, rank: int, principal: int) -> Candidate | Failu
     return Candidate(minor, raised, following, smallest, sigma_max, None, gram, newton)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def start_block(k: int, width: int, device: torch.device) -> Tensor:
     """Random columns (k, width), the same on every device; kept, because a CPU takes longer to draw them than a GPU to solve."""
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randn(k, width, dtype=torch.float64, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    return torch.randn(k, width, dtype=torch.float64, generator=generator, device="cpu").to(device)
 
 
 def upper_end(gram: Tensor, principal: int = 0) -> tuple[Tensor, list[float]] | Failure:
@@ -115,8 +119,15 @@ def upper_end(gram: Tensor, principal: int = 0) -> tuple[Tensor, list[float]] | 
     images = operator.product(columns)
     cut = TOP_CUT * ((columns * images).sum(-2, keepdim=True).amax(-1, keepdim=True))
     columns = orthonormal(operator.chebyshev(columns, images, cut, TOP_DEGREE))
-    ritz = torch.linalg.eigvalsh(columns.mT @ operator.product(columns))[..., -1]
-    return columns, [float(value) for value in ritz.reshape(-1).tolist()]
+    images = operator.product(columns)
+    # A matrix of few directions leaves columns that no pass makes orthogonal, and a Ritz value of such columns can be anything. Rayleigh
+    # quotients never exceed λ_max, and the first column has turned to it.
+    lengths = (columns * columns).sum(-2)
+    single = torch.nan_to_num((columns * images).sum(-2) / lengths, nan=0.0, posinf=0.0, neginf=0.0).amax(-1)
+    identity = torch.eye(width, dtype=torch.float64, device=gram.device)
+    sound = (columns.mT @ columns - identity).abs().amax((-2, -1)) <= ORTHOGONAL  # false of NaN
+    ritz = torch.linalg.eigvalsh(torch.where(sound[..., None, None], columns.mT @ images, identity))[..., -1]
+    return columns, [float(value) for value in torch.where(sound, ritz, single).reshape(-1).tolist()]
 
 
 def lower_end(

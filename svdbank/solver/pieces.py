@@ -21,7 +21,7 @@ MOST_PIECES, MOST_PAIR = 9, 10
 
 
 def exact_gram(matrix: Tensor) -> Tensor:
-    """``M Mᵀ`` (k, k) in float64, symmetric to the last bit, of (k, n) in any floating dtype; as accurate as float64 products or better."""
+    """``M Mᵀ`` (k, k) in float64, symmetric to the last bit, of (k, n) in any floating dtype; as accurate as float64 products."""
     k, n = matrix.shape
     result = torch.zeros(k, k, dtype=torch.float64, device=matrix.device)
     tiles = lower_tiles(k, matrix.device.type)

@@ -25,14 +25,17 @@ FILTER_FROM, FILTER_RATIO = 1024, 6
 BATCH_FROM = 256
 
 
-def choose_path(out_features: int, in_features: int, rank: int, kind: Kind = "cpu", batch: int = 1) -> str:
+def choose_path(out_features: int, in_features: int, rank: int, kind: Kind = "cpu", batch: int = 1, principal: int = 0) -> str:
     """The method for a weight (out, in) at ``rank`` on a ``kind`` of device, where ``batch`` of them may be solved at once.
 
-    A static rule, so that the same plan gives the same bytes.
+    A static rule, so that the same plan gives the same bytes. Where ``principal`` triplets are wanted too, a GPU takes the dense path: the
+    filter's count of what it gained is right below the bulk of a spectrum and far too hopeful above it.
     """
     check_rank(out_features, in_features, rank)
     k = min(out_features, in_features)
     if kind != "cpu":
+        if principal:
+            return "dense"
         if batch > 1 and k >= BATCH_FROM and block_width(k, rank) is not None:
             return "filter"
         return "filter" if k >= FILTER_FROM and k >= FILTER_RATIO * rank else "dense"

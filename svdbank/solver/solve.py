@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,6 +54,7 @@ def minor_basis(
     principal: int = 0,
     device: torch.device | str | None = None,
     precision: Precision | None = None,
+    before: Sequence[str] = (),
 ) -> Basis:
     """The ``rank`` minor singular triplets of ``weight`` (out, in), certified.
 
@@ -73,6 +74,8 @@ def minor_basis(
         Where to compute; default: where ``weight`` is. The result stays there, also where memory ran out and the CPU stepped in.
     precision
         Working dtype of the steps that may leave float64; default: :data:`DEFAULT_PRECISION` of the device.
+    before
+        What was tried elsewhere and why it did not serve, for the certificate.
 
     Returns
     -------
@@ -89,17 +92,11 @@ def minor_basis(
     SolverError
         Every method failed a gate; the message says which and by how much.
     """
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise OptionError(f"a weight is a floating-point matrix, not {weight.dtype} of shape {tuple(weight.shape)}")
+    check_request(weight, rank, side, principal)
     out_features, in_features = weight.shape
-    check_rank(out_features, in_features, rank)
-    if not 0 <= principal <= min(weight.shape):
-        raise OptionError(f"principal {principal} is outside 0..{min(weight.shape)}")
-    if side not in ("both", "left"):
-        raise OptionError(f"side is 'both' or 'left', not {side!r}")
     target = torch.device(device) if device is not None else weight.device
     kind = kind_of(target)
-    first = choose_path(out_features, in_features, rank, kind) if solver == "auto" else solver
+    first = choose_path(out_features, in_features, rank, kind, principal=principal) if solver == "auto" else solver
     if first not in PATHS:
         raise OptionError(f"no solver path is called {solver!r}; there are auto, {', '.join(PATHS)}")
 
@@ -114,7 +111,7 @@ def minor_basis(
             precision or DEFAULT_PRECISION[kind],
             DEVICE_PANEL_ENTRIES.get(target.type, PANEL_ENTRIES),
         )
-        tried: list[str] = []
+        tried: list[str] = [*before]
         for path, seen in _attempts(first, view):
             solved = _solve(METHODS[path], path, seen, rank, principal, tried, turn)
             if solved is None:
@@ -148,6 +145,17 @@ def minor_basis(
     )
 
 
+def check_request(weight: Tensor, rank: int, side: str, principal: int) -> None:
+    """OptionError for a weight, rank, side or number of principal triplets that cannot be meant."""
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise OptionError(f"a weight is a floating-point matrix, not {weight.dtype} of shape {tuple(weight.shape)}")
+    check_rank(weight.shape[0], weight.shape[1], rank)
+    if not 0 <= principal <= min(weight.shape):
+        raise OptionError(f"principal {principal} is outside 0..{min(weight.shape)}")
+    if side not in ("both", "left"):
+        raise OptionError(f"side is 'both' or 'left', not {side!r}")
+
+
 def _attempts(first: str, view: Weight) -> Iterator[tuple[str, Weight]]:
     """Paths in the order in which they are asked, with the weight as each sees it.
 
@@ -170,7 +178,9 @@ def _solve(
     on_device = view.device.type != "cpu"
     ladder = [view, view, smaller] if on_device and not turn.is_alone else [view, smaller]
     for number, attempt in enumerate([*ladder, None] if on_device else ladder):
-        # Only here, outside the handler below, has what the last attempt held been let go.
+        # Only here, outside the handler below, has what the last attempt held been let go; the widened weight is the view's own.
+        if number:
+            view.__dict__.pop("_widened", None)
         if number and on_device:
             turn.alone()
             give_back_device(view.device)
@@ -196,6 +206,7 @@ def _solve(
         tried.extend(f"{path}: {note}" for note in candidate.notes)
         if verdict.failed is not None:
             tried.append(f"{path}: {verdict.failed}")
+            view.__dict__.pop("_widened", None)  # the careful paths need the room, and not this
             return None
         return candidate, verdict, attempt
     return None

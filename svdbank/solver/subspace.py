@@ -106,7 +106,7 @@ class Operator:
         """``T_d(2 A / cut − 1) X`` for X (…, k, b) and its ``images`` A X; with ``degrees`` each matrix stops at its own."""
         before, now = columns, images * (2 / cut) - columns
         scaled = None
-        if self.matrix.dtype == columns.dtype and degree > 2:  # then a step is one product and no pass over the columns
+        if self.matrix.dtype == columns.dtype and degree > 1:  # then a step is one product and no pass over the columns
             scaled = self.matrix * (4 / cut)
             scaled.diagonal(dim1=-2, dim2=-1).sub_(2)
         for step in range(2, degree + 1):
@@ -117,7 +117,11 @@ class Operator:
             else:
                 following = torch.baddbmm(before, scaled, now, beta=-1)
             if degrees is not None and step > min(degrees):
-                going = torch.tensor([own >= step for own in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
+                going = (
+                    torch.tensor([own >= step for own in degrees], device="cpu")
+                    .to(columns.device)
+                    .reshape(*columns.shape[:-2], 1, 1)
+                )
                 following = torch.where(going, following, now)
             before, now = now, following
         return now
@@ -178,6 +182,8 @@ def _filtered(operator: Operator, columns: Tensor, images: Tensor, cuts: list[fl
     found = operator.chebyshev(columns, images, cut, most, degrees if least < most else None)
     found = orthonormal(found, passes=1)
     if least == 0:
-        going = torch.tensor([degree > 0 for degree in degrees]).to(columns.device).reshape(*columns.shape[:-2], 1, 1)
+        going = (
+            torch.tensor([degree > 0 for degree in degrees], device="cpu").to(columns.device).reshape(*columns.shape[:-2], 1, 1)
+        )
         found = torch.where(going, found, columns)
     return found

@@ -26,5 +26,5 @@ def canonical_signs(left: Tensor) -> Tensor:
     count = left.shape[-2]
     index = torch.arange(count, device=left.device).unsqueeze(1)
     first = torch.where(magnitude == magnitude.amax(-2, keepdim=True), index, count).amin(-2, keepdim=True)
-    entry = left.gather(-2, first).squeeze(-2)
+    entry = left.gather(-2, first.clamp_max(count - 1)).squeeze(-2)  # of NaN none is the largest
     return torch.where(entry < 0, -1.0, 1.0).to(left.dtype)

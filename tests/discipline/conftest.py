@@ -36,7 +36,7 @@ def pretended() -> Iterator[PretendedDevice]:
 def _forget() -> None:
     """What the code under test keeps of devices, by their names: a real one must not get a pretended one's."""
     recognition._positions.cache_clear()
-    devices.kind_of.cache_clear()
+    devices._kind_of.cache_clear()
     devices._started.clear()
     streams = getattr(batch, "_own", None)
     if streams is not None:

@@ -348,7 +348,7 @@ class PretendedDevice:
 class _Event:
     """What was copied has been copied."""
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         pass
 
     def synchronize(self) -> None:

@@ -99,11 +99,10 @@ def test_the_plan_says_for_each_kind_of_device_what_it_solves_how(encoder: Path,
     assert report.device == kind
     assert (report.device_bytes is None) == (kind == "cpu")
     for family in report.families:
-        batch = 1 if kind == "cpu" else batch_size(family.out_features, family.in_features, family.count)
+        batch = 1 if kind == "cpu" else batch_size(family.out_features, family.in_features, family.count, kind)
         assert (family.path, family.batch) == (choose_path(SIDE, LENGTH, RANK, kind, batch), batch)
-    for planned in ("cuda", "cuda-low-float64"):
-        assert {how.path for how in report.plan.devices[planned].values()} == {"filter"}
-        assert {how.batch for how in report.plan.devices[planned].values()} == {LAYERS}
+    assert {(how.path, how.batch) for how in report.plan.devices["cuda"].values()} == {("filter", LAYERS)}
+    assert {(how.path, how.batch) for how in report.plan.devices["cuda-low-float64"].values()} == {("dense", 1)}
     bank = svdbank.build(encoder, tmp_path / "bank", rank=RANK, device=device)
     assert {bank[name].certificate.path for name in bank} == {family.path for family in report.families}
 

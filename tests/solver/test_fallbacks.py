@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,44 @@ def test_a_solve_that_ran_out_of_memory_waits_for_the_others_and_keeps_new_ones_
     for thread in threads:
         thread.join(10)
     assert events == ["other ends", "alone", "late"]
+
+
+def test_a_solve_that_is_interrupted_while_it_waits_leaves_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+    real = turns._changed.wait_for
+
+    def interrupted(predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        if turns._waiting:
+            raise KeyboardInterrupt
+        return real(predicate, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(turns._changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt), turns.shared() as turn:
+            turn.alone()
+    entered = threading.Event()
+
+    def later() -> None:
+        with turns.shared():
+            entered.set()
+
+    threading.Thread(target=later, daemon=True).start()
+    assert entered.wait(5)
+
+
+def test_a_weight_that_fails_lets_its_widened_self_go_before_another_path_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[bool] = []
+    lq = solve.METHODS["lq"]
+    monkeypatch.setattr("svdbank.solver.gates.RESIDUAL_LIMIT", 0.0)
+
+    def watching(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
+        alive.append("_widened" in weight.__dict__)
+        monkeypatch.setattr("svdbank.solver.gates.RESIDUAL_LIMIT", 1e-10)
+        return lq(weight, rank, principal)
+
+    monkeypatch.setitem(solve.METHODS, "lq", watching)
+    assert minor_basis(llm_like(40, 60), 4, solver="dense").certificate.path == "lq"
+    assert alive == [False]
 
 
 def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
