@@ -9,10 +9,13 @@ import torch
 
 import svdbank
 from svdbank.bank import Bank
+from svdbank.basis import Basis
 from svdbank.evaluation import _sums, _Window
+from svdbank.specs import Progress
 from tests.discipline.conftest import RANK
 from tests.discipline.pretended import HEADING, PretendedDevice
 from tests.peft.models import quiet
+from tests.pipeline.small import tree
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -46,3 +49,47 @@ def test_a_batch_of_windows_is_measured_with_one_answer(llama: Path, pretended: 
         there = _sums(model, (), windows)
     assert there == pytest.approx(here, rel=1e-6)  # the same products, in float32
     assert counts.syncs["svdbank.evaluation:_sums"] == 1
+
+
+@pytest.mark.parametrize("times", [1, 10**6], ids=["once", "always"])
+@pytest.mark.parametrize("step", ["uploaded", "brought_home"])
+def test_memory_that_runs_out_beside_the_solve_ends_no_build(
+    step: str, times: int, llama: Path, tmp_path: Path, pretended: PretendedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: again with the device to itself. Always: the CPU takes over, and the certificate says so."""
+    import svdbank.pipeline.execution as execution
+
+    works, left = getattr(execution, step), [times]
+
+    def short_of_memory(*arguments: object) -> object:
+        there = any(isinstance(part, torch.device) and part.type == "cuda" for part in arguments) or (
+            isinstance(arguments[0], Basis) and arguments[0].certificate.device == "cuda"
+        )
+        if there and left[0] > 0:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return works(*arguments)
+
+    monkeypatch.setattr(execution, step, short_of_memory)
+    bank = svdbank.build(llama, tmp_path / "bank", rank=RANK, device="cuda")
+    found = [bank[name].certificate for name in bank]
+    assert {one.device for one in found} == ({"cuda"} if times == 1 else {"cpu"})
+    assert all(any("out of memory on cuda" in note for note in one.tried) == (times > 1) for one in found)
+    assert svdbank.verify(bank.path, model=llama, data=True).sound
+
+
+def test_a_build_that_was_stopped_in_mid_batch_ends_in_the_same_bytes(
+    llama: Path, tmp_path: Path, pretended: PretendedDevice
+) -> None:
+    whole = svdbank.build(llama, tmp_path / "whole", rank=RANK, device="cuda")
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "decompose" and progress.done >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        svdbank.build(llama, tmp_path / "stopped", rank=RANK, device="cuda", progress=interrupt)
+    for record in sorted((tmp_path / "stopped" / "records").rglob("*.json"))[::2]:
+        record.unlink()
+    bank = svdbank.build(llama, tmp_path / "stopped", rank=RANK, device="cuda")
+    assert tree(Path(bank.path)) == tree(Path(whole.path))
