@@ -1,11 +1,11 @@
-"""What a solve would take on a card with little float64: operations counted here, times by a data sheet. Nothing is measured on such a card.
+"""What a solve would take on a card with little float64: operations counted here, times by a data sheet. Nothing is measured there.
 
     python -m benchmarks.counted                            RTX 4090: 1.29 TFLOP/s of float64, 82.6 of float32
     python -m benchmarks.counted --float64 1.2 --float32 77 --name B300
 
-The solver runs here on weights of a quarter of each shape's sides and a quarter of its rank, where it takes the same number of products; flops of
-products grow with the cube, so they are multiplied by 64. Factorisations are counted beside them by their leading terms. Times
-assume that half of the data sheet's rate is reached and that nothing waits.
+The solver runs here on weights of a quarter of each shape's sides and a quarter of its rank, where it takes the same number of
+products; flops of products grow with the cube, so they are multiplied by 64. Factorisations are counted beside them by their leading
+terms. Times assume that half of the data sheet's rate is reached and that nothing waits.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def main() -> None:
             seconds = sum(flops / (REACHED * rates[dtype] * 1e12) for dtype, flops in found["flops"].items() if dtype in rates)
             row[label] = found | {"seconds": seconds}
             flops = ", ".join(f"{dtype} {flops / 1e9:.0f} GFLOP" for dtype, flops in found["flops"].items())
-            print(f"{row['weight']}, {label}: {flops}; {1e3 * seconds:.0f} ms; residual of the one counted {found['residual']:.0e}")
+            print(
+                f"{row['weight']}, {label}: {flops}; {1e3 * seconds:.0f} ms; residual of the one counted {found['residual']:.0e}"
+            )
         rows.append(row)
     facts = {"torch": torch.__version__, "python": platform.python_version(), "rates": rates, "reached": REACHED}
     print(json.dumps({"card": options.name, "measured": False, "environment": facts, "rows": rows}))
