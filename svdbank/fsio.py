@@ -242,6 +242,9 @@ class _Owner(msgspec.Struct):
     pid: int
 
 
+_OWNER = msgspec.json.Decoder(_Owner)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the writer's lock of a folder.
@@ -282,7 +285,7 @@ def _is_file(path: Path, identity: os.stat_result) -> bool:
 
 def _describe(owner_path: Path) -> str:
     try:
-        owner = msgspec.json.decode(owner_path.read_bytes(), type=_Owner)
+        owner = _OWNER.decode(owner_path.read_bytes())
     except (OSError, msgspec.DecodeError):
         return ""
     return f" (process {owner.pid} on {owner.host})"

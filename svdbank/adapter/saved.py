@@ -35,6 +35,9 @@ class _Beside(msgspec.Struct, frozen=True):
     layer_replication: object = None
 
 
+_BESIDE = msgspec.json.Decoder(_Beside)
+
+
 @dataclass(frozen=True)
 class SavedModules:
     """``tensors``: whole tensors that replace the model's, by their name in the loaded model."""
@@ -71,7 +74,7 @@ def saved_modules(folder: Path) -> SavedModules:
 
 def _refuse_settings(folder: Path) -> None:
     try:
-        settings = msgspec.json.decode((folder / CONFIG).read_bytes(), type=_Beside)
+        settings = _BESIDE.decode((folder / CONFIG).read_bytes())
     except msgspec.DecodeError as cause:
         raise CheckpointError(f"{folder / CONFIG}: {cause}") from cause
     for key, what in (

@@ -41,6 +41,9 @@ from svdbank.specs import BaseSpec, BuildOptions, FamilySpec, Plan, Progress, Pr
 #: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
 READERS = 8
 
+#: Seconds after which one that waits for its turn looks whether memory has run out.
+_LET_GO = 0.1
+
 #: Seconds between progress reports while nothing is being solved.
 _SHOW_EVERY = 1.0
 
@@ -78,7 +81,8 @@ class _Batch:
         itemsize = first.loaded_nbytes // max(1, first.out_features * first.in_features) or 1
         shape = family.out_features, family.in_features, family.rank
         single = peak_bytes(*shape, self.path, dtype_bytes=itemsize, kind=kind)
-        return max(single, batch_peak_bytes(*shape, self.size, dtype_bytes=itemsize) if self.size > 1 else 0)
+        solve = max(single, batch_peak_bytes(*shape, self.size, dtype_bytes=itemsize) if self.size > 1 else 0)
+        return solve + self.size * first.loaded_nbytes  # one uploaded meanwhile
 
 
 class Execution:
@@ -110,6 +114,8 @@ class Execution:
         self._turns = 1
         self._slots = threading.Semaphore(1)
         self._taking_all = threading.Lock()
+        #: Set once memory of the device has run out.
+        self._scarce = False
         self._device_threads: ThreadPoolExecutor | None = None
 
     def fetch_report(self) -> FetchReport:
@@ -386,13 +392,22 @@ class Execution:
         return found
 
     def _solved_part(self, part: Loaded, batch: _Batch, options: BuildOptions) -> list[Basis]:
-        """Bases of one batch or weight. Where uploading or fetching finds no memory: again with the device to itself, then on the CPU."""
+        """Bases of one batch or weight. Where uploading or fetching finds no memory: again with the device to itself, then on the CPU.
+
+        Weights are uploaded before their turn, while the device solves others; once memory has run out, in it.
+        """
+        matrices: list[Tensor] = []
         try:
-            with self._spending("upload"):  # before its turn: the device solves others meanwhile
-                matrices = on_own_stream(self.device, partial(self._upload, part))
+            if not self._scarce:
+                with self._spending("upload"):
+                    matrices = on_own_stream(self.device, partial(self._upload, part))
             with self._spending("wait for a turn on the device"):
-                self._slots.acquire()
+                while not self._slots.acquire(timeout=_LET_GO):
+                    if self._scarce:
+                        matrices = []
             try:
+                with self._spending("upload"):
+                    matrices = matrices or on_own_stream(self.device, partial(self._upload, part))
                 with self._spending("solve and download"):
                     return on_own_stream(self.device, partial(self._solve_on_device, part, matrices, batch, options))
             finally:
@@ -418,9 +433,11 @@ class Execution:
     def _whole_device(self) -> Iterator[None]:
         """Every turn on the device at once, by one thread at a time, with what torch keeps of its memory given back."""
         with self._taking_all:
+            self._scarce = True
             for _ in range(self._turns):
                 self._slots.acquire()
             try:
+                time.sleep(2 * _LET_GO)  # those who wait with an uploaded weight let it go
                 give_back_device(self.device)
                 yield
             finally:

@@ -322,7 +322,8 @@ def planned_path(plan: Plan, family: FamilySpec, kind: str) -> DevicePath:
     from svdbank.solver import PATHS
 
     how = plan.devices.get(kind, {}).get(family.name) or device_path(family, kind, plan.options.solver)
-    if how.path not in PATHS or not 1 <= how.batch <= _MOST_JOBS or (how.batch > 1 and how.path != "filter"):
+    alone = how.path != "filter" or family.principal
+    if how.path not in PATHS or not 1 <= how.batch <= _MOST_JOBS or (how.batch > 1 and alone):
         raise BankError(
             f"the plan of this unfinished build solves {family.name} on {kind} by {how.path!r}, {how.batch} at once, which cannot be meant",
             hint="the file is damaged: delete this bank, or choose another place with -o",

@@ -93,13 +93,13 @@ class Turns:
                     self._running -= 1
                 self._changed.notify_all()
 
-    def wait_alone(self) -> None:
-        """Step back, and go on once every other solve has ended."""
+    def wait_alone(self, turn: Turn) -> None:
+        """Step back, and go on once every other solve has ended; ``turn`` then says so."""
         with self._changed:
             self._running -= 1
             self._waiting += 1
-            self._changed.notify_all()
             try:
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._alone and self._running == 0)
             except BaseException:  # an interrupt: it takes part again, until its own block ends
                 self._running += 1
@@ -107,7 +107,7 @@ class Turns:
             finally:
                 self._waiting -= 1
                 self._changed.notify_all()
-            self._alone = True
+            self._alone = turn.is_alone = True
 
 
 class Turn:
@@ -120,8 +120,7 @@ class Turn:
     def alone(self) -> None:
         """Wait until no other solve uses the device, and keep them out until this one ends."""
         if not self.is_alone:
-            self._turns.wait_alone()
-            self.is_alone = True
+            self._turns.wait_alone(self)
 
 
 def turns(device: torch.device) -> Turns:

@@ -175,12 +175,25 @@ def _solve(
     Out of memory: again once no other solve uses the device, then with smaller panels, then on the CPU.
     """
     smaller = replace(view, panel_entries=view.panel_entries // 8)
+    try:
+        return _climbed(method, path, (view, smaller), rank, principal, tried, turn)
+    finally:  # what is asked next needs the room, and not this
+        for seen in (view, smaller):
+            seen.__dict__.pop("_widened", None)
+
+
+def _climbed(
+    method: Method, path: str, views: tuple[Weight, Weight], rank: int, principal: int, tried: list[str], turn: Turn
+) -> tuple[Candidate, Verdict, Weight] | None:
+    """The attempts of :func:`_solve`, with panels as they are and smaller ones."""
+    view, smaller = views
     on_device = view.device.type != "cpu"
     ladder = [view, view, smaller] if on_device and not turn.is_alone else [view, smaller]
     for number, attempt in enumerate([*ladder, None] if on_device else ladder):
         # Only here, outside the handler below, has what the last attempt held been let go; the widened weight is the view's own.
         if number:
-            view.__dict__.pop("_widened", None)
+            for seen in views:
+                seen.__dict__.pop("_widened", None)
         if number and on_device:
             turn.alone()
             give_back_device(view.device)
@@ -206,7 +219,6 @@ def _solve(
         tried.extend(f"{path}: {note}" for note in candidate.notes)
         if verdict.failed is not None:
             tried.append(f"{path}: {verdict.failed}")
-            view.__dict__.pop("_widened", None)  # the careful paths need the room, and not this
             return None
         return candidate, verdict, attempt
     return None
