@@ -17,6 +17,7 @@ from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import MANIFEST, STORED, plan_name, rank_extent, record_file, vector_arrays, weights_per_shard
 from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
 from svdbank.errors import BankError, OptionError
+from svdbank.pipeline.devices import GPU_KINDS, planned_device
 from svdbank.pipeline.fetching import FETCHING, Fetch, FetchPlan, checked_fetch, plan_fetch
 from svdbank.pipeline.locating import default_output, output_folder, refuse_foreign_folder
 from svdbank.specs import (
@@ -37,7 +38,7 @@ from svdbank.specs import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 #: Weights whose short side is at most this are solved one a thread, several at a time; larger ones one at a time on all threads.
 #: Below it a factorisation is too small to keep two threads busy (`python -m benchmarks.solver` shows 1×2 against 2×1).
@@ -55,11 +56,6 @@ IN_FLIGHT = 3
 WRITERS = 5
 DEVICE_AHEAD = 1 << 30
 
-_DEVICES = "auto, cpu, cuda, cuda:0 …"
-
-
-#: Kinds of GPU that a plan says something about (:func:`svdbank.solver.devices.kind_of`).
-GPU_KINDS = ("cuda", "cuda-low-float64")
 
 #: Largest rank that may be asked for; no weight has more.
 _LARGEST = 2**31 - 1
@@ -475,42 +471,6 @@ def host_memory(plan: Plan, weights: dict[str, WeightSpec], kind: str) -> int:
         # Three times: as they come, stacked, and as bytes.
         vectors = max(vectors, 3 * members * family_bytes(family, plan.options) // len(family.weights))
     return DEVICE_AHEAD + (IN_FLIGHT + WRITERS + 1) * (largest + vectors)
-
-
-def planned_device(name: str) -> tuple[str, str | None]:
-    """Kind of the device that a plan is for, and its name here; None where none of that kind is. OptionError for no device's name."""
-    import torch
-
-    from svdbank.solver.devices import kind_of
-
-    if name in GPU_KINDS and not torch.cuda.is_available():
-        return name, None
-    device = named_device("cuda" if name == "cuda-low-float64" else name)
-    kind = kind_of(device)
-    return (kind, str(device)) if name in ("auto", "cpu", "cuda", kind) or name.startswith("cuda:") else (name, None)
-
-
-def named_device(name: str) -> torch.device:
-    """The torch device called ``name``, or ``auto``: CUDA where there is one. OptionError for one that is not here."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as cause:
-        raise OptionError(f"no device is called {name!r}", hint=_DEVICES) from cause
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"the solver runs on cpu and cuda, not on {name!r}", hint=_DEVICES)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() > 0:
-        raise OptionError(
-            f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices", hint="they begin at cuda:0"
-        )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(
-            f"device {name!r} was asked for, but torch sees no CUDA device", hint="svdbank env --check shows what it sees"
-        )
-    return device
 
 
 def available_cpus() -> int:
