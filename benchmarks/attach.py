@@ -125,7 +125,7 @@ def on_half_billion(place: Path, *, repeat: int) -> dict[str, Any]:
 def on_smollm2(place: Path, *, repeat: int, with_processes: bool) -> dict[str, Any]:
     """Library calls on SmolLM2, and two processes."""
     import svdbank
-    from svdbank.demonstration import smollm2_folder
+    from svdbank.lm.packaged import smollm2_folder
 
     folder = smollm2_folder()
     both = processes(folder, place) if with_processes else None

@@ -370,15 +370,13 @@ def tables(figures: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    from svdbank.demonstration import smollm2_folder
-    from svdbank.errors import BankNotFoundError
-    from svdbank.pipeline import locating
+    from svdbank import cache
+    from svdbank.core.errors import BankNotFoundError
+    from svdbank.lm.packaged import smollm2_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections.add_option(parser, ("merging", "many", "losses"))
-    parser.add_argument(
-        "--folder", type=Path, default=locating.home() / "benchmarks" / "composition", help="adapters and results"
-    )
+    parser.add_argument("--folder", type=Path, default=cache.home() / "benchmarks" / "composition", help="adapters and results")
     parser.add_argument("--steps", type=int, default=30, help="of training, where adapters are missing")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()

@@ -11,7 +11,7 @@ import random
 import sysconfig
 from pathlib import Path
 
-from svdbank.demonstration import licence_texts
+from svdbank.lm.packaged import licence_texts
 
 #: Characters of a document that are kept, so that no single one makes up a domain.
 LONGEST = 4000

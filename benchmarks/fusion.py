@@ -164,8 +164,8 @@ def main() -> None:
     options = parser.parse_args()
     model = options.model
     if model is None:
-        from svdbank.demonstration import smollm2_folder
-        from svdbank.pipeline.locating import home
+        from svdbank.cache import home
+        from svdbank.lm.packaged import smollm2_folder
 
         model = smollm2_folder(home() / "models")
     result = measure(model, repeat=options.repeat, mergekit=options.mergekit)

@@ -30,7 +30,7 @@ from benchmarks import device as devices
 from benchmarks import sections, solver_gpu
 from benchmarks import solver_cases as cases
 from benchmarks import solver_rivals as rivals
-from svdbank.basis import EPSILON, UNRESOLVED
+from svdbank.core.basis import EPSILON, UNRESOLVED
 from svdbank.solver import choose_path, minor_bases, minor_basis, pinned_threads
 
 RANK = 128

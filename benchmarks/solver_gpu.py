@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.device import Goal, Results, synchronise, timed, timed_median
 from benchmarks.solver_cases import llm_like
-from svdbank.basis import Basis
+from svdbank.core.basis import Basis
 from svdbank.solver import minor_bases, minor_basis
 
 Row = dict[str, Any]

@@ -144,13 +144,13 @@ def _signed(row: dict[str, float]) -> str:
 
 def main() -> None:
     import svdbank
-    from svdbank.demonstration import smollm2_folder
-    from svdbank.errors import BankNotFoundError
-    from svdbank.pipeline import locating
+    from svdbank import cache
+    from svdbank.core.errors import BankNotFoundError
+    from svdbank.lm.packaged import smollm2_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections.add_option(parser, ("sweep", "domains", "time"))
-    parser.add_argument("--folder", type=Path, default=locating.home() / "benchmarks" / "training", help="runs and adapters")
+    parser.add_argument("--folder", type=Path, default=cache.home() / "benchmarks" / "training", help="runs and adapters")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rates", metavar="mica=RATE,lora=RATE", help="instead of a sweep; only the methods named are trained")
     options = parser.parse_args()

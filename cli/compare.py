@@ -10,7 +10,7 @@ from svdbank_cli.options import composed_from, with_output
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
-    from svdbank.composition.comparing import CompareReport, Pair, Relation
+    from svdbank.composition.angles import CompareReport, Pair, Relation
 
 
 @click.command("compare", short_help="Compare adapters of one base: norms, cosines, what cancels.")

@@ -23,7 +23,7 @@ def env_command(check: bool, output: Output) -> None:
       svdbank env --json
     """
     import svdbank
-    from svdbank.errors import DeviceError
+    from svdbank.core.errors import DeviceError
 
     found = svdbank.env(check=check)
     output.data(found, _text)

@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
 
 if TYPE_CHECKING:
-    from svdbank.adapter.exporting import ExportReport
+    from svdbank.verbs.export import ExportReport
 
 
 @click.command("export")

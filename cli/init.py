@@ -11,7 +11,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
-    from svdbank.adapter.initialisation import InitReport
+    from svdbank.verbs.init import InitReport
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from svdbank.specs import Progress
+    from svdbank.core.specs import Progress
 
 #: Seconds between progress lines where there is no terminal.
 _LINE_EVERY = 5.0

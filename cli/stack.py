@@ -11,7 +11,7 @@ from svdbank_cli.options import composed_from, fit_options, fitting, with_output
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
-    from svdbank.composition.stacking import StackReport
+    from svdbank.verbs.stack import StackReport
 
 
 def _scales(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from svdbank.errors import DamageError
+from svdbank.core.errors import DamageError
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from svdbank.errors import (
+from svdbank.core.errors import (
     BankError,
     BankNotFoundError,
     CheckpointError,
@@ -25,32 +25,32 @@ from svdbank.errors import (
 )
 
 if TYPE_CHECKING:
-    from svdbank.adapter.exporting import export as export
-    from svdbank.adapter.initialisation import init as init
     from svdbank.adapter.model import Adapter as Adapter
     from svdbank.adapter.reading import read_adapter as read_adapter
     from svdbank.adapter.writing import write_adapter as write_adapter
     from svdbank.bank.reading import Bank as Bank
     from svdbank.bank.reading import StoredBasis as StoredBasis
-    from svdbank.basis import Basis as Basis
-    from svdbank.basis import Certificate as Certificate
-    from svdbank.composition.comparing import compare as compare
+    from svdbank.building.checking import info as info
+    from svdbank.building.checking import verify as verify
+    from svdbank.building.planning import plan as plan
+    from svdbank.cache import ls as ls
+    from svdbank.cache import open as open
+    from svdbank.cache import rm as rm
+    from svdbank.composition.angles import compare as compare
     from svdbank.composition.merging import merge as merge
-    from svdbank.composition.stacking import stack as stack
-    from svdbank.demonstration import demo as demo
-    from svdbank.environment import env as env
-    from svdbank.evaluation import eval as eval
-    from svdbank.extraction import extract as extract
-    from svdbank.fusion import fuse as fuse
-    from svdbank.pipeline.building import build as build
-    from svdbank.pipeline.locating import ls as ls
-    from svdbank.pipeline.locating import open as open
-    from svdbank.pipeline.locating import rm as rm
-    from svdbank.pipeline.planning import plan as plan
-    from svdbank.specs import Progress as Progress
-    from svdbank.training import train as train
-    from svdbank.verification import info as info
-    from svdbank.verification import verify as verify
+    from svdbank.core.basis import Basis as Basis
+    from svdbank.core.basis import Certificate as Certificate
+    from svdbank.core.specs import Progress as Progress
+    from svdbank.fusion.difference import extract as extract
+    from svdbank.lm.measuring import eval as eval
+    from svdbank.verbs.build import build as build
+    from svdbank.verbs.demo import demo as demo
+    from svdbank.verbs.env import env as env
+    from svdbank.verbs.export import export as export
+    from svdbank.verbs.fuse import fuse as fuse
+    from svdbank.verbs.init import init as init
+    from svdbank.verbs.stack import stack as stack
+    from svdbank.verbs.train import train as train
 
 __version__ = "0.1.0"
 
@@ -58,29 +58,29 @@ __version__ = "0.1.0"
 _LAZY = {
     "Adapter": "svdbank.adapter.model",
     "Bank": "svdbank.bank.reading",
-    "Basis": "svdbank.basis",
-    "Certificate": "svdbank.basis",
-    "Progress": "svdbank.specs",
+    "Basis": "svdbank.core.basis",
+    "Certificate": "svdbank.core.basis",
+    "Progress": "svdbank.core.specs",
     "StoredBasis": "svdbank.bank.reading",
-    "build": "svdbank.pipeline.building",
-    "compare": "svdbank.composition.comparing",
-    "demo": "svdbank.demonstration",
-    "env": "svdbank.environment",
-    "eval": "svdbank.evaluation",
-    "export": "svdbank.adapter.exporting",
-    "extract": "svdbank.extraction",
-    "fuse": "svdbank.fusion",
-    "info": "svdbank.verification",
-    "init": "svdbank.adapter.initialisation",
-    "ls": "svdbank.pipeline.locating",
+    "build": "svdbank.verbs.build",
+    "compare": "svdbank.composition.angles",
+    "demo": "svdbank.verbs.demo",
+    "env": "svdbank.verbs.env",
+    "eval": "svdbank.lm.measuring",
+    "export": "svdbank.verbs.export",
+    "extract": "svdbank.fusion.difference",
+    "fuse": "svdbank.verbs.fuse",
+    "info": "svdbank.building.checking",
+    "init": "svdbank.verbs.init",
+    "ls": "svdbank.cache",
     "merge": "svdbank.composition.merging",
-    "open": "svdbank.pipeline.locating",
-    "plan": "svdbank.pipeline.planning",
+    "open": "svdbank.cache",
+    "plan": "svdbank.building.planning",
     "read_adapter": "svdbank.adapter.reading",
-    "rm": "svdbank.pipeline.locating",
-    "stack": "svdbank.composition.stacking",
-    "train": "svdbank.training",
-    "verify": "svdbank.verification",
+    "rm": "svdbank.cache",
+    "stack": "svdbank.verbs.stack",
+    "train": "svdbank.verbs.train",
+    "verify": "svdbank.building.checking",
     "write_adapter": "svdbank.adapter.writing",
 }
 

@@ -118,7 +118,7 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Llama, 210 linear weights, bfloat16); made from its package once for all runs: it takes most of a minute."""
-    from svdbank.demonstration import smollm2_folder
+    from svdbank.lm.packaged import smollm2_folder
     from tests.peft.models import smollm2_cache
 
     place = smollm2_cache()

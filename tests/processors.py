@@ -27,8 +27,8 @@ THREADS = (1, 2)
 #: What computes, and compares with something computed otherwise.
 NUMERICAL = (
     "tests/solver",
-    "tests/pipeline/test_accuracy.py",
-    "tests/pipeline/test_tied.py",
+    "tests/building/test_accuracy.py",
+    "tests/building/test_tied.py",
     "tests/adapter/test_algebra.py",
     "tests/adapter/test_allocation.py",
     "tests/composition/test_comparing.py",

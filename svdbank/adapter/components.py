@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 #: A half-open interval [start, stop) of minor indices, 0 = the most minor direction.
 Band = tuple[int, int]

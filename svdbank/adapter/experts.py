@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.folder import AdapterFolder, bare
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 
 #: What transformers' expert modules register last: their output projection.
 _LAST = ("down_proj", "w2", "output_linear", "wo", "fc2")

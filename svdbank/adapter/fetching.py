@@ -9,9 +9,9 @@ from typing import Any
 
 from svdbank.adapter.folder import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.checkpoint.files import sha256_of
-from svdbank.checkpoint.hub import parse_id
-from svdbank.checkpoint.refusals import explain, is_connection_error, status_of
-from svdbank.errors import CheckpointError
+from svdbank.checkpoint.remote.hub import parse_id
+from svdbank.core.errors import CheckpointError
+from svdbank.core.refusals import explain, is_connection_error, status_of
 
 #: What is read of an adapter; a repository may hold checkpoints of its training beside them, which are not wanted.
 _FILES = (CONFIG, WEIGHTS, CACHE, COMPONENTS)

@@ -22,10 +22,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from svdbank import fsio
 from svdbank.adapter.card import card
-from svdbank.errors import CheckpointError, OptionError
-from svdbank.specs import Struct, from_json, to_json
+from svdbank.core import disk
+from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.specs import Struct, from_json, to_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -176,13 +176,13 @@ def write_folder(
     check_output(output, force=force)
     with unfinished(output, force=force) as folder:
         tensors = {key: value for module, pair in factors.items() for key, value in _tensors(module, pair)}
-        fsio.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        fsio.write_new(folder / CONFIG, to_json(settings, indent=2))
-        fsio.write_new(folder / CACHE, to_json(cache, indent=2))
-        fsio.write_new(folder / "README.md", (card(settings, cache) if readme is None else readme).encode())
+        disk.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        disk.write_new(folder / CONFIG, to_json(settings, indent=2))
+        disk.write_new(folder / CACHE, to_json(cache, indent=2))
+        disk.write_new(folder / "README.md", (card(settings, cache) if readme is None else readme).encode())
         for name, data in extra.items():
-            fsio.write_new(folder / name, data)
-        fsio.fsync_dir(folder)
+            disk.write_new(folder / name, data)
+        disk.fsync_dir(folder)
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -218,49 +218,49 @@ def unfinished(output: Path, *, force: bool) -> Iterator[Path]:
     """An empty folder to fill, fsynced by the caller, which becomes ``output`` at the end; nothing is left of it after an error.
 
     It lies in a hidden folder beside ``output``, under the writer's lock; what a killed run left there goes first. An adapter in
-    ``output`` is exchanged for the new one in a single step where the system can (:func:`svdbank.fsio.exchange`). Elsewhere it is moved
-    aside first, and the next run puts it back if this one was killed in between.
+    ``output`` is exchanged for the new one in a single step where the system can (:func:`svdbank.core.disk.exchange`). Elsewhere it is
+    moved aside first, and the next run puts it back if this one was killed in between.
     """
-    work = output.with_name(f".{output.name}{fsio.TEMPORARY}")
+    work = output.with_name(f".{output.name}{disk.TEMPORARY}")
     folder, replaced = work / "new", work / "replaced"
-    fsio.make_dirs(output.parent)
+    disk.make_dirs(output.parent)
     try:
-        with fsio.locked(work):
+        with disk.locked(work):
             if replaced.exists() and not output.exists():
-                fsio.replace(replaced, output)
+                disk.replace(replaced, output)
                 check_output(output, force=force)
             _remove(folder, replaced)
             try:
-                fsio.make_dirs(folder)
+                disk.make_dirs(folder)
                 yield folder
                 _publish(folder, output, replaced)
             finally:
                 _remove(folder, replaced)
     finally:
-        fsio.remove_empty(work)
+        disk.remove_empty(work)
 
 
 def _publish(folder: Path, output: Path, replaced: Path) -> None:
     """Rename a finished folder over an absent or empty one, or exchange it for the adapter there."""
     if not output.exists() or not any(output.iterdir()):
-        fsio.replace(folder, output)
-        fsio.fsync_dir(folder.parent)
+        disk.replace(folder, output)
+        disk.fsync_dir(folder.parent)
         return
-    if fsio.exchange(folder, output):
+    if disk.exchange(folder, output):
         return
-    fsio.replace(output, replaced)
-    fsio.fsync_dir(output.parent)
+    disk.replace(output, replaced)
+    disk.fsync_dir(output.parent)
     try:
-        fsio.replace(folder, output)
+        disk.replace(folder, output)
     except OSError:
-        fsio.replace(replaced, output)
+        disk.replace(replaced, output)
         raise
 
 
 def _remove(*folders: Path) -> None:
     for folder in folders:
         if folder.exists():
-            fsio.remove_tree(folder)
+            disk.remove_tree(folder)
 
 
 def _tensors(module: str, factors: Factors) -> list[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 Method = Literal["mica", "milora", "pissa"]
 METHODS: tuple[Method, ...] = get_args(Method)

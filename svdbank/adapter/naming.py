@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from svdbank.bank.reading import Bank
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 
 def bank_names(bank: Bank, keys: Sequence[str]) -> dict[str, str]:

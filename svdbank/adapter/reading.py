@@ -16,15 +16,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from svdbank.adapter.bands import free, recover
 from svdbank.adapter.components import Band, Component, Free, InBank, bands_of, combined, indices_of, inner
 from svdbank.adapter.experts import parameters_of, split
 from svdbank.adapter.folder import COMPONENTS, WEIGHTS, AdapterCache, AdapterFolder, LoraSettings, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, Method, initial_factors, lora_scale, restored
 from svdbank.adapter.model import AdaptedWeight, Adapter, BaseIdentity, Kind, Source
 from svdbank.adapter.naming import bank_names
-from svdbank.adapter.recovery import free, recover
 from svdbank.bank.reading import Bank
-from svdbank.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
 
 #: ‖A_file − Σ C‖ / ‖A_file‖ up to which the parts beside a sum are its parts: both are float32 roundings of the same sum.
 _SAME = 1e-6

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.folder import CONFIG, WEIGHTS
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 
 _FACTOR = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")
 _ROOT = "base_model.model."

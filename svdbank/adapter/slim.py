@@ -17,14 +17,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from svdbank import fsio
 from svdbank.adapter.experts import parameters_of, split
 from svdbank.adapter.folder import SLIM, WEIGHTS, AdapterFolder, check_output, read_folder, unfinished
 from svdbank.adapter.naming import bank_names
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
-from svdbank.errors import BankError, CheckpointError, OptionError, WrongBaseError
-from svdbank.specs import Struct, from_json, to_json
+from svdbank.core import disk
+from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.core.specs import Struct, from_json, to_json
 
 COEFFICIENTS = "coefficients.safetensors"
 FILES = "files"
@@ -117,7 +117,7 @@ def expand_slim(source: Path, output: Path, bank: Bank, *, force: bool = False) 
     raw = _restored(record, kept, bank, source)
     contents = {WEIGHTS: raw}
     for name in record.files:
-        contents[name] = fsio.safe_join(source / FILES, name, error=CheckpointError).read_bytes()
+        contents[name] = disk.safe_join(source / FILES, name, error=CheckpointError).read_bytes()
     _write(output, contents, force=force)
     return record
 
@@ -257,7 +257,7 @@ def _sha256(value: Tensor) -> str:
 def _write(output: Path, contents: Mapping[str, bytes], *, force: bool) -> None:
     with unfinished(output, force=force) as folder:
         for name, data in contents.items():
-            fsio.make_dirs((folder / name).parent)
-            fsio.write_new(folder / name, data)
+            disk.make_dirs((folder / name).parent)
+            disk.write_new(folder / name, data)
         for path in {(folder / name).parent for name in contents}:
-            fsio.fsync_dir(path)
+            disk.fsync_dir(path)

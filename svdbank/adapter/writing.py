@@ -16,7 +16,7 @@ from svdbank.adapter.experts import join, wrapper_paths
 from svdbank.adapter.folder import COMPONENTS, AdapterCache, Factors, LoraSettings, write_folder
 from svdbank.adapter.model import AdaptedWeight, Adapter
 from svdbank.bank.reading import base_digest
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 
 def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = False, force: bool = False) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, RANK_CHUNK, FileRecord, rank_extent
-from svdbank.errors import DamageError
+from svdbank.core.errors import DamageError
 
 #: A link could lead out of the bank, and opening a pipe would wait for its writer.
 NO_LINKS_NO_WAITING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

@@ -9,8 +9,8 @@ import hashlib
 from math import ceil
 from typing import Final, Literal
 
-from svdbank.basis import Certificate
-from svdbank.specs import Alias, BaseSpec, BuildOptions, FamilySpec, Struct
+from svdbank.core.basis import Certificate
+from svdbank.core.specs import Alias, BaseSpec, BuildOptions, FamilySpec, Struct
 
 FORMAT: Final = 1
 MANIFEST = "manifest.json"

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from svdbank.errors import DamageError
-from svdbank.specs import Struct, from_json
+from svdbank.core.errors import DamageError
+from svdbank.core.specs import Struct, from_json
 
 
 class _BytesOptions(Struct, frozen=True):

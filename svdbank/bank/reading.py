@@ -35,17 +35,17 @@ from svdbank.bank.layout import (
     vector_arrays,
 )
 from svdbank.bank.store import BankStore
-from svdbank.basis import Certificate
-from svdbank.errors import BankError, BankNotFoundError, DamageError, OptionError
-from svdbank.probe import PROBE_SIZE
-from svdbank.specs import Alias, FamilySpec, from_json
+from svdbank.core.basis import Certificate
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
+from svdbank.core.probe import PROBE_SIZE
+from svdbank.core.specs import Alias, FamilySpec, from_json
 
 
 @dataclass(frozen=True)
 class StoredBasis:
     """Minor triplets of one weight in a bank. Holding it reads nothing; each method reads what it returns.
 
-    Same methods and column order as :class:`svdbank.basis.Basis`. ``exchanged``: what the bank stores is the transpose, so that this
+    Same methods and column order as :class:`svdbank.core.basis.Basis`. ``exchanged``: what the bank stores is the transpose, so that this
     weight's left vectors are the stored right ones; ``family`` has this weight's shape nevertheless.
     """
 
@@ -116,7 +116,7 @@ class StoredBasis:
         return self.bank.sigma([self.name], rank)[self.name]
 
     def probe(self) -> Tensor:
-        """Values sampled from the weight, float64, at :func:`svdbank.probe.probe_indices`; see :meth:`Bank.probes`."""
+        """Values sampled from the weight, float64, at :func:`svdbank.core.probe.probe_indices`; see :meth:`Bank.probes`."""
         return self.bank.probes([self.name])[self.name]
 
 
@@ -211,7 +211,7 @@ class Bank:
         return dict(self._vectors("principal_sigma", names, rank))
 
     def probes(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Values sampled from each weight, float64, at :func:`svdbank.probe.probe_indices`.
+        """Values sampled from each weight, float64, at :func:`svdbank.core.probe.probe_indices`.
 
         Of an exchanged weight they are taken from the transpose, at the indices of the transpose's shape.
         """

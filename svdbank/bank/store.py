@@ -17,11 +17,11 @@ from pathlib import Path
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
-from svdbank import fsio
 from svdbank.bank.chunks import crc_before, open_regular, read_exactly
 from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, FileRecord
 from svdbank.bank.metadata import checked_metadata
-from svdbank.errors import DamageError
+from svdbank.core import disk
+from svdbank.core.errors import DamageError
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class BankStore(Store):
     def write(self, key: str, data: bytes) -> None:
         """Write a file durably, replacing a torn one, and remember its record."""
         path = self.root / key
-        fsio.make_dirs(path.parent)
+        disk.make_dirs(path.parent)
         if path.exists():
-            fsio.unlink(path)
-        fsio.write_new(path, data)
-        fsio.fsync_dir(path.parent)
+            disk.unlink(path)
+        disk.write_new(path, data)
+        disk.fsync_dir(path.parent)
         self.written[key] = file_record(data, self.geometry.get(key.split("/c/")[0]) if "/c/" in key else None)
 
     async def exists(self, key: str) -> bool:

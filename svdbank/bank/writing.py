@@ -18,7 +18,6 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from svdbank import fsio
 from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import (
     FORMAT,
@@ -39,9 +38,10 @@ from svdbank.bank.layout import (
     vector_arrays,
 )
 from svdbank.bank.store import BankStore, ShardGeometry, file_record
-from svdbank.basis import Basis, Triplets
-from svdbank.errors import BankError, DamageError
-from svdbank.specs import FamilySpec, Plan, ShardSpec, from_json, to_json
+from svdbank.core import disk
+from svdbank.core.basis import Basis, Triplets
+from svdbank.core.errors import BankError, DamageError
+from svdbank.core.specs import FamilySpec, Plan, ShardSpec, from_json, to_json
 
 _CREATED_BY = "svdbank format 1"
 #: torch dtype of the stored vectors.
@@ -73,12 +73,12 @@ class BankWriter:
 
     def begin(self) -> None:
         """Freeze the plan and create groups and arrays. Repeats harmlessly when a build is resumed."""
-        fsio.make_dirs(self.root)
+        disk.make_dirs(self.root)
         for folder in (self.root, *(self.root / RECORDS).glob("*")):
-            for path in folder.glob(f".*{fsio.TEMPORARY}"):
-                fsio.unlink(path)
+            for path in folder.glob(f".*{disk.TEMPORARY}"):
+                disk.unlink(path)
         if not (self.root / plan_name(self.generation)).exists():
-            fsio.write_bytes(self.root / plan_name(self.generation), to_json(self.plan, indent=1))
+            disk.write_bytes(self.root / plan_name(self.generation), to_json(self.plan, indent=1))
         if self.generation == 0:
             self._group("", {"svdbank": {"format": FORMAT}})
         for family in self.plan.families:
@@ -95,7 +95,7 @@ class BankWriter:
             return None
         for array, expected in record.files.items():
             file = self.root / shard_file(shard.family, array, shard.index)
-            if not file.is_file() or file.stat().st_size != expected.size or fsio.sha256_file(file) != expected.sha256:
+            if not file.is_file() or file.stat().st_size != expected.size or disk.sha256_file(file) != expected.sha256:
                 return None
         return record
 
@@ -110,9 +110,9 @@ class BankWriter:
             key = shard_file(family.name, array, shard.index)
             files[array] = self._store.written.pop(key)
         path = self.root / record_file(shard.family, shard.index)
-        fsio.make_dirs(path.parent)
+        disk.make_dirs(path.parent)
         complete = msgspec.structs.replace(record, files=files)
-        fsio.write_bytes(path, to_json(complete))
+        disk.write_bytes(path, to_json(complete))
         return complete
 
     def publish(self, *, base_digest: str, earlier: Manifest | None, earlier_index: Index | None) -> Manifest:
@@ -126,7 +126,7 @@ class BankWriter:
         # Named by its content: the manifest of the last publish keeps its index until the new manifest is in place.
         index_record = file_record(data, None)
         index_file = f"index-{index_record.sha256[:16]}.json"
-        fsio.write_bytes(self.root / index_file, data)
+        disk.write_bytes(self.root / index_file, data)
         named = {index_file: index_record}
         if earlier is not None:
             # As they were published: what has changed since is damage, not news.
@@ -150,7 +150,7 @@ class BankWriter:
         )
         data = to_json(manifest, indent=1)
         manifest = msgspec.structs.replace(manifest, digest=manifest_digest(data, NO_DIGEST))
-        fsio.write_bytes(self.root / MANIFEST, to_json(manifest, indent=1))
+        disk.write_bytes(self.root / MANIFEST, to_json(manifest, indent=1))
         clean(self.root, manifest)
         return manifest
 
@@ -223,7 +223,7 @@ class BankWriter:
         """A metadata file left by a run that was stopped gives way: its content follows from the plan."""
         path = self.root / key
         if path.exists():
-            fsio.unlink(path)
+            disk.unlink(path)
 
     def _stored(self, rows: list[torch.Tensor]) -> NDArray[Any]:
         """Stack (R, n) tensors and cast to the stored dtype."""
@@ -236,12 +236,12 @@ class BankWriter:
 def clean(root: Path, manifest: Manifest) -> None:
     """Remove what a published bank no longer needs: records, and indexes that the manifest does not name."""
     if (root / RECORDS).is_dir():
-        fsio.remove_tree(root / RECORDS)
+        disk.remove_tree(root / RECORDS)
     for path in root.glob("index-*.json"):
         if path.name != manifest.index:
-            fsio.unlink(path)
-    for path in root.glob(f".*{fsio.TEMPORARY}"):
-        fsio.unlink(path)
+            disk.unlink(path)
+    for path in root.glob(f".*{disk.TEMPORARY}"):
+        disk.unlink(path)
 
 
 def _vectors_of(basis: Basis, array: str) -> torch.Tensor:

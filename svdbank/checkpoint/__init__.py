@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from svdbank.checkpoint.selection import decomposable
+from svdbank.checkpoint.naming.selection import decomposable
+from svdbank.checkpoint.naming.targets import matches
 from svdbank.checkpoint.source import Checkpoint, open_checkpoint
-from svdbank.checkpoint.targets import matches
 
 __all__ = ["Checkpoint", "decomposable", "matches", "open_checkpoint"]

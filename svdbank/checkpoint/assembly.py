@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
-from svdbank.errors import CheckpointError
-from svdbank.specs import TensorSource, WeightSpec
+from svdbank.core.errors import CheckpointError
+from svdbank.core.specs import TensorSource, WeightSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 
 #: Keys that change without the model changing: where it was saved, by what, and in which dtype it is to be loaded.
 VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "_attn_implementation"})

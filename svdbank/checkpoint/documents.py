@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 
 #: Control characters, the line separators of Unicode, direction overrides and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 
 #: Bytes read, and hashed while they are in the processor's cache, at a time.
 PIECE = 8 << 20

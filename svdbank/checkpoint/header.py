@@ -11,8 +11,8 @@ from typing import Any
 
 from svdbank.checkpoint.documents import check_name, parse_object
 from svdbank.checkpoint.dtypes import BITS
-from svdbank.errors import CheckpointError
-from svdbank.specs import TensorSource
+from svdbank.core.errors import CheckpointError
+from svdbank.core.specs import TensorSource
 
 #: The limit of the reference implementation.
 MAX_HEADER = 100_000_000

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from svdbank.checkpoint.documents import check_name, is_bare_weight_name, parse_object
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 
 #: Size limits of the JSON files read whole.
 MAX_INDEX = 100_000_000

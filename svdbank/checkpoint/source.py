@@ -12,30 +12,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from svdbank import fsio
 from svdbank.checkpoint.assembly import assemble
 from svdbank.checkpoint.configuration import digest, quantisation_of
-from svdbank.checkpoint.dequantisation import dequantise
 from svdbank.checkpoint.documents import parse_object
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
 from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, member, open_regular, read_card, read_document
 from svdbank.checkpoint.header import MAX_HEADER, PREFIX, header_length, parse_header
 from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, Layout, choose, gguf, parse_index
-from svdbank.checkpoint.quantisation import full_precision, refuse_unreadable, with_values
-from svdbank.errors import CheckpointError, OptionError
-from svdbank.specs import SourceFile, TensorSource, WeightSpec
+from svdbank.checkpoint.quantised.dequantisation import dequantise
+from svdbank.checkpoint.quantised.quantisation import full_precision, refuse_unreadable, with_values
+from svdbank.core import disk
+from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.specs import SourceFile, TensorSource, WeightSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from svdbank.checkpoint.hub import HubFile
-    from svdbank.checkpoint.remote import Remote, RemoteFile
+    from svdbank.checkpoint.remote.files import Remote, RemoteFile
+    from svdbank.checkpoint.remote.hub import HubFile
 
 
 #: Bytes fetched of a remote file at first, and for each of its tensors beside the name: most headers fit.
 _HEADER_GUESS, _ENTRY_GUESS = 64 << 10, 100
 
-#: How the addresses of the Hub's pages begin; :func:`~svdbank.checkpoint.hub.parse_id` says how to name what they show.
+#: How the addresses of the Hub's pages begin; :func:`~svdbank.checkpoint.remote.hub.parse_id` says how to name what they show.
 _ADDRESSES = ("https://", "http://", "huggingface.co/", "hf.co/")
 
 #: What to do about an index and headers that disagree.
@@ -158,7 +158,7 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         raise OptionError("the model's name is empty", hint="name a model folder, a .safetensors file or org/name on the Hub")
     if text.startswith("hf://"):
         return _open_hub(text.removeprefix("hf://"))
-    path = fsio.expanded(text)
+    path = disk.expanded(text)
     try:
         exists = path.exists()
     except OSError as cause:
@@ -325,8 +325,8 @@ def _could_be_hub_id(text: str) -> bool:
 
 
 def _open_hub(text: str) -> Checkpoint:
-    from svdbank.checkpoint.hub import fetch_card, look_up, parse_id
-    from svdbank.checkpoint.remote import Remote
+    from svdbank.checkpoint.remote.files import Remote
+    from svdbank.checkpoint.remote.hub import fetch_card, look_up, parse_id
 
     name, revision = parse_id(text)
     snapshot = look_up(name, revision)

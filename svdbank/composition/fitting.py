@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.writing import write_adapter
-from svdbank.errors import OptionError, missing_extra
-from svdbank.loading import Dtype, LoadIn
-from svdbank.specs import Progress, ProgressCallback, Struct
+from svdbank.core.errors import OptionError, missing_extra
+from svdbank.core.specs import Progress, ProgressCallback, Struct
+from svdbank.lm.loading import Dtype, LoadIn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,7 +85,7 @@ def fit_weights(
         from scipy.optimize import minimize
     except ImportError as cause:
         raise missing_extra("scipy", "fit") from cause
-    from svdbank.evaluation import Gauge
+    from svdbank.lm.measuring import Gauge
 
     if options.evaluations < 2:
         raise OptionError("fitting takes two evaluations or more")

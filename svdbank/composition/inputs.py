@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from svdbank import cache
 from svdbank.adapter.folder import CACHE, AdapterCache
 from svdbank.adapter.model import Adapter, aligned
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
 from svdbank.bank.reading import Bank
-from svdbank.errors import CheckpointError, OptionError, WrongBaseError
-from svdbank.pipeline import locating
-from svdbank.specs import from_json
+from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.core.specs import from_json
 
 #: Adapters to put together: folders, folders written as ``NAME=DIR``, or folders by name.
 Places = Sequence[str | Path] | Mapping[str, str | Path]
@@ -100,7 +100,7 @@ def domains_of(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 
 def _opened(bank: str | Path | Bank | None) -> Bank | None:
-    return bank if bank is None or isinstance(bank, Bank) else locating.open(bank)
+    return bank if bank is None or isinstance(bank, Bank) else cache.open(bank)
 
 
 def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:

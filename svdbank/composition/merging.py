@@ -21,8 +21,8 @@ from svdbank.composition.coordinates import common_coordinates
 from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
 from svdbank.composition.inputs import Places, check_touching, named_places, notes_of, read_inputs
 from svdbank.composition.sparsification import dropped, elected, summed, trimmed
-from svdbank.errors import OptionError
-from svdbank.specs import ProgressCallback, Struct
+from svdbank.core.errors import OptionError
+from svdbank.core.specs import ProgressCallback, Struct
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 METHODS: tuple[Method, ...] = get_args(Method)

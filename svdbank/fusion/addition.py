@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.model import Adapter
-from svdbank.errors import NotFiniteError, OptionError
-from svdbank.specs import WeightSpec
+from svdbank.core.errors import NotFiniteError, OptionError
+from svdbank.core.specs import WeightSpec
 
 #: Entries summed at a time: what is in between stays in the processor's cache.
 _PANEL = 1 << 17
@@ -37,7 +37,7 @@ class Tally:
 
 
 class Addition:
-    """``W + ΔW`` in any number of threads; the ``edit`` of :func:`svdbank.checkpoint.writing.write_checkpoint`.
+    """``W + ΔW`` in any number of threads; the ``edit`` of :func:`svdbank.checkpoint.writing.tensors.write_checkpoint`.
 
     ``factors`` are A (r, in) and B (out, r) by the weight's name, ``full`` tensors that replace a stored one.
     """

@@ -13,11 +13,11 @@ from svdbank.adapter.naming import matched
 from svdbank.adapter.saved import SavedModules
 from svdbank.bank.reading import base_digest
 from svdbank.checkpoint.configuration import facts
-from svdbank.checkpoint.correspondence import Parameter, correspondence
-from svdbank.checkpoint.selection import decomposable
+from svdbank.checkpoint.naming.correspondence import Parameter, correspondence
+from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
-from svdbank.errors import OptionError, WrongBaseError
-from svdbank.specs import TensorSource, WeightSpec
+from svdbank.core.errors import OptionError, WrongBaseError
+from svdbank.core.specs import TensorSource, WeightSpec
 
 #: What to do about whole modules that do not fit a checkpoint's tensors.
 _WITH_PEFT = "merge it with PEFT: PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(…)"

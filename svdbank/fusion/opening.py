@@ -12,8 +12,8 @@ from svdbank.adapter.model import Adapter
 from svdbank.adapter.reading import initialised_as, read_adapter
 from svdbank.adapter.saved import SavedModules, saved_modules
 from svdbank.bank.reading import Bank
-from svdbank.errors import BankError, OptionError
-from svdbank.specs import from_json
+from svdbank.core.errors import BankError, OptionError
+from svdbank.core.specs import from_json
 
 
 def open_adapter(
@@ -39,7 +39,7 @@ def open_adapter(
 
 
 def _cached_bank(model: str | os.PathLike[str], folder: Path, method: str) -> Bank:
-    from svdbank.pipeline.locating import open as open_cached
+    from svdbank.cache import open as open_cached
 
     try:
         return open_cached(model)

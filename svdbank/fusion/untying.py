@@ -10,11 +10,11 @@ from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
 from svdbank.adapter.saved import SavedModules
 from svdbank.checkpoint.configuration import facts
-from svdbank.checkpoint.correspondence import architecture_of, is_listed
-from svdbank.checkpoint.selection import decomposable
+from svdbank.checkpoint.naming.correspondence import architecture_of, is_listed
+from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
-from svdbank.errors import OptionError
-from svdbank.specs import WeightSpec
+from svdbank.core.errors import OptionError
+from svdbank.core.specs import WeightSpec
 
 #: The tensor that Transformers' causal language models read where nothing is tied.
 HEAD = "lm_head.weight"

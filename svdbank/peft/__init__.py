@@ -5,7 +5,7 @@ that nothing is drawn, decomposed, gathered or dequantised for them; the values 
 ``"pissa"`` are then looked up together and put in place.
 """
 
-from svdbank.adapter.attachment import Attachment, UnverifiedBaseWarning
+from svdbank.peft.lookup import Attachment, UnverifiedBaseWarning
 from svdbank.peft.models import attachment, get_peft_model, load_adapter
 from svdbank.peft.routing import use_bank
 

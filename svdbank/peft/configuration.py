@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from svdbank.adapter.methods import METHODS, Method
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 
 def method_of(config: Any) -> Method | None:

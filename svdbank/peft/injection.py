@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdbank.adapter.attachment import Attachment, Lookup, UnverifiedBaseWarning, look_up
 from svdbank.adapter.folder import Factors
 from svdbank.adapter.methods import RESIDUAL_METHODS, Method
-from svdbank.adapter.recognition import lies_in
 from svdbank.bank.reading import Bank
-from svdbank.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
 from svdbank.peft import quantised, residuals, sharding
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.layers import Slot, slots
+from svdbank.peft.lookup import Attachment, Lookup, UnverifiedBaseWarning, look_up
+from svdbank.peft.recognition import lies_in
 
 #: Where a model keeps what was attached to it: a dict of adapter name → Attachment on the base model.
 _RECORD = "svdbank_attachments"

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from svdbank.adapter.attachment import Target
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
+from svdbank.peft.lookup import Target
 
 #: Parts of a module path that wrappers add: torch.compile, PEFT, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "base_layer", "_checkpoint_wrapped_module"})

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from svdbank.adapter.attachment import Attachment
+from svdbank import cache
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
-from svdbank.errors import BankError, OptionError, WrongBaseError, missing_extra
+from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_extra
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import Source, attachments, check_reload
 from svdbank.peft.layers import plain
+from svdbank.peft.lookup import Attachment
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
-from svdbank.pipeline import locating
 
 
 def get_peft_model(
@@ -73,7 +73,7 @@ def load_adapter(
     """
     peft = _peft()
     saved = read_folder(folder)
-    opened = None if bank is None else bank if isinstance(bank, Bank) else locating.open(bank)
+    opened = None if bank is None else bank if isinstance(bank, Bank) else cache.open(bank)
     if opened is not None and saved.cache is not None:
         _check_digest(opened, saved.cache.base_digest, saved.cache.weights, folder)
     config = peft.LoraConfig.from_pretrained(str(folder))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 
 def check_gradients(root: nn.Module) -> None:

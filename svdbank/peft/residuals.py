@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svdbank.adapter.attachment import Target
 from svdbank.adapter.methods import Method, residual
-from svdbank.adapter.recognition import is_readable
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 from svdbank.peft import sharding
 from svdbank.peft.layers import Slot
+from svdbank.peft.lookup import Target
+from svdbank.peft.recognition import is_readable
 
 #: Rows of a weight that its rounding is measured on.
 _ROWS = 64

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import nn
 
+from svdbank import cache
 from svdbank.bank.reading import Bank
-from svdbank.errors import BankError, missing_extra
+from svdbank.core.errors import BankError, missing_extra
 from svdbank.peft.configuration import method_of
 from svdbank.peft.injection import Source, inject
 from svdbank.peft.layers import slots
-from svdbank.pipeline import locating
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def use_bank(bank: Bank | str | Path) -> Iterator[Bank]:
     Transformers' ``model.add_adapter`` and ``model.load_adapter`` (which otherwise leaves ``B`` training), for configs with
     ``init_lora_weights`` "mica", "milora" or "pissa". Others are not touched. See the module's text for threads. Yields the opened bank.
     """
-    opened = bank if isinstance(bank, Bank) else locating.open(bank)
+    opened = bank if isinstance(bank, Bank) else cache.open(bank)
     with reroute(Source(opened)):
         yield opened
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 from svdbank.peft.layers import Slot
 
 

@@ -10,14 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from svdbank.basis import Basis
-from svdbank.errors import OptionError
+from svdbank.core.basis import Basis
+from svdbank.core.errors import OptionError
+from svdbank.core.specs import Side
 from svdbank.solver.batched import batch_size, filter_batch
 from svdbank.solver.devices import Kind, give_back_device, kind_of, start, turns
 from svdbank.solver.planning import choose_path
 from svdbank.solver.solve import check_request, minor_basis
 from svdbank.solver.threads import pinned_threads
-from svdbank.specs import Side
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON, Basis, Certificate, Triplets
+from svdbank.core.basis import EPSILON, Basis, Certificate, Triplets
+from svdbank.core.specs import Side
 from svdbank.solver.contract import Block, Failure, LinAlgError
 from svdbank.solver.devices import Kind
 from svdbank.solver.filter import COUPLED, Lower, block_width, lower_end, start_block, upper_end
@@ -25,7 +26,6 @@ from svdbank.solver.subspace import orthonormal, orthonormal_factors
 from svdbank.solver.threads import pinned_threads
 from svdbank.solver.triplets import triplets
 from svdbank.solver.weight import rounding
-from svdbank.specs import Side
 
 #: float64 entries of a batch's widened weights, 2 GiB, and the most and the fewest weights in it.
 BATCH_ENTRIES = 2**28

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from svdbank.errors import SvdbankError
+from svdbank.core.errors import SvdbankError
 from svdbank.solver.batch import batch_bases
 from svdbank.solver.devices import kind_of, start
 from svdbank.solver.solve import minor_basis

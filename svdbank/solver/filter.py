@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON
+from svdbank.core.basis import EPSILON
 from svdbank.solver.contract import Block, Candidate, Failure
 from svdbank.solver.inverse import gram_of_lower, inverse_factor
 from svdbank.solver.ritz import buffer_size, rayleigh_ritz

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON, UNRESOLVED
+from svdbank.core.basis import EPSILON, UNRESOLVED
 from svdbank.solver.cholesky import factorise
 from svdbank.solver.contract import Block, Candidate
 from svdbank.solver.ritz import refined

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON
+from svdbank.core.basis import EPSILON
 from svdbank.solver.contract import Failure
 from svdbank.solver.orthogonal import thin_qr
 from svdbank.solver.storage import padded_rows

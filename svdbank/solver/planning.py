@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 from svdbank.solver.cholesky import BLOCK
 from svdbank.solver.devices import Kind
 from svdbank.solver.filter import block_width

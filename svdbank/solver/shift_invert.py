@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON, UNRESOLVED
+from svdbank.core.basis import EPSILON, UNRESOLVED
 from svdbank.solver.cholesky import factor
 from svdbank.solver.contract import Candidate, Failure
 from svdbank.solver.lanczos import Ritz, Shape, largest, shape_for

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svdbank.basis import Basis, Certificate, Triplets
-from svdbank.errors import NotFiniteError, OptionError, SolverError
+from svdbank.core.basis import Basis, Certificate, Triplets
+from svdbank.core.errors import NotFiniteError, OptionError, SolverError
+from svdbank.core.specs import Side
 from svdbank.solver.careful import solve_lq, solve_svd
 from svdbank.solver.contract import Block, Candidate, Failure, LinAlgError
 from svdbank.solver.dense import solve_dense
@@ -20,7 +21,6 @@ from svdbank.solver.planning import PATHS, check_rank, choose_path
 from svdbank.solver.shift_invert import solve_shift_invert
 from svdbank.solver.triplets import triplets
 from svdbank.solver.weight import DEFAULT_PRECISION, DEVICE_PANEL_ENTRIES, PANEL_ENTRIES, Precision, Weight
-from svdbank.specs import Side
 
 Method = Callable[[Weight, int, int], Candidate | Failure]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON
+from svdbank.core.basis import EPSILON
 from svdbank.solver.inverse import inverse_lower
 
 #: Columns a filter may tell apart by, largest over least amplification. The first one meets random columns, all of which hold the first

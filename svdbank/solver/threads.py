@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 _lock = threading.Lock()
 _pins: list[tuple[object, int]] = []

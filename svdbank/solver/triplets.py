@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdbank.basis import Triplets
-from svdbank.specs import Side
+from svdbank.core.basis import Triplets
+from svdbank.core.specs import Side
 
 
 def triplets(left: Tensor, right: Tensor, sigma: Tensor, side: Side) -> Triplets:

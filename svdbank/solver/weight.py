@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON
+from svdbank.core.basis import EPSILON
 from svdbank.solver.contract import Block
 from svdbank.solver.pieces import exact_gram
 from svdbank.solver.storage import padded_rows

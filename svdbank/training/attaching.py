@@ -13,18 +13,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from svdbank import fsio
 from svdbank.adapter.experts import join, parameters_of, split
 from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache, read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
-from svdbank.adapter.selection import selected
-from svdbank.bank import Bank
-from svdbank.checkpoint.targets import ALL_LINEAR, parse_targets
-from svdbank.errors import BankError, OptionError, missing_extra
-from svdbank.loading import Source, quiet_transformers
-from svdbank.specs import to_json
+from svdbank.bank.reading import Bank
+from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
+from svdbank.core import disk
+from svdbank.core.errors import BankError, OptionError, missing_extra
+from svdbank.core.specs import to_json
+from svdbank.initialisation.selection import selected
+from svdbank.lm.loading import Source, quiet_transformers
 from svdbank.training.options import TrainOptions
 
 #: The trained adapter's name in PEFT. Those beneath are called ``beneath-0``, ``beneath-1``, …
@@ -161,10 +161,10 @@ def write_adapter(
     if initial:
         _restore(folder, initial)
     if bank is not None:
-        fsio.write_bytes(folder / CACHE, to_json(_record(folder, options, bank), indent=2))
-    fsio.write_bytes(folder / "README.md", card.encode())
+        disk.write_bytes(folder / CACHE, to_json(_record(folder, options, bank), indent=2))
+    disk.write_bytes(folder / "README.md", card.encode())
     # safetensors writes through a private temporary file; the others have the modes that the umask gives.
-    fsio.share_mode(folder / "README.md", folder / WEIGHTS)
+    disk.share_mode(folder / "README.md", folder / WEIGHTS)
 
 
 def _record(folder: Path, options: TrainOptions, bank: Bank) -> AdapterCache:
@@ -270,8 +270,8 @@ def _restore(folder: Path, initial: dict[str, Tensor]) -> None:
         "lora_alpha": restored_alpha(config["lora_alpha"], rslora=config["use_rslora"]),
         "init_lora_weights": True,
     }
-    fsio.write_bytes(folder / WEIGHTS, safetensors.torch.save(trained, metadata={"format": "pt"}))
-    fsio.write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    disk.write_bytes(folder / WEIGHTS, safetensors.torch.save(trained, metadata={"format": "pt"}))
+    disk.write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
 
 
 def _peft() -> Any:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svdbank import fsio
-from svdbank.errors import CheckpointError, OptionError
-from svdbank.specs import Struct, from_json, to_json
+from svdbank.core import disk
+from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.specs import Struct, from_json, to_json
 
 SEAL = "svdbank-seal.json"
 RECORD = "run.json"
@@ -37,8 +37,8 @@ def folder_of(output: Path) -> Path:
 
 def seal(checkpoint: Path) -> None:
     """Make every file durable, then say so."""
-    fsio.fsync_tree(checkpoint)
-    fsio.write_bytes(checkpoint / SEAL, to_json(Seal(_hashes(checkpoint))))
+    disk.fsync_tree(checkpoint)
+    disk.write_bytes(checkpoint / SEAL, to_json(Seal(_hashes(checkpoint))))
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -61,7 +61,7 @@ def remove_others(folder: Path, keep: Path | None) -> None:
     """Remove every checkpoint but one: later ones were never finished, and would be written into."""
     for path in folder.glob("checkpoint-*"):
         if path != keep:
-            fsio.remove_tree(path)
+            disk.remove_tree(path)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -81,14 +81,14 @@ def begin(folder: Path, record: RunRecord, *, force: bool = False) -> None:
             raise OptionError(
                 f"{folder} exists and is no folder of checkpoints", hint="name another output with -o, or move it away"
             )
-        fsio.make_dirs(folder)
-        fsio.write_bytes(path, to_json(record))
+        disk.make_dirs(folder)
+        disk.write_bytes(path, to_json(record))
         return
     before = from_json(path.read_bytes(), RunRecord, where=str(path), error=CheckpointError)
     if before == record:
         return
     if force:
-        fsio.remove_tree(folder)
+        disk.remove_tree(folder)
         begin(folder, record)
         return
     ours, theirs = record.options.splitlines(), before.options.splitlines()
@@ -108,7 +108,7 @@ def begin(folder: Path, record: RunRecord, *, force: bool = False) -> None:
 
 def _hashes(checkpoint: Path) -> dict[str, str]:
     return {
-        path.relative_to(checkpoint).as_posix(): fsio.sha256_file(path)
+        path.relative_to(checkpoint).as_posix(): disk.sha256_file(path)
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != SEAL
     }

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from svdbank.errors import OptionError
-from svdbank.loading import Dtype, LoadIn
-from svdbank.specs import Struct
+from svdbank.core.errors import OptionError
+from svdbank.core.specs import Struct
+from svdbank.lm.loading import Dtype, LoadIn
 
 Method = Literal["mica", "milora", "pissa", "lora"]
 

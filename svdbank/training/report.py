@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from svdbank.adapter.card import escaped
-from svdbank.specs import Struct
+from svdbank.core.specs import Struct
 from svdbank.training.options import TrainOptions
 
 

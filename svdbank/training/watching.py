@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdbank.specs import Progress, ProgressCallback
+from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.training import checkpoints
 from svdbank.training.attaching import activate
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import svdbank
 from svdbank.adapter.folder import WEIGHTS
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svdbank.adapter.components import Component, Free, InBank, bands_of, indices_of
 from svdbank.adapter.model import AdaptedWeight, Adapter, Source, combination
-from svdbank.errors import OptionError, WrongBaseError
+from svdbank.core.errors import OptionError, WrongBaseError
 
 OUT, IN, STORED = 20, 15, 12
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.adapter.allocation import first_free, next_bands, ranks_within
 from svdbank.adapter.folder import CONFIG
 from svdbank.adapter.methods import count_floored, initial_factors, residual
-from svdbank.bank import Bank
-from svdbank.errors import BankError, OptionError, WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.initialisation.allocation import first_free, next_bands, ranks_within
 from svdbank_cli.main import run
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import svdbank
-from svdbank import fsio
 from svdbank.adapter.writing import write_adapter
-from svdbank.bank import Bank
-from svdbank.errors import LockedError, OptionError
-from tests.pipeline.crashes import Crash, FaultyDisk
+from svdbank.bank.reading import Bank
+from svdbank.core import disk
+from svdbank.core.errors import LockedError, OptionError
+from tests.building.crashes import Crash, FaultyDisk
 
 Make = Callable[[Path], object]
 
@@ -65,14 +65,14 @@ def tree(folder: Path) -> dict[str, bytes] | None:
 def operations(new: Make, old: Make | None, place: Path) -> tuple[FaultyDisk, int]:
     """A disk that saw ``new`` written at ``place / "out"``, over ``old`` if there is one, and how many operations came before."""
     place.mkdir()
-    disk = FaultyDisk(place)
-    with fsio.observe(disk):
-        fsio.fsync_dir(place)
+    faulty = FaultyDisk(place)
+    with disk.observe(faulty):
+        disk.fsync_dir(place)
         if old is not None:
             old(place / "out")
-        before = len(disk.operations)
+        before = len(faulty.operations)
         new(place / "out")
-    return disk, before
+    return faulty, before
 
 
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replacing"])
@@ -81,25 +81,25 @@ def test_a_crash_at_any_operation_leaves_the_old_adapter_or_the_new_one(
     kind: str, replaces: bool, make: Callable[[str, int], Make], memory_disk: Path
 ) -> None:
     new, old = make(kind, 1), make("lora", 0) if replaces else None
-    disk, before = operations(new, old, memory_disk / "counted")
+    faulty, before = operations(new, old, memory_disk / "counted")
     after = tree(memory_disk / "counted" / "out")
     allowed = [None, after]
     if old is not None:
         old(memory_disk / "old")
         allowed = [tree(memory_disk / "old"), after]
-    assert allowed[0] != after and len(disk.operations) - before > 15
+    assert allowed[0] != after and len(faulty.operations) - before > 15
     seen = []
-    for stop_at in range(before, len(disk.operations)):
+    for stop_at in range(before, len(faulty.operations)):
         place, cut = memory_disk / "place", memory_disk / "cut"
         place.mkdir()
         crashing = FaultyDisk(place, stop_at=stop_at)
-        with fsio.observe(crashing), pytest.raises(Crash):
-            fsio.fsync_dir(place)
+        with disk.observe(crashing), pytest.raises(Crash):
+            disk.fsync_dir(place)
             if old is not None:
                 old(place / "out")
             new(place / "out")
         crashing.after_power_cut(cut)
-        where = f"crash before operation {stop_at} ({disk.operations[stop_at]})"
+        where = f"crash before operation {stop_at} ({faulty.operations[stop_at]})"
         for left in (place, cut):
             found = tree(left / "out")
             assert found in allowed, where
@@ -118,19 +118,19 @@ def test_an_error_of_the_disk_leaves_what_was_there(
     replaces: bool, code: int, make: Callable[[str, int], Make], memory_disk: Path
 ) -> None:
     new, old = make("lora", 1), make("lora", 0)
-    disk, before = operations(new, old if replaces else None, memory_disk / "counted")
+    faulty, before = operations(new, old if replaces else None, memory_disk / "counted")
     place = memory_disk / "place"
     place.mkdir()
     if replaces:
         old(place / "out")
     there = tree(place / "out")
-    begin = len(disk.operations) - before
+    begin = len(faulty.operations) - before
     for i in range(begin):
-        if disk.operations[before + i].split()[0] not in ("create", "write", "fsync", "rename", "exchange"):
+        if faulty.operations[before + i].split()[0] not in ("create", "write", "fsync", "rename", "exchange"):
             continue
-        with fsio.observe(FaultyDisk(place, stop_at=i, error=OSError(code, os.strerror(code)))), pytest.raises(OSError):
+        with disk.observe(FaultyDisk(place, stop_at=i, error=OSError(code, os.strerror(code)))), pytest.raises(OSError):
             new(place / "out")
-        assert tree(place / "out") == there, disk.operations[before + i]
+        assert tree(place / "out") == there, faulty.operations[before + i]
         assert [path.name for path in place.iterdir()] == (["out"] if replaces else [])
 
 
@@ -138,17 +138,17 @@ def test_where_folders_cannot_be_exchanged_the_next_run_puts_the_old_one_back(
     make: Callable[[str, int], Make], memory_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new, old = make("lora", 1), make("lora", 0)
-    monkeypatch.setattr(fsio, "exchange", lambda one, other: False)  # as on macOS, Windows and some file systems
-    disk, before = operations(new, old, memory_disk / "counted")
+    monkeypatch.setattr(disk, "exchange", lambda one, other: False)  # as on macOS, Windows and some file systems
+    faulty, before = operations(new, old, memory_disk / "counted")
     after = tree(memory_disk / "counted" / "out")
     old(memory_disk / "old")
     kept = tree(memory_disk / "old")
     gaps = 0
-    for stop_at in range(before, len(disk.operations)):
+    for stop_at in range(before, len(faulty.operations)):
         place = memory_disk / "place"
         place.mkdir()
-        with fsio.observe(FaultyDisk(place, stop_at=stop_at)), pytest.raises(Crash):
-            fsio.fsync_dir(place)
+        with disk.observe(FaultyDisk(place, stop_at=stop_at)), pytest.raises(Crash):
+            disk.fsync_dir(place)
             old(place / "out")
             new(place / "out")
         found = tree(place / "out")
@@ -167,19 +167,19 @@ def test_where_folders_cannot_be_exchanged_the_next_run_puts_the_old_one_back(
 
 
 def test_folders_are_exchanged_in_one_step(tmp_path: Path) -> None:
-    """Linux has it on every common file system; elsewhere :func:`fsio.exchange` says that it cannot, and changes nothing."""
+    """Linux has it on every common file system; elsewhere :func:`disk.exchange` says that it cannot, and changes nothing."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    swapped = fsio.exchange(tmp_path / "one", tmp_path / "other")
+    swapped = disk.exchange(tmp_path / "one", tmp_path / "other")
     assert (tmp_path / "one" / "file").read_text() == ("other" if swapped else "one")
     assert (tmp_path / "other" / "file").read_text() == ("one" if swapped else "other")
-    assert not fsio.exchange(tmp_path / "one", tmp_path / "absent") and (tmp_path / "one").is_dir()
+    assert not disk.exchange(tmp_path / "one", tmp_path / "absent") and (tmp_path / "one").is_dir()
 
 
 def test_two_at_one_place_do_not_mix(make: Callable[[str, int], Make], tmp_path: Path) -> None:
     write = make("lora", 0)
-    with fsio.locked(tmp_path / ".out.tmp"), pytest.raises(LockedError):
+    with disk.locked(tmp_path / ".out.tmp"), pytest.raises(LockedError):
         write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import svdbank
 from svdbank.adapter.folder import WEIGHTS, read_settings
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 from svdbank_cli.main import run
 
 Capture = pytest.CaptureFixture[str]

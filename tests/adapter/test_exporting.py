@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdbank
-from svdbank.adapter.exporting import SERVED_RANKS
 from svdbank.adapter.folder import CACHE, WEIGHTS, read_settings
-from svdbank.bank import Bank
-from svdbank.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.verbs.export import SERVED_RANKS
 from tests.peft.models import quiet, without_svd
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import svdbank
 from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterFolder, read_folder
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 from tests.peft.models import factors, lora_layers, mica, quiet
 
 

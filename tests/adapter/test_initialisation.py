@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import svdbank
-from svdbank import fsio
+from svdbank.adapter.base import task_of
 from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, read_folder
-from svdbank.adapter.recording import task_of
-from svdbank.bank import Bank
-from svdbank.errors import BankError, OptionError
+from svdbank.bank.reading import Bank
+from svdbank.core import disk
+from svdbank.core.errors import BankError, OptionError
 from tests.peft.models import factors, lora_layers, only_a_trains, quiet, without_svd
 
 
@@ -155,7 +155,7 @@ class Stop(Exception):  # noqa: N818 - not an error, a power cut
 def test_stopped_at_any_file_operation_the_adapter_is_whole_or_absent(bank: Bank, tmp_path: Path) -> None:
     """Every operation in turn; what stands at the output afterwards is nothing, or all of it."""
     operations: list[str] = []
-    with fsio.observe(lambda operation, path: operations.append(operation)):
+    with disk.observe(lambda operation, path: operations.append(operation)):
         svdbank.init(bank, rank=2, output=tmp_path / "counted" / "a", targets=("query",))
     assert {"create", "write", "fsync", "rename", "fsync-dir"} <= set(operations)
     for stop in range(len(operations)):
@@ -167,7 +167,7 @@ def test_stopped_at_any_file_operation_the_adapter_is_whole_or_absent(bank: Bank
             if seen > stop:
                 raise Stop
 
-        with fsio.observe(halt), pytest.raises(Stop):
+        with disk.observe(halt), pytest.raises(Stop):
             svdbank.init(bank, rank=2, output=output, targets=("query",))
         if output.exists():
             assert len(read_folder(output).factors) == 6
@@ -176,7 +176,7 @@ def test_stopped_at_any_file_operation_the_adapter_is_whole_or_absent(bank: Bank
 
 
 def test_an_adapter_that_cannot_be_replaced_stays(bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fsio, "exchange", lambda one, other: False)  # the way of systems that cannot
+    monkeypatch.setattr(disk, "exchange", lambda one, other: False)  # the way of systems that cannot
     svdbank.init(bank, rank=2, output=tmp_path / "a", targets=("query",))
     renames = 0
 
@@ -186,7 +186,7 @@ def test_an_adapter_that_cannot_be_replaced_stays(bank: Bank, tmp_path: Path, mo
         if operation == "rename" and renames == 2:  # the first moves the old one aside
             raise OSError(5, "Input/output error", str(path))
 
-    with fsio.observe(fail), pytest.raises(OSError, match="Input/output"):
+    with disk.observe(fail), pytest.raises(OSError, match="Input/output"):
         svdbank.init(bank, rank=4, output=tmp_path / "a", force=True)
     assert read_folder(tmp_path / "a").settings.r == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import svdbank
 from svdbank.adapter.folder import WEIGHTS, read_folder, read_settings
 from svdbank.adapter.writing import write_adapter
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 from svdbank.peft import load_adapter
 from tests.peft.models import quiet, without_svd
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdbank
+from svdbank.adapter.bands import recover
 from svdbank.adapter.components import Free, InBank
 from svdbank.adapter.experts import join, split
 from svdbank.adapter.folder import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.adapter.reading import read_adapter
-from svdbank.adapter.recovery import recover
 from svdbank.adapter.writing import write_adapter
-from svdbank.bank import Bank
-from svdbank.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
 from tests.peft.models import quiet, without_svd
 
 QUERY = "encoder.layer.0.attention.self.query"

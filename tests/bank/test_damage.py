@@ -16,7 +16,7 @@ import torch
 
 import svdbank
 from svdbank.bank.layout import MANIFEST, NO_DIGEST, manifest_digest
-from tests.pipeline.small import tree, write_small_checkpoint
+from tests.building.small import tree, write_small_checkpoint
 
 
 @pytest.fixture(scope="module")

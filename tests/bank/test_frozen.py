@@ -28,7 +28,7 @@ def test_the_frozen_bank_still_reads(tmp_path: Path) -> None:
 
 def test_today_writes_what_the_frozen_bank_holds(minilm: Path, tmp_path: Path) -> None:
     """Same files by name: a change of the layout is a change of the format. The vectors' last bits may differ by processor."""
-    from tests.pipeline.small import tree, write_small_checkpoint
+    from tests.building.small import tree, write_small_checkpoint
 
     bank = svdbank.build(write_small_checkpoint(tmp_path / "model", minilm), tmp_path / "bank", rank=18)
 

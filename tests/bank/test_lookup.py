@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import svdbank
-from tests.pipeline.small import write_small_checkpoint
+from tests.building.small import write_small_checkpoint
 
 
 @pytest.fixture(scope="module")

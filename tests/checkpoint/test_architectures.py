@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from svdbank.checkpoint import decomposable, open_checkpoint
-from svdbank.checkpoint.architectures import ARCHITECTURES
 from svdbank.checkpoint.configuration import facts
-from svdbank.checkpoint.correspondence import correspondence
-from svdbank.errors import OptionError
-from svdbank.specs import WeightSpec
+from svdbank.checkpoint.naming.architectures import ARCHITECTURES
+from svdbank.checkpoint.naming.correspondence import correspondence
+from svdbank.core.errors import OptionError
+from svdbank.core.specs import WeightSpec
 from tests.checkpoint.attacks import tensors_file
 from tests.checkpoint.every_architecture import model_of
 from tests.checkpoint.small_models import STACKED_IN_OUT, WITH_EXPERTS, configurations, quiet
@@ -220,7 +220,7 @@ def test_every_row_of_the_table_is_what_transformers_does(model_type: str, tmp_p
 
 
 def test_more_stacked_experts_than_any_model_has_are_not_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdbank.checkpoint.correspondence.MAX_SLICES", 7)  # the real bound takes a minute to reach
+    monkeypatch.setattr("svdbank.checkpoint.naming.correspondence.MAX_SLICES", 7)  # the real bound takes a minute to reach
     (tmp_path / "config.json").write_text('{"model_type": "granitemoe"}')
     name = "model.layers.{}.block_sparse_moe.input_linear.weight"
     tensors = {name.format(layer): torch.ones(3, 4, 2) for layer in range(3)}

@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 import svdbank
 from svdbank.checkpoint import decomposable, open_checkpoint
-from svdbank.errors import BankNotFoundError, CheckpointError, OptionError, SvdbankError
+from svdbank.core.errors import BankNotFoundError, CheckpointError, OptionError, SvdbankError
 from tests.checkpoint.attacks import FILE_NAMES, FOLDERS, HEADERS, Loaded, entry, raw, tensors_file
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3)}

@@ -17,17 +17,17 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save
 
 from svdbank.checkpoint import open_checkpoint
-from svdbank.checkpoint.hub import parse_id
-from svdbank.checkpoint.refusals import FIRST_WAIT, wait_before_retry
-from svdbank.checkpoint.shards import admitted
-from svdbank.errors import CheckpointError, OptionError
+from svdbank.checkpoint.remote.hub import parse_id
+from svdbank.checkpoint.remote.shards import admitted
+from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.refusals import FIRST_WAIT, wait_before_retry
 from tests.checkpoint.hub_server import Fault, LocalHub
 
 #: Answers one line of JSON, [model, whether to download and read], with another.
 PROGRAM = """
 import json, sys
 from svdbank.checkpoint import decomposable, open_checkpoint
-from svdbank.errors import SvdbankError
+from svdbank.core.errors import SvdbankError
 for line in sys.stdin:
     model, read = json.loads(line)
     calls = []

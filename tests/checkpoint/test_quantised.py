@@ -17,13 +17,14 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import svdbank
-from svdbank.checkpoint import decomposable, dequantisation, open_checkpoint
-from svdbank.checkpoint.quantisation import full_precision
-from svdbank.errors import CheckpointError, WrongBaseError
+from svdbank.checkpoint import decomposable, open_checkpoint
+from svdbank.checkpoint.quantised import dequantisation
+from svdbank.checkpoint.quantised.quantisation import full_precision
+from svdbank.core.errors import CheckpointError, WrongBaseError
 from svdbank.solver import pinned_threads
 from svdbank_cli.main import run
+from tests.building.test_accuracy import BOUND, sine
 from tests.checkpoint import quantised_models as made
-from tests.pipeline.test_accuracy import BOUND, sine
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 
 from svdbank.checkpoint import decomposable, open_checkpoint
 from svdbank.checkpoint.files import PIECE, sha256_of
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 from tests.checkpoint.attacks import tensors_file
 
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 from svdbank.checkpoint import decomposable, open_checkpoint
-from svdbank.errors import CheckpointError, OptionError
+from svdbank.core.errors import CheckpointError, OptionError
 from tests.checkpoint.attacks import tensors_file
 from tests.checkpoint.small_models import WITH_EXPERTS, configurations, load
 

@@ -8,7 +8,7 @@ import pytest
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from svdbank.checkpoint import matches
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 
 MODULES = (
     "q_proj",

@@ -113,7 +113,7 @@ def test_damage_has_exit_code_4_and_names_the_file(minilm: Path, tmp_path: Path,
 
 
 def test_another_base_has_exit_code_12(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.pipeline.small import write_small_checkpoint
+    from tests.building.small import write_small_checkpoint
 
     folder = tmp_path / "bank"
     assert run(["build", str(write_small_checkpoint(tmp_path / "m", minilm)), "-o", str(folder), "--rank", "2", "-q"]) == 0
@@ -122,8 +122,8 @@ def test_another_base_has_exit_code_12(minilm: Path, tmp_path: Path, capsys: pyt
 
 
 def test_a_lock_has_exit_code_11(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import sys, pathlib\nfrom svdbank import fsio\n"
-    code += "with fsio.locked(pathlib.Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
+    code = "import sys, pathlib\nfrom svdbank.core import disk\n"
+    code += "with disk.locked(pathlib.Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "bank")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import svdbank
 from svdbank.adapter.folder import WEIGHTS, read_folder
-from svdbank.bank import Bank
-from svdbank.demonstration import licence_texts, token_windows
+from svdbank.bank.reading import Bank
+from svdbank.lm.packaged import licence_texts, token_windows
 from svdbank.peft import load_adapter
 from tests.peft.models import lora_layers, quiet, train
 from tests.training.conftest import _deprecations_of_others, _one_thread, _own_texts_cache, legal, small, small_bank

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import svdbank
 from svdbank.adapter.folder import WEIGHTS
-from svdbank.bank import Bank
-from svdbank.composition.comparing import Relation, _verdict
-from svdbank.errors import MissingExtraError, OptionError
+from svdbank.bank.reading import Bank
+from svdbank.composition.angles import Relation, _verdict
+from svdbank.core.errors import MissingExtraError, OptionError
 from svdbank_cli.main import run
 from tests.composition.conftest import dense
 

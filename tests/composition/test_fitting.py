@@ -10,7 +10,7 @@ import pytest
 
 import svdbank
 from svdbank.composition.fitting import FitOptions
-from svdbank.errors import MissingExtraError, OptionError
+from svdbank.core.errors import MissingExtraError, OptionError
 from svdbank_cli.main import run
 
 
@@ -56,7 +56,7 @@ def test_what_cannot_be_fitted_is_refused_before_the_model_is_loaded(
     small: Path, legal: Path, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [trained["law"], trained["code"]]
-    monkeypatch.setattr("svdbank.evaluation.load_model", lambda *args, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("svdbank.lm.measuring.load_model", lambda *args, **options: pytest.fail("the model was loaded"))
     for changes, weights, said in [
         ({"evaluations": 1}, [1, 1], "two evaluations"),
         ({}, [3, 1], "from 0 to 2"),

@@ -16,11 +16,11 @@ import svdbank
 from svdbank.adapter.folder import WEIGHTS
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.reading import read_adapter
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 from svdbank.composition.inputs import read_inputs
 from svdbank.composition.merging import Method, merged
 from svdbank.composition.sparsification import dropped, elected, trimmed
-from svdbank.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
 from svdbank_cli.main import run
 from tests.composition.conftest import dense, dense_sum, relative_error
 

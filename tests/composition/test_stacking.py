@@ -14,7 +14,7 @@ from torch import Tensor
 import svdbank
 from svdbank.adapter.folder import WEIGHTS
 from svdbank.adapter.reading import read_adapter
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 from svdbank_cli.main import run
 from tests.composition.conftest import dense, dense_sum, relative_error
 from tests.composition.test_merging import EXACT

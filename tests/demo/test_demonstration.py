@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import svdbank
-from svdbank import demonstration
 from svdbank.adapter.folder import read_folder
-from svdbank.demonstration import DemoSettings, demo, licence_texts, smollm2_folder, token_windows
-from svdbank.errors import MissingExtraError, OptionError
-from svdbank.specs import Progress
+from svdbank.core.errors import MissingExtraError, OptionError
+from svdbank.core.specs import Progress
+from svdbank.lm import packaged
+from svdbank.lm.packaged import licence_texts, smollm2_folder, token_windows
+from svdbank.verbs.demo import DemoSettings, demo
 from tests.peft.models import smollm2_cache
 
 
@@ -72,7 +73,7 @@ def test_a_folder_that_could_not_be_finished_is_not_there(tmp_path: Path) -> Non
         if operation == "rename":
             raise KeyboardInterrupt
 
-    with svdbank.fsio.observe(stop), pytest.raises(KeyboardInterrupt):
+    with svdbank.core.disk.observe(stop), pytest.raises(KeyboardInterrupt):
         smollm2_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert smollm2_folder(tmp_path) == smollm2_folder(tmp_path)
@@ -115,5 +116,5 @@ def test_a_foreign_file_in_the_place_of_the_folder_is_not_overwritten(tmp_path: 
     place = tmp_path / "SmolLM2-135M-Instruct"
     shutil.copytree(smollm2_folder(smollm2_cache()), place)
     stamp = (place / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(demonstration, "_package", lambda name: pytest.fail("the folder is there already"))
+    monkeypatch.setattr(packaged, "_package", lambda name: pytest.fail("the folder is there already"))
     assert smollm2_folder(tmp_path) == place and (place / "model.safetensors").stat().st_mtime_ns == stamp

@@ -42,14 +42,14 @@ SOLVER = {
 
 #: Once an attachment, however many weights there are.
 ATTACHING = {
-    "svdbank.adapter.recognition:sample": "values of all weights, to be compared with the bank's: one copy a dtype",
+    "svdbank.peft.recognition:sample": "values of all weights, to be compared with the bank's: one copy a dtype",
     "svdbank.peft.residuals:subtract": "what rounding lost of the base: one number for all weights",
 }
 
 #: Once a shard of a bank, or once a batch of windows.
 BUILDING = {
-    "svdbank.pipeline.transfer:brought_home": "what is stored of a weight: one copy an array",
-    "svdbank.evaluation:_sums": "losses of a batch: one copy",
+    "svdbank.building.transfer:brought_home": "what is stored of a weight: one copy an array",
+    "svdbank.lm.measuring:_sums": "losses of a batch: one copy",
 }
 
 #: Once a run.

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.adapter import recognition
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
+from svdbank.peft import recognition
 from svdbank.solver import batch, devices, pinned_threads
 from tests.discipline.allowed import ALLOWED
 from tests.discipline.pretended import PretendedDevice

@@ -15,8 +15,9 @@ from torch import nn
 
 import svdbank
 import svdbank.peft
-from svdbank.bank import Bank
-from svdbank.training import TrainOptions, attaching
+from svdbank.bank.reading import Bank
+from svdbank.training import attaching
+from svdbank.training.options import TrainOptions
 from tests.discipline.allowed import ALLOWED
 from tests.discipline.conftest import RANK
 from tests.discipline.pretended import HEADING, OnDevice, PretendedDevice

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.basis import Basis
-from svdbank.evaluation import _sums, _Window
-from svdbank.specs import Progress
+from svdbank.bank.reading import Bank
+from svdbank.core.basis import Basis
+from svdbank.core.specs import Progress
+from svdbank.lm.measuring import _sums, _Window
+from tests.building.small import tree
 from tests.discipline.conftest import RANK
 from tests.discipline.pretended import HEADING, PretendedDevice
 from tests.peft.models import quiet
-from tests.pipeline.small import tree
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -48,7 +48,7 @@ def test_a_batch_of_windows_is_measured_with_one_answer(llama: Path, pretended: 
     with pretended.counting() as counts:
         there = _sums(model, (), windows)
     assert there == pytest.approx(here, rel=1e-6)  # the same products, in float32
-    assert counts.syncs["svdbank.evaluation:_sums"] == 1
+    assert counts.syncs["svdbank.lm.measuring:_sums"] == 1
 
 
 @pytest.mark.parametrize("times", [1, 10**6], ids=["once", "always"])
@@ -57,7 +57,7 @@ def test_memory_that_runs_out_beside_the_solve_ends_no_build(
     step: str, times: int, llama: Path, tmp_path: Path, pretended: PretendedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once: again with the device to itself. Always: the CPU takes over, and the certificate says so."""
-    import svdbank.pipeline.execution as execution
+    import svdbank.building.execution as execution
 
     works, left = getattr(execution, step), [times]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from svdbank.basis import Basis
+from svdbank.core.basis import Basis
 from svdbank.solver import PATHS, minor_bases, minor_basis, residual_check
 from svdbank.solver.batched import filter_batch
 from tests.discipline.pretended import HEADING, Counts, OnDevice, PretendedDevice

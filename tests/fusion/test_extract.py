@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import svdbank
 from svdbank.adapter.reading import read_adapter
-from svdbank.errors import NotFiniteError, OptionError
-from svdbank.extraction import best_factors
+from svdbank.core.errors import NotFiniteError, OptionError
+from svdbank.fusion.difference import best_factors
+from tests.building.small import write_small_checkpoint
 from tests.fusion.conftest import adapter, logits, saved, small_model, tensors_of
-from tests.pipeline.small import write_small_checkpoint
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import svdbank
-from svdbank.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from tests.building.small import write_small_checkpoint
 from tests.fusion.conftest import adapter, headers_of, logits, reloaded, saved, small_model, tensors_of
-from tests.pipeline.small import write_small_checkpoint
 
 #: Sums of float32: PEFT scales the product, fuse the factor, so each entry of ΔW differs by a few roundings of 2⁻²⁴.
 ROUNDING = 8 * 2.0**-24

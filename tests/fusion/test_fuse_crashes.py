@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import svdbank
-from svdbank import fsio
-from svdbank.errors import LockedError, OptionError
+from svdbank.core import disk
+from svdbank.core.errors import LockedError, OptionError
+from tests.building.crashes import Crash, FaultyDisk
 from tests.fusion.conftest import adapter, saved, small_model
-from tests.pipeline.crashes import Crash, FaultyDisk
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_crash_at_any_operation_shows_nothing_or_all_and_a_second_run_gives_th
     inputs: tuple[Path, Path], memory_disk: Path
 ) -> None:
     counter = FaultyDisk(memory_disk)
-    with fsio.observe(counter):
+    with disk.observe(counter):
         svdbank.fuse(*inputs, memory_disk / "whole")
     expected = _tree(memory_disk / "whole")
     assert len(counter.operations) > 40
@@ -45,11 +45,11 @@ def test_a_crash_at_any_operation_shows_nothing_or_all_and_a_second_run_gives_th
     for stop_at, operation in enumerate(counter.operations):
         place, cut = memory_disk / "place", memory_disk / "cut"
         place.mkdir()
-        fsio.fsync_dir(memory_disk)
-        disk = FaultyDisk(place, stop_at=stop_at)
-        with fsio.observe(disk), pytest.raises(Crash):
+        disk.fsync_dir(memory_disk)
+        faulty = FaultyDisk(place, stop_at=stop_at)
+        with disk.observe(faulty), pytest.raises(Crash):
             svdbank.fuse(*inputs, place / "whole")
-        disk.after_power_cut(cut)
+        faulty.after_power_cut(cut)
         where = f"crash before operation {stop_at} ({operation})"
         assert (place / "whole").exists() == (stop_at > renamed), where
         for left in (place, cut):
@@ -66,11 +66,11 @@ def test_a_crash_at_any_operation_shows_nothing_or_all_and_a_second_run_gives_th
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_an_error_of_the_disk_leaves_nothing(code: int, inputs: tuple[Path, Path], memory_disk: Path) -> None:
     counter = FaultyDisk(memory_disk)
-    with fsio.observe(counter):
+    with disk.observe(counter):
         svdbank.fuse(*inputs, memory_disk / "counted")
     for stop_at in [i for i, entry in enumerate(counter.operations) if entry.split()[0] in ("write", "fsync", "rename")][::3]:
-        disk = FaultyDisk(memory_disk, stop_at=stop_at, error=OSError(code, os.strerror(code)))
-        with fsio.observe(disk), pytest.raises(OSError):
+        faulty = FaultyDisk(memory_disk, stop_at=stop_at, error=OSError(code, os.strerror(code)))
+        with disk.observe(faulty), pytest.raises(OSError):
             svdbank.fuse(*inputs, memory_disk / "fused")
         assert sorted(path.name for path in memory_disk.iterdir()) == ["counted"], counter.operations[stop_at]
 
@@ -93,7 +93,7 @@ def test_a_real_kill_leaves_nothing_that_looks_like_a_checkpoint(inputs: tuple[P
 
 
 def test_two_at_one_place_do_not_mix(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    with fsio.locked(tmp_path / ".fused.tmp"), pytest.raises(LockedError):
+    with disk.locked(tmp_path / ".fused.tmp"), pytest.raises(LockedError):
         svdbank.fuse(*inputs, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
 

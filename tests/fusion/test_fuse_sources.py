@@ -14,7 +14,7 @@ from torch import nn
 
 import svdbank
 from svdbank.checkpoint import open_checkpoint
-from svdbank.errors import CheckpointError
+from svdbank.core.errors import CheckpointError
 from tests.checkpoint import quantised_models as quantised
 from tests.checkpoint.hub_server import LocalHub
 from tests.fusion.conftest import adapter, logits, reloaded, saved, small_model, tensors_of

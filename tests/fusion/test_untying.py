@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 from tests.fusion.conftest import adapter, logits, reloaded, saved, small_model, tensors_of
 
 # PEFT says that merging would break the tie, which is the point.

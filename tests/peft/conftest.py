@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import svdbank
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 from tests.peft.models import quiet, without_svd
 
 #: Embeddings stand beside the linear weights, so that one bank serves every MiniLM test.
@@ -58,7 +58,7 @@ def legal_windows(smollm2: Path) -> Tensor:
     """(40, 64) tokens of licence texts."""
     from transformers import AutoTokenizer
 
-    from svdbank.demonstration import licence_texts, token_windows
+    from svdbank.lm.packaged import licence_texts, token_windows
 
     return token_windows(licence_texts(), AutoTokenizer.from_pretrained(smollm2), count=40, length=64)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 
 
 def smollm2_cache() -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 from svdbank.peft import UnverifiedBaseWarning, attachment, get_peft_model
 from tests.peft.models import factors, lora_layers, mica, quiet, without_svd
 

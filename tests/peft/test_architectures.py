@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.basis import unresolved_ranks
-from svdbank.errors import BankError, WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.basis import unresolved_ranks
+from svdbank.core.errors import BankError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model
+from tests.building.test_accuracy import BOUND
+from tests.building.test_accuracy import sine as exact_sine
 from tests.checkpoint.small_models import STACKED_IN_OUT, WITH_EXPERTS, configurations, load
 from tests.peft.models import factors, float32_angle, lora_layers, mica, only_a_trains, quiet, sine
 from tests.peft.test_experts import expert_b, wrappers
-from tests.pipeline.test_accuracy import BOUND
-from tests.pipeline.test_accuracy import sine as exact_sine
 
 RANK = 4
 #: More than the rank attached: the gap behind it says how well the subspace is determined.

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.errors import OptionError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import OptionError
 from svdbank.peft import attachment, get_peft_model
 from tests.peft.models import factors, float32_angle, lora_layers, mica, only_a_trains, place, quiet, same, sine
 

@@ -10,7 +10,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 from svdbank.peft import get_peft_model
 from tests.peft.models import factors, lora_layers, mica, quiet, train
 
@@ -55,7 +55,7 @@ def test_smollm2_loses_the_same_at_every_step(llama: Load, device: str, smollm2_
 def test_minilm_loses_the_same_at_every_step(minilm: Path, device: str, minilm_bank: Bank) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    from svdbank.demonstration import licence_texts, token_windows
+    from svdbank.lm.packaged import licence_texts, token_windows
 
     windows = token_windows(licence_texts(), AutoTokenizer.from_pretrained(minilm), count=STEPS, length=64)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.errors import WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
 from tests.peft.models import mica, place, quiet, same, sine, trainable, without_svd
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import svdbank
 from svdbank.adapter.methods import initial_factors, restored, restored_alpha
-from svdbank.bank import Bank
-from svdbank.errors import BankError, OptionError, WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
 from tests.peft.models import factors, lora_layers, mica, place, quiet, same, trainable, without_svd
 

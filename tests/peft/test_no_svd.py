@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import svdbank
 from svdbank.adapter.folder import WEIGHTS
-from svdbank.bank import Bank
-from svdbank.errors import BankError, CheckpointError, WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, CheckpointError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter
 from tests.peft.models import factors, lora_layers, mica, only_a_trains, quiet, same, train
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdbank.bank import Bank
-from svdbank.errors import OptionError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import OptionError
 from svdbank.peft import UnverifiedBaseWarning, attachment, get_peft_model, load_adapter, use_bank
 from tests.peft.models import factors, lora_layers, mica, only_a_trains, place, quiet, same, trainable, without_svd
 

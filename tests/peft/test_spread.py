@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.errors import OptionError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import OptionError
 from svdbank.peft import UnverifiedBaseWarning, attachment, get_peft_model, load_adapter
 from tests.peft.models import factors, lora_layers, mica, only_a_trains, quiet, without_svd
 

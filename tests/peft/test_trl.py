@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 from svdbank.peft import attachment, load_adapter, use_bank
 from tests.peft.models import factors, lora_layers, mica, only_a_trains, quiet, without_svd
 

@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from svdbank.bank import Bank
-from svdbank.errors import BankError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError
 from svdbank.peft import attachment, get_peft_model, use_bank
 from tests.peft.models import factors, lora_layers, mica, only_a_trains, same, trainable, without_svd
 

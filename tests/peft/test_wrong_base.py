@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.errors import BankError, OptionError, WrongBaseError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
 from svdbank.peft import UnverifiedBaseWarning, attachment, get_peft_model
 from tests.peft.models import factors, lora_layers, mica, only_a_trains, train
 

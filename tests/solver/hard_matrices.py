@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdbank.basis import EPSILON, UNRESOLVED, Basis
+from svdbank.core.basis import EPSILON, UNRESOLVED, Basis
 from svdbank.solver import choose_path
 from svdbank.solver.devices import kind_of
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import svdbank.solver.careful as careful
 import svdbank.solver.contract as contract
 import svdbank.solver.solve as solve
-from svdbank.errors import OptionError, SolverError
+from svdbank.core.errors import OptionError, SolverError
 from svdbank.solver import PATHS, Precision, choose_path, flops, minor_basis, peak_bytes
 from svdbank.solver.cholesky import factor, factorise
 from svdbank.solver.contract import Candidate, Failure

@@ -12,8 +12,8 @@ from torch import Tensor
 import svdbank.solver.batched as batched
 import svdbank.solver.devices as devices
 import svdbank.solver.filter as filters
-from svdbank.basis import Basis
-from svdbank.errors import NotFiniteError, OptionError
+from svdbank.core.basis import Basis
+from svdbank.core.errors import NotFiniteError, OptionError
 from svdbank.solver import Precision, batch_bases, batch_size, choose_path, minor_bases, minor_basis
 from svdbank.solver.batched import filter_batch
 from svdbank.solver.inverse import gram_of_lower, inverse_factor

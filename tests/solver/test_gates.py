@@ -11,7 +11,7 @@ from torch import Tensor
 
 import svdbank.solver.shift_invert as shift_invert
 import svdbank.solver.solve as solve
-from svdbank.errors import SolverError
+from svdbank.core.errors import SolverError
 from svdbank.solver import minor_basis, residual_check
 from svdbank.solver.contract import Block, Candidate
 from svdbank.solver.gates import judge

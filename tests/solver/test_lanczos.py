@@ -7,7 +7,7 @@ import torch
 from hard_matrices import assert_certified, with_spectrum
 from torch import Tensor
 
-from svdbank.basis import EPSILON
+from svdbank.core.basis import EPSILON
 from svdbank.solver import minor_basis
 from svdbank.solver.lanczos import Shape, largest, orthogonalise
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svdbank.errors import NotFiniteError, OptionError
+from svdbank.core.errors import NotFiniteError, OptionError
 from svdbank.solver import PATHS, canonical_signs, minor_bases, minor_basis
 
 SOLVERS = st.sampled_from([path for path in PATHS if path != "svd"])

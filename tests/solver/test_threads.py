@@ -11,7 +11,7 @@ from hard_matrices import llm_like
 from threadpoolctl import threadpool_info
 
 import svdbank.solver.batch as batch
-from svdbank.errors import OptionError
+from svdbank.core.errors import OptionError
 from svdbank.solver import minor_bases, minor_basis, pinned_threads
 
 

@@ -14,8 +14,8 @@ _RACE = """
 import sys, threading
 from typing import Any
 import msgspec
-from svdbank.errors import OptionError
-from svdbank.specs import Struct, from_json
+from svdbank.core.errors import OptionError
+from svdbank.core.specs import Struct, from_json
 sys.setswitchinterval(1e-6)
 document = b'{"last": {"a": {"x": 1}}}'
 decode = {"ours": lambda kind: from_json(document, kind, where="here", error=OptionError),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 from tests.training.models import cut_smollm2, write_jsonl
 
 
@@ -32,7 +32,7 @@ def small_bank(small: Path) -> Bank:
 @pytest.fixture(scope="session")
 def legal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The beginnings of 20 licences as JSON lines: some 90 blocks of 32 tokens."""
-    from svdbank.demonstration import licence_texts
+    from svdbank.lm.packaged import licence_texts
 
     return write_jsonl(tmp_path_factory.mktemp("texts") / "legal.jsonl", [text[:500] for text in licence_texts()[:20]])
 

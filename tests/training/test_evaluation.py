@@ -14,10 +14,10 @@ import torch
 
 import svdbank
 from svdbank.adapter.folder import read_folder
-from svdbank.bank import Bank
-from svdbank.errors import CheckpointError, MissingExtraError, OptionError
-from svdbank.evaluation import EvalReport, Moments
-from svdbank.specs import Progress
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError
+from svdbank.core.specs import Progress
+from svdbank.lm.measuring import EvalReport, Moments
 from svdbank_cli.main import run
 from tests.peft.models import quiet
 
@@ -146,7 +146,7 @@ def test_memory_is_bounded_by_a_batch_not_by_the_text(small: Path, tmp_path: Pat
     with path.open("w") as file:
         for i in range(200_000):
             file.write(f"{i} licences may be granted in writing only.\n")
-    from svdbank.texts import STRETCH, documents_of
+    from svdbank.lm.texts import STRETCH, documents_of
 
     first = next(documents_of(str(path)))
     assert len(first) <= 2 * STRETCH < path.stat().st_size / 50

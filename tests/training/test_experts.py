@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.errors import OptionError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import OptionError
 from tests.peft.models import quiet
 from tests.training.models import VOCABULARY, cut_tokenizer
 

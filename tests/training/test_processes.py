@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import svdbank
-from svdbank.bank import Bank
+from svdbank.bank.reading import Bank
 
 #: Without dropout, which each process draws for itself.
 RECIPE: dict[str, Any] = {"rank": 4, "length": 32, "steps": 8, "log_steps": 1, "save_steps": 3, "dropout": 0.0, "held_out": 0.3}

@@ -14,7 +14,7 @@ import torch
 
 import svdbank
 from svdbank.adapter.folder import read_folder
-from svdbank.demonstration import licence_texts
+from svdbank.lm.packaged import licence_texts
 from tests.training.models import write_jsonl
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import svdbank
-from svdbank.bank import Bank
-from svdbank.errors import OptionError
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import OptionError
 from svdbank.training import checkpoints
 
 #: More than one pass over the blocks, so that kills and checkpoints fall before, on and after the end of a pass.

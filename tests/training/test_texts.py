@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from svdbank import texts
-from svdbank.errors import CheckpointError, OptionError
-from svdbank.texts import documents_of, hold_out, pack, read_documents
+from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.lm import texts
+from svdbank.lm.texts import documents_of, hold_out, pack, read_documents
 from tests.training.models import write_jsonl
 
 
@@ -25,7 +25,7 @@ def tokenizer(small: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def licences() -> list[str]:
-    from svdbank.demonstration import licence_texts
+    from svdbank.lm.packaged import licence_texts
 
     return [text[:3000] for text in licence_texts()[:40]]
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import svdbank
 from svdbank.adapter.folder import read_folder
-from svdbank.bank import Bank
-from svdbank.errors import BankNotFoundError, CheckpointError, OptionError, SvdbankError
-from svdbank.loading import OutOfMemoryError
-from svdbank.specs import Progress
-from svdbank.texts import collate, hold_out, pack, read_documents
-from svdbank.training import TrainReport, read_config
-from svdbank.training.options import resolve, to_toml
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankNotFoundError, CheckpointError, OptionError, SvdbankError
+from svdbank.core.specs import Progress
+from svdbank.lm.loading import OutOfMemoryError
+from svdbank.lm.texts import collate, hold_out, pack, read_documents
+from svdbank.training.options import read_config, resolve, to_toml
+from svdbank.training.report import TrainReport
 from tests.peft.models import mica, quiet, trainable
 from tests.training.models import write_jsonl
 

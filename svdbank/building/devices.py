@@ -1,0 +1,70 @@
+"""Devices by name: which one is meant, of what kind it is for a plan, and whether it computes, before anything is downloaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from svdbank.core.errors import DeviceError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+#: Kinds of GPU that a plan says something about (:func:`svdbank.solver.devices.kind_of`).
+GPU_KINDS = ("cuda", "cuda-low-float64")
+
+_DEVICES = "auto, cpu, cuda, cuda:0 …"
+
+
+def planned_device(name: str) -> tuple[str, str | None]:
+    """Kind of the device that a plan is for, and its name here; None where none of that kind is. OptionError for no device's name."""
+    import torch
+
+    from svdbank.solver.devices import kind_of
+
+    if name in GPU_KINDS and not torch.cuda.is_available():
+        return name, None
+    device = named_device("cuda" if name == "cuda-low-float64" else name)
+    kind = kind_of(device)
+    return (kind, str(device)) if name in ("auto", "cpu", "cuda", kind) or name.startswith("cuda:") else (name, None)
+
+
+def named_device(name: str) -> torch.device:
+    """The torch device called ``name``, or ``auto``: CUDA where there is one. OptionError for one that is not here."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as cause:
+        raise OptionError(f"no device is called {name!r}", hint=_DEVICES) from cause
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"the solver runs on cpu and cuda, not on {name!r}", hint=_DEVICES)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() > 0:
+        raise OptionError(
+            f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices", hint="they begin at cuda:0"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f"device {name!r} was asked for, but torch sees no CUDA device", hint="svdbank env --check shows what it sees"
+        )
+    return device
+
+
+def working_device(name: str) -> torch.device:
+    """The device called ``name`` once it has solved and certified a small weight; a CPU is taken at its word.
+
+    Raises OptionError for one that is not here, DeviceError for one that does not compute.
+    """
+    from svdbank.solver import check_device
+
+    device = named_device(name)
+    if device.type == "cpu":
+        return device
+    found = check_device(device, every_path=False)
+    if found.problem is not None:
+        raise DeviceError(
+            f"{device} ({found.name}) does not solve a small weight: {found.problem}",
+            hint="svdbank env --check tries each device; --device cpu goes on without this one",
+        )
+    return device

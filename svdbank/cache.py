@@ -1,0 +1,228 @@
+"""Where banks live when no path is given, and how one is found again."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+from svdbank.bank.chunks import read_regular
+from svdbank.bank.layout import LOG, MANIFEST, Manifest
+from svdbank.bank.metadata import checked_metadata
+from svdbank.bank.reading import Bank, open_bank, read_manifest
+from svdbank.checkpoint import Checkpoint, open_checkpoint
+from svdbank.core import disk
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
+from svdbank.core.specs import BuildOptions, Plan, Struct, from_json
+
+#: A folder's name may have 255 bytes, and twelve digits of a hash follow.
+_LONGEST_SLUG = 200
+
+
+class BankSummary(Struct, frozen=True):
+    """One bank in a listing. ``nbytes`` counts its vectors."""
+
+    path: str
+    model: str
+    revision: str | None
+    rank: int | str
+    side: str
+    dtype: str
+    weights: int
+    nbytes: int
+    complete: bool
+
+
+def home() -> Path:
+    """Folder of svdbank's own files: ``SVDBANK_HOME``, else a folder in huggingface_hub's assets cache."""
+    if own := os.environ.get("SVDBANK_HOME"):
+        return Path(own).expanduser()
+    from huggingface_hub.constants import HF_ASSETS_CACHE
+
+    return Path(HF_ASSETS_CACHE) / "svdbank"
+
+
+def model_folder(checkpoint: Checkpoint) -> Path:
+    """Where the cached banks of a checkpoint lie: named for people, told apart by the identity of its weight files."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", checkpoint.name).strip("-.")[:_LONGEST_SLUG] or "model"
+    return home() / "banks" / f"{slug}-{checkpoint.cache_key[:12]}"
+
+
+def default_output(checkpoint: Checkpoint, options: BuildOptions) -> Path:
+    """Where a bank goes when no path is given: below its model's folder, by what is stored."""
+    suffix = f"-p{options.principal}" if options.principal else ""
+    return model_folder(checkpoint) / f"r{options.rank}-{options.side}-{options.dtype}{suffix}"
+
+
+def output_folder(output: str | os.PathLike[str] | None) -> Path | None:
+    """The folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
+    if output is None:
+        return None
+    return _named(output, "leave -o out for a bank in the cache, or name a folder")
+
+
+def _named(place: str | os.PathLike[str], hint: str) -> Path:
+    """A path from outside. An empty one would mean the working folder, which nobody who passes an unset variable means."""
+    if not os.fspath(place).strip():
+        raise OptionError("the bank's name is empty", hint=hint)
+    return disk.expanded(place)
+
+
+def refuse_foreign_folder(root: Path) -> None:
+    """OptionError for a place where no bank can be written, or where something else stands."""
+    if root.is_symlink() and not root.exists():
+        raise OptionError(f"{root} is a link to {root.readlink()}, which is not there", hint="choose another place with -o")
+    above = next((parent for parent in (root, *root.parents) if parent.exists()), Path())
+    if not above.is_dir():
+        raise OptionError(f"{above} is a file, not a folder for a bank", hint="choose another place with -o")
+    if above == root and not (root / MANIFEST).exists() and not (root / "plan.json").exists():
+        strangers = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.name != LOG)
+        if strangers:
+            raise OptionError(
+                f"{root} is not empty and no bank (it holds {', '.join(strangers[:3])})", hint="choose an empty folder with -o"
+            )
+
+
+def open(source: str | os.PathLike[str]) -> Bank:
+    """Open a bank by its folder, or the cached bank of a model by the model's name or folder.
+
+    Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
+    Raises BankNotFoundError where there is none, OptionError for an empty name.
+    """
+    path = _named(source, "name a bank's folder or a model; svdbank ls shows the banks there are")
+    if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
+        return open_bank(path)
+    if path.exists():
+        if not (path.is_file() or (path / "config.json").is_file() or any(path.glob("*.safetensors"))):
+            return open_bank(path)
+        with open_checkpoint(path) as checkpoint:
+            found = [_complete(folder) for folder in _folders(model_folder(checkpoint))]
+    else:
+        name, _, revision = str(source).removeprefix("hf://").partition("@")
+        commit = _commit(name, revision)
+        found = [
+            entry
+            for folder in _folders(home() / "banks")
+            if (entry := _complete(folder))
+            and entry[1].base.name == name
+            # A local model is found by its folder: its name alone could be that of another one.
+            and entry[1].base.revision is not None
+            and (not commit or entry[1].base.revision.startswith(commit))
+        ]
+    candidates = [entry for entry in found if entry is not None]
+    if not candidates:
+        raise BankNotFoundError(
+            f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {shlex.quote(os.fspath(source))}"
+        )
+    revisions = {manifest.base.revision for _, manifest in candidates}
+    if len(revisions) > 1:
+        raise BankError(
+            f"{str(source)!r} has banks of {len(revisions)} revisions",
+            hint=f"name one: {shlex.quote(str(source))}@{sorted(map(str, revisions))[0]}",
+        )
+    best, _ = max(candidates, key=lambda entry: _richness(entry[1]))
+    return open_bank(best)
+
+
+def opened(bank: Bank | str | os.PathLike[str] | None) -> Bank | None:
+    """What a ``bank=`` argument names: a bank as it is, else what :func:`open` finds; None stays None."""
+    return bank if bank is None or isinstance(bank, Bank) else open(bank)
+
+
+def ls() -> list[BankSummary]:
+    """The banks in the cache, complete and unfinished, by model name."""
+    summaries = [_summary(folder) for folder in _folders(home() / "banks")]
+    return sorted((s for s in summaries if s is not None), key=lambda s: (s.model, s.path))
+
+
+def rm(path: str | os.PathLike[str]) -> int:
+    """Delete a bank folder, finished, unfinished or damaged; returns the bytes freed.
+
+    Raises BankNotFoundError for a folder that is no bank or a link to one; nothing is touched then.
+    """
+    root = _named(path, "svdbank ls shows the banks there are")
+    if root.is_symlink() or not _is_bank(root):
+        why = "a link, which is not followed" if root.is_symlink() else "no bank here"
+        raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")
+    root = root.resolve()
+    with disk.locked(root):
+        freed = sum(file.lstat().st_size for file in root.rglob("*") if file.is_file())
+        # Without its manifest it is no bank, whatever of it a crash leaves.
+        disk.unlink(root / MANIFEST)
+        disk.remove_tree(root)
+    return freed
+
+
+def _is_bank(root: Path) -> bool:
+    """True for a folder that svdbank made, however damaged: by its root metadata, or by a plan. Names of files alone prove nothing."""
+    try:
+        metadata = checked_metadata(read_regular(root / "zarr.json"), where=str(root))
+        if "svdbank" in metadata.attributes:
+            return True
+    except (DamageError, FileNotFoundError):
+        pass
+    try:
+        from_json(read_regular(root / "plan.json"), Plan, where=str(root), error=DamageError)
+    except (DamageError, FileNotFoundError):
+        return False
+    return True
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit that a branch or tag of a repository stood for when it was last seen; a commit stays as it is."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
+    if revision and ".." not in revision and reference.is_file():
+        return reference.read_text().strip()
+    return revision
+
+
+def _folders(folder: Path) -> list[Path]:
+    marks = {
+        mark.parent
+        for name in (MANIFEST, "plan.json")
+        for pattern in (name, f"*/{name}", f"*/*/{name}")
+        for mark in folder.glob(pattern)
+    }
+    return sorted(marks)
+
+
+def _complete(folder: Path) -> tuple[Path, Manifest] | None:
+    try:
+        return folder, read_manifest(folder)
+    except BankError:
+        return None
+
+
+def _richness(manifest: Manifest) -> tuple[float, bool, int]:
+    rank = manifest.options.rank
+    return (float("inf") if rank == "all" else float(rank), manifest.options.side == "both", manifest.weights)
+
+
+def _summary(folder: Path) -> BankSummary | None:
+    try:
+        manifest = read_manifest(folder)
+    except BankNotFoundError:
+        try:
+            plan = from_json(read_regular(folder / "plan.json"), Plan, where=str(folder / "plan.json"), error=BankError)
+        except (BankError, FileNotFoundError):
+            return None
+        base, options, weights, nbytes = plan.base, plan.options, sum(len(f.weights) for f in plan.families), 0
+    except BankError:
+        # Damaged: shown, so that it can be removed.
+        return BankSummary(str(folder), "(damaged)", None, 0, "", "", 0, 0, False) if _is_bank(folder) else None
+    else:
+        base, options, weights, nbytes = manifest.base, manifest.options, manifest.weights, manifest.nbytes
+    return BankSummary(
+        path=str(folder),
+        model=base.name,
+        revision=base.revision,
+        rank=options.rank,
+        side=options.side,
+        dtype=options.dtype,
+        weights=weights,
+        nbytes=nbytes,
+        complete=(folder / MANIFEST).is_file(),
+    )

@@ -1,0 +1,132 @@
+"""Which matrices of a checkpoint are decomposed, from headers and ``config.json`` alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+
+from svdbank.checkpoint.configuration import facts
+from svdbank.checkpoint.naming.correspondence import Parameter, correspondence
+from svdbank.checkpoint.naming.families import natural, with_families
+from svdbank.checkpoint.naming.roles import Kind, Role, role_of, tied_head
+from svdbank.checkpoint.naming.targets import ALL_LINEAR, Targets, parse_targets
+from svdbank.checkpoint.source import Checkpoint
+from svdbank.core.errors import OptionError
+from svdbank.core.specs import Skip, WeightSpec
+
+_ON_REQUEST: dict[Kind, str] = {
+    "embedding": "an embedding: decomposed when targeted by name",
+    "head": "the output head: decomposed when targeted by name",
+    "router": "a mixture-of-experts router: decomposed when targeted by name",
+}
+
+
+def decomposable(checkpoint: Checkpoint, targets: Sequence[str] = (ALL_LINEAR,)) -> tuple[list[WeightSpec], list[Skip]]:
+    """The weights that ``targets`` select, and every other tensor with the reason why it is left out.
+
+    ``targets`` speaks PEFT's language: ``all-linear`` (every linear weight, without embeddings, output head and routers), names
+    that match the end of a module path, or one regular expression that matches a whole module path. Names may stand beside
+    ``all-linear``: they then add to it.
+
+    Specs are sorted by (family, layer, expert, name); (out, in) is the orientation of PEFT's own SVD, so an embedding is
+    (hidden, vocabulary). Raises OptionError if a target matches nothing that can be decomposed, CheckpointError if
+    ``config.json`` has a key of the wrong type.
+    """
+    wanted = parse_targets(targets)
+    about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
+    found = correspondence(checkpoint.tensors, about)
+    experts_under = {name.partition(".experts.")[0] for name in found.names.values() if ".experts." in name}
+    matrices: list[tuple[Role, Parameter]] = []
+    reasons = dict(found.incomplete)
+    for parameter in found.parameters:
+        role = role_of(parameter, about, experts_under)
+        if isinstance(role, Role):
+            matrices.append((role, parameter))
+        else:
+            reasons.update((source.name, role) for source in parameter.sources)
+    candidates = [_spec(role, parameter) for role, parameter in matrices]
+    kinds = {role.module: role.kind for role, _ in matrices}
+    tied = tied_head(about, matrices)
+    if tied is not None:
+        module, embedding = tied
+        kinds[module] = "head"
+        candidates.append(_spec(Role(module, "head", transposed=False), embedding))
+    candidates = with_families(candidates)
+    chosen = [
+        spec for spec in candidates if (wanted.all_linear and kinds[spec.module] == "linear") or wanted.named(spec.module)
+    ]
+    unfit = {found.names[name]: reason for name, reason in reasons.items()}
+    _refuse_unmatched(checkpoint, wanted, targets, candidates, chosen, unfit)
+    used = {source.name for spec in chosen for source in spec.sources}
+    for role, parameter in matrices:
+        for source in parameter.sources:
+            if source.name not in used:
+                reasons[source.name] = _ON_REQUEST.get(role.kind, "not targeted") if wanted.all_linear else "not targeted"
+    skips = [
+        Skip(name=name, shape=checkpoint.tensors[name].shape, reason=reasons[name]) for name in sorted(reasons, key=natural)
+    ]
+    return chosen, skips
+
+
+def _spec(role: Role, parameter: Parameter) -> WeightSpec:
+    rows, columns = parameter.shape
+    expert = parameter.expert
+    return WeightSpec(
+        name=f"{role.module}.weight" if expert is None else f"{role.module}.{expert}",
+        module=role.module,
+        kind="linear" if role.kind == "router" else role.kind,
+        family="",
+        out_features=columns if role.transposed else rows,
+        in_features=rows if role.transposed else columns,
+        dtype=parameter.sources[0].stored_as,
+        sources=parameter.sources,
+        operation="transpose" if role.transposed else "as_is" if len(parameter.sources) == 1 else "concat",
+        expert=expert,
+    )
+
+
+def _refuse_unmatched(
+    checkpoint: Checkpoint,
+    wanted: Targets,
+    targets: Sequence[str],
+    candidates: list[WeightSpec],
+    chosen: list[WeightSpec],
+    reasons: dict[str, str],
+) -> None:
+    """OptionError if a target, each by itself, selects nothing: silence would look like success. ``reasons`` by name in the model."""
+    each = [Targets(False, (name,), None) for name in wanted.names]
+    if wanted.pattern is not None:
+        each.append(wanted)
+    for one in each:
+        if any(one.named(spec.module) for spec in chosen):
+            continue
+        shown = one.names[0] if one.names else targets[0] if not isinstance(targets, str) else targets
+        unfit = [name for name in reasons if one.named(name) or one.named(name.rpartition(".")[0])]
+        if unfit:
+            name = max(unfit, key=lambda name: name.endswith(".weight"))
+            raise OptionError(
+                f"{checkpoint.name}: the target {shown!r} matches {name}, which cannot be decomposed: {reasons[name]}",
+                hint="leave --targets out for every linear weight",
+            )
+        raise OptionError(
+            f"{checkpoint.name}: the target {shown!r} matches no module; there are: {inventory(candidates)}",
+            hint=_closest(shown, candidates),
+        )
+    if not chosen:
+        raise OptionError(
+            f"{checkpoint.name}: no linear weight among {len(checkpoint.tensors)} tensors; there are: {inventory(candidates)}",
+            hint="name the modules to decompose with --targets",
+        )
+
+
+def inventory(specs: Sequence[WeightSpec]) -> str:
+    """The last name components of what can be decomposed, with their counts: ``q_proj ×30, k_proj ×30, …``."""
+    counts = Counter(spec.module.rpartition(".")[2] for spec in specs)
+    return ", ".join(f"{name} ×{count}" for name, count in counts.most_common(40)) or "no matrices at all"
+
+
+def _closest(target: str, specs: Sequence[WeightSpec]) -> str | None:
+    suffixes = sorted({spec.module.rpartition(".")[2] for spec in specs} | {spec.module for spec in specs[:5000]})
+    near = difflib.get_close_matches(target, suffixes, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else "leave --targets out for every linear weight"

@@ -1,0 +1,73 @@
+"""``target_modules`` as PEFT understands it, on module names.
+
+One string ``all-linear``, or names that match a module's last components, or one regular expression that matches the whole name
+(``peft.tuners.tuners_utils.check_target_module_exists``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from svdbank.core.errors import OptionError
+
+ALL_LINEAR = "all-linear"
+
+#: Characters that make a target a regular expression. The dot alone does not: it separates the components of a name.
+_META = re.compile(r"[\\^$*+?{}\[\]|()]")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets after parsing: the shorthand, the names, or the expression."""
+
+    all_linear: bool
+    names: tuple[str, ...]
+    pattern: re.Pattern[str] | None
+
+    def named(self, module: str) -> bool:
+        """True when a name or the expression, rather than the shorthand, matches ``module``."""
+        if self.pattern is not None:
+            return self.pattern.fullmatch(module) is not None
+        return any(module == name or module.endswith("." + name) for name in self.names)
+
+
+def parse_targets(targets: str | Sequence[str]) -> Targets:
+    """Read targets; OptionError for none, an empty one, an invalid expression, or an expression beside other targets."""
+    return _parse((targets,) if isinstance(targets, str) else tuple(targets))
+
+
+@lru_cache(maxsize=64)
+def _parse(targets: tuple[str, ...]) -> Targets:
+    if not targets or not all(isinstance(target, str) and target for target in targets):
+        raise OptionError(
+            "no target modules were named", hint="leave --targets out for every linear weight, or name one: q_proj"
+        )
+    expressions = [target for target in targets if _META.search(target)]
+    if expressions and len(targets) > 1:
+        raise OptionError(
+            f"{expressions[0]!r} is a regular expression and stands beside other targets; PEFT takes either names or one expression",
+            hint=f"join them: '.*\\.({'|'.join(t for t in targets if t not in expressions)})' or one expression for all",
+        )
+    if expressions:
+        try:
+            return Targets(False, (), re.compile(expressions[0]))
+        except (re.error, OverflowError, RecursionError) as cause:
+            raise OptionError(
+                f"{expressions[0]!r} is not a valid regular expression: {cause}",
+                hint="to match a name's end, write the name alone: q_proj",
+            ) from cause
+    names = tuple(target for target in targets if target.lower() != ALL_LINEAR)
+    return Targets(len(names) < len(targets), names, None)
+
+
+def matches(module: str, targets: str | Sequence[str]) -> bool:
+    """True when ``module`` (a dotted module path) is targeted.
+
+    ``all-linear`` matches any module: a name does not say which class it has, so callers that use it know that they hold linear
+    ones. Raises OptionError for targets that :func:`parse_targets` refuses.
+    """
+    parsed = parse_targets(targets)
+    return parsed.all_linear or parsed.named(module)

@@ -1,0 +1,115 @@
+"""The weights of a checkpoint cut into blocks, each of which can be read, changed and written by itself; several at a time, in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+from svdbank.checkpoint.dtypes import FLOATING
+from svdbank.core.specs import TensorSource, WeightSpec
+
+#: Stored bytes of a block: enough that a block costs more than handing it over, little enough that many fit in the memory allowed.
+_BLOCK = 4 << 20
+
+#: Bytes that all blocks under way may hold; a larger one goes alone.
+_HELD = 64 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor or part of one that is part of a changed weight: source ``number`` of ``spec``, rows ``rows`` of its matrix."""
+
+    spec: WeightSpec
+    number: int
+    source: TensorSource
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes [begin, end) of a file that are read as one.
+
+    Attributes
+    ----------
+    source
+        The tensor or part of one whose values they are; None where they are copied whatever they are.
+    shape
+        Of those values: rows ``first`` and following of the source, or all of it.
+    piece
+        The weight that they belong to, where it is changed.
+    """
+
+    file: str
+    begin: int
+    end: int
+    source: TensorSource | None = None
+    shape: tuple[int, ...] = ()
+    first: int = 0
+    piece: Piece | None = None
+
+    @property
+    def turned(self) -> bool:
+        """True where rows of the file are columns of the matrix."""
+        return self.piece is not None and self.piece.spec.operation == "transpose"
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Rows and columns of the changed matrix (out, in) that the block holds."""
+        assert self.piece is not None
+        rows, spec = self.piece.rows, self.piece.spec
+        if self.turned:
+            return rows, slice(self.first, self.first + self.shape[0])
+        begin = rows.start + self.first
+        return slice(begin, begin + self.shape[0]), slice(0, spec.in_features)
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory while it is under way: as stored, and at most float32 of what comes of it."""
+        if self.source is None or self.source.dtype not in FLOATING:
+            return self.end - self.begin
+        return self.end - self.begin + 4 * prod(self.shape)
+
+
+def copied(file: str, begin: int, end: int) -> Iterator[Block]:
+    """Blocks of bytes whose meaning does not matter."""
+    for start in range(begin, end, _BLOCK):
+        yield Block(file, start, min(end, start + _BLOCK))
+
+
+def cut(source: TensorSource, piece: Piece | None = None) -> Iterator[Block]:
+    """Blocks of whole rows of a stored tensor or part; one alone where it is quantised, since scales belong to more than a row."""
+    if source.quantisation is not None or not source.shape:
+        yield Block(source.file, source.begin, source.end, source, source.shape, piece=piece)
+        return
+    rows = source.shape[0]
+    width = (source.end - source.begin) // max(1, rows)
+    step = max(1, _BLOCK // max(1, width))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        begin = source.begin + first * width
+        yield Block(source.file, begin, begin + count * width, source, (count, *source.shape[1:]), first, piece)
+
+
+def in_order(pool: Executor, blocks: Iterable[Block], make: Callable[[Block], T]) -> Generator[T, None, None]:
+    """``make(block)`` of each, computed ahead by the pool as far as memory allows, given in order."""
+    waiting: deque[tuple[Future[T], int]] = deque()
+    held = 0
+    try:
+        for block in blocks:
+            while waiting and held + block.held > _HELD:
+                future, size = waiting.popleft()
+                yield future.result()
+                held -= size
+            waiting.append((pool.submit(make, block), block.held))
+            held += block.held
+        while waiting:
+            yield waiting.popleft()[0].result()
+    finally:
+        for future, _ in waiting:
+            future.cancel()

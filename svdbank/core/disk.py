@@ -1,0 +1,291 @@
+"""Every change svdbank makes to a disk goes through here.
+
+Three reasons: what is written is fsynced and appears whole; a name from outside cannot lead out of its folder; and tests can stop
+the program, or make it fail, before any single operation (:func:`observe`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import filelock
+import msgspec
+
+from svdbank.core.errors import LockedError, OptionError, SvdbankError
+
+#: Called before each operation with its name and path; may raise. See :func:`observe`.
+_observers: list[Callable[[str, Path], None]] = []
+
+#: Suffix of files not yet renamed into place. Whoever finds one may delete it.
+TEMPORARY = ".tmp"
+
+
+@contextlib.contextmanager
+def observe(observer: Callable[[str, Path], None]) -> Iterator[None]:
+    """Call ``observer(operation, path)`` before every operation; what it raises stops that operation.
+
+    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``exchange``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``, ``rmdir``,
+    ``chmod``.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _about_to(operation: str, path: Path) -> None:
+    for observer in _observers:
+        observer(operation, path)
+
+
+def write_new(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that does not exist yet and fsync it. The caller fsyncs the folder and records the file."""
+    _about_to("create", path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        _about_to("write", path)
+        _write_all(descriptor, data, path)
+        _about_to("fsync", path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:
+    rest = memoryview(data).cast("B")
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError as cause:
+        cause.filename = str(path)  # the system names none for a descriptor
+        raise
+
+
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """A file that does not exist yet, written piece by piece and fsynced at the end. Yields the function that appends a piece."""
+    _about_to("create", path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    def append_piece(data: bytes | memoryview) -> None:
+        _about_to("write", path)
+        _write_all(descriptor, data, path)
+
+    try:
+        yield append_piece
+        _about_to("fsync", path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write or replace a file so that a crash leaves the old one or the new one, whole: temporary, fsync, rename, fsync folder."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write_new(temporary, data)
+        replace(temporary, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            unlink(temporary)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename within one file system, over an existing file, and fsync the folder."""
+    _about_to("rename", target)
+    source.replace(target)
+    fsync_dir(target.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two entries of one folder in a single step and fsync the folder; False where the system or the file system cannot.
+
+    Linux: ``renameat2`` with ``RENAME_EXCHANGE`` (ext4, xfs, btrfs, tmpfs, overlayfs and others).
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    _about_to("exchange", other)
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), flag) != 0:
+        return False
+    for folder in {one.parent, other.parent}:
+        fsync_dir(folder)
+    return True
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append to a log. Not fsynced: a log is outside what a bank promises."""
+    _about_to("write", path)
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def share_mode(model: Path, path: Path) -> None:
+    """Give a file, as another library wrote it, the permissions of one that was written here."""
+    _about_to("chmod", path)
+    path.chmod(model.stat().st_mode & 0o777)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the entries of a folder durable. Windows has no such operation; there this does nothing."""
+    _about_to("fsync-dir", path)
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make every file and folder below ``folder``, and the folder, durable: for trees written by another library."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(root, name)
+            _about_to("fsync", path)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_dir(Path(root))
+
+
+def make_dirs(path: Path) -> None:
+    """Create a folder and its parents, durably."""
+    if path.is_dir():
+        return
+    make_dirs(path.parent)
+    _about_to("mkdir", path)
+    path.mkdir(exist_ok=True)
+    fsync_dir(path.parent)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file if it is there."""
+    _about_to("unlink", path)
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and what is in it, links not followed."""
+    _about_to("rmtree", path)
+    shutil.rmtree(path)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder unless something is, or somebody writes, in it."""
+    _about_to("rmdir", path)
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_join(root: Path, name: str, *, error: type[SvdbankError] = OptionError) -> Path:
+    """``root/name`` for a relative POSIX name from outside; refuses absolute names, drives, backslashes and ``..``."""
+    parts = name.split("/")
+    if (
+        not name
+        or any(part in ("", ".", "..") for part in parts)
+        or any(ch in name for ch in "\\:\0")
+        or PurePosixPath(name).is_absolute()
+    ):
+        raise error(f"{name!r} is not a plain relative file name")
+    return root.joinpath(*parts)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` and ``~user`` replaced; that of a user who is not there stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space for an ordinary user on the file system that holds ``path`` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """True where two paths, or their nearest existing parents, lie on the same file system."""
+    devices = []
+    for path in (one, other):
+        while not path.exists():
+            path = path.parent
+        devices.append(path.stat().st_dev)
+    return devices[0] == devices[1]
+
+
+class _Owner(msgspec.Struct):
+    host: str
+    pid: int
+
+
+_OWNER = msgspec.json.Decoder(_Owner)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the writer's lock of a folder.
+
+    The lock is the operating system's (it ends with the process, however that ends); a file beside it names the owner, so that the
+    error can say who. Raises :class:`LockedError`.
+    """
+    make_dirs(folder)
+    path = folder / ".lock"
+    owner_path = folder / ".lock.owner"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+        ours = path.stat()
+    except (filelock.Timeout, FileNotFoundError) as cause:  # not found: somebody is removing the folder
+        lock.release()
+        raise LockedError(
+            f"{folder}: another process is writing here{_describe(owner_path)}", hint="wait for it, or stop it"
+        ) from cause
+    try:
+        owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
+        yield
+    finally:
+        # Both go while the lock is held: filelock lets nobody in through an unlinked file, and leaves the name alone on release.
+        # Where the caller removed or renamed the folder, another process may have made and locked it anew.
+        if _is_file(path, ours):
+            owner_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_file(path: Path, identity: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), identity)
+    except FileNotFoundError:
+        return False
+
+
+def _describe(owner_path: Path) -> str:
+    try:
+        owner = _OWNER.decode(owner_path.read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return ""
+    return f" (process {owner.pid} on {owner.host})"

@@ -1,0 +1,340 @@
+"""Frozen descriptions passed between the layers, and their strict JSON form.
+
+Every file of a bank that is JSON decodes into one of these types: an unknown or missing field, or a value of another type, is an
+error before anything is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from svdbank.core.errors import SvdbankError
+
+Side = Literal["both", "left"]
+StoredDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every description: immutable, comparable, strict when decoded."""
+
+
+class Quantisation(Struct, frozen=True):
+    """How the stored codes of a tensor become its values: each is multiplied by the scale of its block.
+
+    Attributes
+    ----------
+    scheme
+        ``fp8``, ``compressed-tensors`` or ``mxfp4``, the ``quant_method`` of the model's configuration.
+    codes
+        safetensors' dtype name of what is stored; ``F4`` for two e2m1 codes in each stored byte.
+    shape
+        (…, rows, columns) of the codes. With ``transposed`` the tensor's shape is (…, columns, rows).
+    block
+        Rows and columns that share a scale; those at the lower and right edge may be smaller.
+    scales
+        The tensor of scales, (…, ⌈rows/block⌉, ⌈columns/block⌉) or a single one.
+    """
+
+    scheme: Literal["fp8", "compressed-tensors", "mxfp4"]
+    codes: str
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    scales: TensorSource
+    transposed: bool = False
+
+    def part(self, index: int) -> Quantisation:
+        """What :meth:`TensorSource.part` needs for slice ``index`` of the leading dimension."""
+        scales = self.scales.part(index) if len(self.scales.shape) == len(self.shape) else self.scales
+        return msgspec.structs.replace(self, shape=self.shape[1:], scales=scales)
+
+
+class TensorSource(Struct, frozen=True):
+    """One tensor of a checkpoint file, or one piece of its leading dimension: where its bytes lie and how to read them.
+
+    ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …). ``index`` is
+    the piece's, None for the whole tensor; ``shape`` is then that of the piece, which is a slice, or with ``blocks`` one of that many
+    equal blocks of rows. With ``quantisation`` the bytes are codes; ``dtype``
+    and ``shape`` are those of the values that reading gives.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    index: int | None = None
+    blocks: int | None = None
+    quantisation: Quantisation | None = None
+
+    @property
+    def pieces(self) -> tuple[tuple[str, int, int], ...]:
+        """(file, begin, end) of every byte range that reading needs, in the order in which they are hashed: codes, then scales."""
+        own = (self.file, self.begin, self.end)
+        return (own,) if self.quantisation is None else (own, *self.quantisation.scales.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(end - begin for _, begin, end in self.pieces)
+
+    @property
+    def loaded_nbytes(self) -> int:
+        """Bytes of the values in memory."""
+        if self.quantisation is None:
+            return self.end - self.begin
+        return prod(self.shape) * {"F32": 4, "F16": 2, "BF16": 2}[self.dtype]
+
+    @property
+    def stored_as(self) -> str:
+        """``dtype``; for quantised values how they are made, e.g. ``BF16 = F8_E4M3 * F32[128x128]``."""
+        if self.quantisation is None:
+            return self.dtype
+        rows, columns = self.quantisation.block
+        return f"{self.dtype} = {self.quantisation.codes} * {self.quantisation.scales.dtype}[{rows}x{columns}]"
+
+    def part(self, index: int) -> TensorSource:
+        """Slice ``index`` of the leading dimension, e.g. one expert of a stacked (experts, out, in) tensor.
+
+        Raises IndexError outside the dimension, ValueError for a slice of a slice or a dtype whose elements share bytes.
+        """
+        if self.index is not None or len(self.shape) < 2:
+            raise ValueError(f"{self.name!r} of shape {self.shape} has no leading dimension to take a slice of")
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"{self.name!r} has {self.shape[0]} slices, not {index + 1}")
+        step, rest = divmod(self.end - self.begin, self.shape[0])
+        if rest:
+            raise ValueError(f"{self.name!r}: slices of {self.dtype} do not begin at whole bytes")
+        begin = self.begin + index * step
+        return msgspec.structs.replace(
+            self,
+            shape=self.shape[1:],
+            begin=begin,
+            end=begin + step,
+            index=index,
+            quantisation=None if self.quantisation is None else self.quantisation.part(index),
+        )
+
+    def block(self, index: int, blocks: int) -> TensorSource:
+        """Block ``index`` of ``blocks`` equal blocks of rows, e.g. the queries of a fused (3·hidden, hidden) matrix.
+
+        Raises ValueError where rows or bytes do not divide, and for quantised values, whose scales need not divide.
+        """
+        step, rest = divmod(self.end - self.begin, blocks)
+        if self.index is not None or self.quantisation is not None or rest or self.shape[0] % blocks or not 0 <= index < blocks:
+            raise ValueError(f"{self.name!r} of shape {self.shape} has no block {index} of {blocks}")
+        shape = (self.shape[0] // blocks, *self.shape[1:])
+        begin = self.begin + index * step
+        return msgspec.structs.replace(self, shape=shape, begin=begin, end=begin + step, index=index, blocks=blocks)
+
+    def is_of(self, whole: TensorSource) -> bool:
+        """True when this is ``whole``, or one of its pieces."""
+        try:
+            if self.index is None:
+                return self == whole
+            return self == (whole.part(self.index) if self.blocks is None else whole.block(self.index, self.blocks))
+        except (ValueError, IndexError):
+            return False
+
+
+class WeightSpec(Struct, frozen=True):
+    """One matrix to decompose, as a module of the loaded model sees it.
+
+    Attributes
+    ----------
+    name
+        Key in the bank: ``model.layers.0.self_attn.q_proj.weight``, or ``model.layers.0.mlp.experts.gate_up_proj.7`` for an expert of
+        a stacked parameter.
+    module
+        Dotted path of the module that owns it; for an expert of a stacked parameter, of that parameter.
+    kind
+        ``linear``, ``embedding`` or ``head``.
+    family
+        Slug shared by the weights of the same role and shape; ``[a-z0-9._-]+``.
+    out_features, in_features
+        Shape of the matrix decomposed, after ``operation``.
+    dtype
+        safetensors' dtype name of the stored bytes; for quantised weights :attr:`TensorSource.stored_as`.
+    operation
+        How the matrix comes from its sources: ``as_is``, ``transpose``, or ``concat`` for the rows of several under each other. Each
+        source is a tensor, or a slice or block of one.
+    layer, expert
+        Index in the model where the name has one.
+    """
+
+    name: str
+    module: str
+    kind: Literal["linear", "embedding", "head"]
+    family: str
+    out_features: int
+    in_features: int
+    dtype: str
+    sources: tuple[TensorSource, ...]
+    operation: Literal["as_is", "transpose", "concat"] = "as_is"
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """True for a slice of a stacked parameter, which is no module's weight. A module of its own may be an ``expert`` too."""
+        return self.name != f"{self.module}.weight"
+
+    @property
+    def rank_full(self) -> int:
+        """``min(out, in)``."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(source.nbytes for source in self.sources)
+
+    @property
+    def loaded_nbytes(self) -> int:
+        """Bytes of the matrix in memory."""
+        return sum(source.loaded_nbytes for source in self.sources)
+
+
+def quantised_formats(dtypes: Iterable[str]) -> dict[str, int]:
+    """How many weights are made of codes and scales, by :attr:`TensorSource.stored_as`; ``dtypes`` are those of specs or records."""
+    return dict(sorted(Counter(dtype for dtype in dtypes if " = " in dtype).items()))
+
+
+class Skip(Struct, frozen=True):
+    """A tensor left out, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class SourceFile(Struct, frozen=True):
+    """One weight file of a checkpoint. ``identity`` is the Hub's file id, or size and time of a local file."""
+
+    name: str
+    size: int
+    identity: str
+
+
+class BaseSpec(Struct, frozen=True):
+    """Which model a bank describes: ``name`` and ``revision`` are for people, the digests decide."""
+
+    name: str
+    revision: str | None
+    config_digest: str
+
+
+class BuildOptions(Struct, frozen=True):
+    """What a build was asked for. ``rank`` is clamped for weights that allow less; ``all`` is every triplet."""
+
+    rank: int | Literal["all"]
+    side: Side
+    dtype: StoredDtype
+    solver: str
+    principal: int
+
+
+class FamilySpec(Struct, frozen=True):
+    """Weights of one role and shape, stacked along one axis. ``rank`` is what the bank stores of each, after clamping."""
+
+    name: str
+    kind: Literal["linear", "embedding", "head"]
+    out_features: int
+    in_features: int
+    rank: int
+    principal: int
+    weights_per_shard: int
+    weights: tuple[str, ...]
+
+
+class Alias(Struct, frozen=True):
+    """A weight whose matrix is the transpose of another's, ``of``: a tied output head and its embedding. One SVD, the sides exchanged."""
+
+    name: str
+    module: str
+    kind: Literal["embedding", "head"]
+    of: str
+
+
+class ShardSpec(Struct, frozen=True):
+    """The unit of work, record, resume and repair: ``weights[start:stop]`` of a family, solved on ``path`` with ``threads``."""
+
+    family: str
+    index: int
+    start: int
+    stop: int
+    path: str
+    threads: int
+
+
+class DevicePath(Struct, frozen=True):
+    """How a kind of GPU solves the weights of a family: on ``path``, ``batch`` of them at once (1: each by itself)."""
+
+    path: str
+    batch: int
+
+
+class Plan(Struct, frozen=True, omit_defaults=True):
+    """What a build will do, from headers alone. Fixes every byte of the bank; frozen into it.
+
+    ``shards`` say how a CPU solves; ``devices`` maps each kind of GPU to what it does for each family, so that a bank begun on one machine
+    goes on on another.
+    """
+
+    format: Literal[1]
+    base: BaseSpec
+    options: BuildOptions
+    families: tuple[FamilySpec, ...]
+    shards: tuple[ShardSpec, ...]
+    skips: tuple[Skip, ...]
+    aliases: tuple[Alias, ...] = ()
+    devices: dict[str, dict[str, DevicePath]] = {}
+
+
+class Progress(Struct, frozen=True):
+    """One step of a long call, for whoever shows it: ``done`` of ``total`` ``unit`` of ``stage``, now at ``item``."""
+
+    stage: str
+    done: float
+    total: float
+    unit: str
+    item: str = ""
+
+
+#: What a long call reports to.
+ProgressCallback = Callable[[Progress], None]
+
+
+T = TypeVar("T")
+
+
+def to_json(value: object, *, indent: int = 0) -> bytes:
+    """Deterministic JSON: keys in declaration order, floats in shortest exact form, one trailing newline."""
+    data = msgspec.json.encode(value)
+    return (msgspec.json.format(data, indent=indent) if indent else data) + b"\n"
+
+
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+_making = threading.Lock()
+
+
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    """The strict decoder of a type, made once: msgspec works a type out at its first use, and two threads that do so at once crash."""
+    with _making:
+        if kind not in _decoders:
+            _decoders[kind] = msgspec.json.Decoder(kind, strict=True)
+        return _decoders[kind]
+
+
+def from_json(data: bytes, kind: type[T], *, where: str, error: type[SvdbankError]) -> T:
+    """Decode strictly into ``kind``; ``error`` names the place and the field that does not fit."""
+    try:
+        return _decoder(kind).decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as cause:
+        raise error(f"{where}: not a valid {getattr(kind, '__name__', 'document')}: {cause}") from cause

@@ -1,0 +1,109 @@
+"""How much of a bank an adapter takes: ranks under a budget of trainable parameters, and bands that others leave free."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+
+from svdbank.adapter.components import Band, bands_of, indices_of
+from svdbank.adapter.methods import RESIDUAL_METHODS, Method
+from svdbank.adapter.model import Adapter
+from svdbank.adapter.naming import bank_names
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, OptionError
+
+
+def ranks_within(
+    bank: Bank, names: Sequence[str], params: int, method: Method, starts: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """A rank for each weight so that at most ``params`` parameters train.
+
+    One level for the whole model: each weight gets the directions with ``σ_k / σ_max`` up to that level (for ``pissa``, from that level
+    up), at least one, and the level is the highest that the budget pays for. So rank goes where a weight has many directions that
+    the base hardly uses, measured against its own strongest one. MiCA trains ``in`` parameters for each direction, MiLoRA and PiSSA
+    ``in + out``. All experts of a parameter have one rank, from their mean.
+
+    ``starts`` are minor indices to begin at. Raises :class:`OptionError` for a budget below one direction for each weight.
+    """
+    begin = starts or {}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(bank[name].module, []).append(name)
+    levels = _levels(bank, names, method, begin)
+    cost = {
+        group: sum(bank[m].in_features + (bank[m].out_features if method in RESIDUAL_METHODS else 0) for m in members)
+        for group, members in groups.items()
+    }
+    least = sum(cost.values())
+    if least > params:
+        raise OptionError(
+            f"{params} parameters are too few: one direction for each of {len(names)} weights takes {least}",
+            hint="target fewer modules, or raise --params",
+        )
+    of_group = {group: _mean([levels[member] for member in members]) for group, members in groups.items()}
+    taken = dict.fromkeys(groups, 1)
+    spent = least
+    waiting = [(of_group[group][1], group) for group in groups if len(of_group[group]) > 1]
+    heapq.heapify(waiting)
+    while waiting:
+        _, group = heapq.heappop(waiting)
+        if spent + cost[group] > params:
+            break
+        spent += cost[group]
+        taken[group] += 1
+        if taken[group] < len(of_group[group]):
+            heapq.heappush(waiting, (of_group[group][taken[group]], group))
+    return {member: taken[group] for group, members in groups.items() for member in members}
+
+
+def _levels(bank: Bank, names: Sequence[str], method: Method, starts: Mapping[str, int]) -> dict[str, list[float]]:
+    """``σ_k / σ_max`` of each weight in the order in which its directions are taken; negative for ``pissa``, so that it ascends too."""
+    levels = {}
+    for name in names:
+        largest = bank[name].certificate.sigma_max or 1.0
+        if method == "pissa":
+            stored = bank[name].family.principal
+            levels[name] = (-bank.principal_sigma([name], stored)[name] / largest).tolist()
+        else:
+            stored = bank[name].rank
+            levels[name] = (bank.sigma([name], stored)[name].flip(0) / largest).tolist()[starts.get(name, 0) :]
+    return levels
+
+
+def _mean(rows: Sequence[list[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=False)]
+
+
+def next_bands(bank: Bank, ranks: Mapping[str, int], beside: Iterable[Adapter]) -> dict[str, Band]:
+    """The lowest band of the asked rank, for each weight of the bank, that no adapter in ``beside`` uses.
+
+    Outputs of adapters in disjoint bands are orthogonal. Components outside the bank take no band. Raises :class:`BankError` where the
+    bank stores too few directions for that.
+    """
+    taken: dict[str, set[int]] = {}
+    for adapter in beside:
+        for key, name in bank_names(bank, list(adapter.weights)).items():
+            taken.setdefault(name, set()).update(indices_of(adapter.bands(key)))
+    bands = {}
+    for name, rank in ranks.items():
+        start = first_free(bands_of(taken.get(name, ())), rank)
+        if start + rank > bank[name].rank:
+            full = min(bank[name].out_features, bank[name].in_features)
+            more = f", or svdbank build MODEL --rank {start + rank}" if start + rank <= full else f": it has {full} in all"
+            raise BankError(
+                f"{bank.path}: no free band of rank {rank} is left in {name}: it stores {bank[name].rank} directions, "
+                f"{len(taken.get(name, ()))} are taken",
+                hint=f"a smaller rank{more}",
+            )
+        bands[name] = (start, start + rank)
+    return bands
+
+
+def first_free(taken: Sequence[Band], rank: int) -> int:
+    """The lowest start of ``rank`` indices that meet none of the ``taken`` bands (ascending, disjoint)."""
+    start = 0
+    for begin, end in taken:
+        if start + rank <= begin:
+            break
+        start = max(start, end)
+    return start

