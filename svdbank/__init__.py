@@ -23,6 +23,7 @@ from svdbank.core.errors import (
     SvdbankError,
     WrongBaseError,
 )
+from svdbank.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from svdbank.adapter.model import Adapter as Adapter
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     from svdbank.verbs.init import init as init
     from svdbank.verbs.stack import stack as stack
     from svdbank.verbs.train import train as train
-
-__version__ = "0.1.0"
 
 # Where each public name lives. Loaded on first use, so that `import svdbank` costs no torch and no zarr.
 _LAZY = {

@@ -6,14 +6,26 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import overload
 
+from svdbank.adapter.folder import check_there
+from svdbank.adapter.methods import RESIDUAL_METHODS
+from svdbank.adapter.settings import CACHE, CONFIG, SLIM, AdapterCache, LoraSettings
 from svdbank.bank.chunks import read_regular
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
 from svdbank.bank.metadata import checked_metadata
 from svdbank.bank.reading import Bank, open_bank, read_manifest
 from svdbank.checkpoint import Checkpoint, open_checkpoint
 from svdbank.core import disk
-from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
+from svdbank.core.errors import (
+    BankError,
+    BankNotFoundError,
+    CheckpointError,
+    DamageError,
+    OptionError,
+    SvdbankError,
+    WrongBaseError,
+)
 from svdbank.core.specs import BuildOptions, Plan, Struct, from_json
 
 #: A folder's name may have 255 bytes, and twelve digits of a hash follow.
@@ -125,9 +137,53 @@ def open(source: str | os.PathLike[str]) -> Bank:
     return open_bank(best)
 
 
+@overload
+def opened(bank: Bank | str | os.PathLike[str]) -> Bank: ...
+@overload
+def opened(bank: Bank | str | os.PathLike[str] | None) -> Bank | None: ...
 def opened(bank: Bank | str | os.PathLike[str] | None) -> Bank | None:
     """What a ``bank=`` argument names: a bank as it is, else what :func:`open` finds; None stays None."""
     return bank if bank is None or isinstance(bank, Bank) else open(bank)
+
+
+def recorded_bank(source: Path, kind: str) -> Bank:
+    """The cached bank of the base that an adapter folder, PEFT's or a slim one, records; ``kind`` is what needs it.
+
+    Raises :class:`BankError` where there is none, :class:`WrongBaseError` where it is of other weights than the adapter says.
+    """
+    check_there(source, slim=True)
+    folder = source / "files" if (source / SLIM).is_file() else source
+    settings, cache = None, None
+    if (folder / CONFIG).is_file():
+        settings = from_json((folder / CONFIG).read_bytes(), LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
+    if (folder / CACHE).is_file():
+        cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=CheckpointError)
+    named = settings.base_model_name_or_path if settings is not None else None
+    if named and settings is not None and settings.revision and not Path(named).is_dir():
+        named = f"{named}@{settings.revision}"
+    # A residual method's config may name the base without its start.
+    own = cache.base if cache is not None else None
+    bases = [base for base in ((own, named) if kind in RESIDUAL_METHODS else (named, own)) if base]
+    needs = f"{source}: {kind} needs the bank of the adapter's base"
+    if not bases:
+        raise BankError(f"{needs}, which it does not record", hint="--bank BANK, or the model's name if it is cached")
+    failed: SvdbankError | None = None
+    for base in dict.fromkeys(bases):
+        try:
+            bank = open(base)
+        except SvdbankError as cause:
+            failed = failed or cause
+            continue
+        known = cache is not None and cache.weights and all(name in bank for name in cache.weights)
+        if known and cache is not None and bank.base_digest(cache.weights) != cache.base_digest:
+            raise WrongBaseError(
+                f"{source}: its base is {base}, whose cached bank {bank.path} is of other weights",
+                hint="--bank BANK of its base",
+            )
+        return bank
+    raise BankError(
+        f"{needs} ({failed}); --bank names one elsewhere", hint=failed.hint if failed is not None else None
+    ) from failed
 
 
 def ls() -> list[BankSummary]:

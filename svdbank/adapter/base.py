@@ -7,14 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from svdbank.adapter.folder import CACHE, CONFIG, SLIM, AdapterCache, LoraSettings, check_there
-from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.source import read_config
 from svdbank.core import disk
-from svdbank.core.errors import BankError, CheckpointError, SvdbankError, WrongBaseError
-from svdbank.core.specs import from_json
 
 #: Names of classes that predict next tokens; T5WithLMHeadModel, of old configurations, is an encoder and a decoder.
 _CAUSAL = re.compile(r"(ForCausalLM|(?<!With)LMHeadModel)$")
@@ -66,45 +62,3 @@ def _configuration(name: str, revision: str | None) -> Path | None:
     except HFValidationError:
         return None
     return Path(found).parent.resolve() if isinstance(found, str) else None
-
-
-def recorded_bank(source: Path, kind: str) -> Bank:
-    """The cached bank of the base that an adapter folder, PEFT's or a slim one, records; ``kind`` is what needs it.
-
-    Raises :class:`BankError` where there is none, :class:`WrongBaseError` where it is of other weights than the adapter says.
-    """
-    import svdbank
-
-    check_there(source, slim=True)
-    folder = source / "files" if (source / SLIM).is_file() else source
-    settings, cache = None, None
-    if (folder / CONFIG).is_file():
-        settings = from_json((folder / CONFIG).read_bytes(), LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
-    if (folder / CACHE).is_file():
-        cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=CheckpointError)
-    named = settings.base_model_name_or_path if settings is not None else None
-    if named and settings is not None and settings.revision and not Path(named).is_dir():
-        named = f"{named}@{settings.revision}"
-    # A residual method's config may name the base without its start.
-    own = cache.base if cache is not None else None
-    bases = [base for base in ((own, named) if kind in RESIDUAL_METHODS else (named, own)) if base]
-    needs = f"{source}: {kind} needs the bank of the adapter's base"
-    if not bases:
-        raise BankError(f"{needs}, which it does not record", hint="--bank BANK, or the model's name if it is cached")
-    failed: SvdbankError | None = None
-    for base in dict.fromkeys(bases):
-        try:
-            bank: Bank = svdbank.open(base)
-        except SvdbankError as cause:
-            failed = failed or cause
-            continue
-        known = cache is not None and cache.weights and all(name in bank for name in cache.weights)
-        if known and cache is not None and bank.base_digest(cache.weights) != cache.base_digest:
-            raise WrongBaseError(
-                f"{source}: its base is {base}, whose cached bank {bank.path} is of other weights",
-                hint="--bank BANK of its base",
-            )
-        return bank
-    raise BankError(
-        f"{needs} ({failed}); --bank names one elsewhere", hint=failed.hint if failed is not None else None
-    ) from failed

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svdbank.adapter.folder import AdapterCache, LoraSettings
+    from svdbank.adapter.settings import AdapterCache, LoraSettings
 
 _NAMES = {"mica": "MiCA", "milora": "MiLoRA", "pissa": "PiSSA"}
 

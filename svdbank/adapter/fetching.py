@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from svdbank.adapter.folder import CACHE, COMPONENTS, CONFIG, WEIGHTS
+from svdbank.adapter.settings import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.checkpoint.files import sha256_of
 from svdbank.checkpoint.remote.hub import parse_id
 from svdbank.core.errors import CheckpointError

@@ -14,107 +14,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from svdbank.adapter.card import card
+from svdbank.adapter.settings import (
+    CACHE,
+    CONFIG,
+    OURS,
+    SLIM,
+    WEIGHTS,
+    AdapterCache,
+    LoraSettings,
+)
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
-from svdbank.core.specs import Struct, from_json, to_json
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-CACHE = "svdbank.json"
-
-#: Coefficients of each named component, for ``scale`` and ``drop``; PEFT does not know it.
-COMPONENTS = "components.safetensors"
-
-#: What a slim folder, one without B, has in place of a config.
-SLIM = "slim.json"
-
-#: What ``train`` leaves beside an adapter: its options and its figures.
-TRAINING_CONFIG, TRAINING_FIGURES = "training.toml", "training.json"
-_OURS = frozenset(
-    {
-        CONFIG,
-        WEIGHTS,
-        CACHE,
-        COMPONENTS,
-        SLIM,
-        "coefficients.safetensors",
-        "files",
-        "README.md",
-        TRAINING_CONFIG,
-        TRAINING_FIGURES,
-    }
-)
+from svdbank.core.specs import from_json, to_json
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
 _ROOT = "base_model.model."
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
 _EMBEDDING_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
-
-
-class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of PEFT's ``LoraConfig`` that decide what an adapter is. Fields of a file not named here are not used."""
-
-    peft_type: Literal["LORA"] = "LORA"
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    r: int
-    lora_alpha: int | float
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, int | float] = {}
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    target_parameters: list[str] | None = None
-    modules_to_save: list[str] | None = None
-    use_dora: bool = False
-    lora_bias: bool = False
-    init_lora_weights: bool | str = True
-    inference_mode: bool = True
-
-
-class AdapterCache(Struct, frozen=True):
-    """What svdbank knows about an adapter it wrote. ``band`` is half-open, 0 = the most minor direction of the bank.
-
-    Attributes
-    ----------
-    band, rank
-        Hull of the bands of all weights, and the largest rank. ``band`` is (0, 0) for an adapter that has no place in the bank.
-    base, base_digest
-        Name of the base, and the digest over the adapter's own weights, so that extending the bank does not change it; empty where unknown.
-    weights
-        Names in the bank.
-    sources
-        By the adapter's own name of a weight: its name in the bank, and the sha256 of the base's stored bytes.
-    components
-        By name, then by weight: the bands, most minor first; none for factors of their own. Where a weight has fewer columns than its
-        bands have directions, as after a truncation, the columns of B lie in their span.
-    """
-
-    format: Literal[1]
-    method: str
-    band: tuple[int, int]
-    rank: int
-    base: str
-    base_digest: str
-    bank_format: int
-    weights: tuple[str, ...]
-    sources: dict[str, tuple[str, str]] = msgspec.field(default_factory=dict)
-    components: dict[str, dict[str, tuple[tuple[int, int], ...]]] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,7 +121,7 @@ def check_output(output: Path, *, force: bool) -> None:
         raise OptionError(f"{output} is not empty", hint="name another output, or replace the adapter there with --force")
     if not ((output / CONFIG).is_file() or (output / SLIM).is_file()):
         raise OptionError(f"{output} is not empty and holds no adapter, so it is not replaced", hint="name another output")
-    strangers = sorted(path.name for path in output.iterdir() if path.name not in _OURS)
+    strangers = sorted(path.name for path in output.iterdir() if path.name not in OURS)
     if strangers:
         raise OptionError(
             f"{output} holds more than an adapter ({', '.join(strangers[:3])}), so it is not replaced",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from svdbank.adapter.bands import projected, share_in
 from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled, singular_values, truncated
-from svdbank.adapter.folder import LoraSettings
 from svdbank.adapter.naming import bank_names, missing_prefix
+from svdbank.adapter.settings import LoraSettings
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError
 

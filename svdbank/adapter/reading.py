@@ -19,10 +19,11 @@ from torch import Tensor
 from svdbank.adapter.bands import free, recover
 from svdbank.adapter.components import Band, Component, Free, InBank, bands_of, combined, indices_of, inner
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import COMPONENTS, WEIGHTS, AdapterCache, AdapterFolder, LoraSettings, read_folder
+from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, Method, initial_factors, lora_scale, restored
 from svdbank.adapter.model import AdaptedWeight, Adapter, BaseIdentity, Kind, Source
 from svdbank.adapter.naming import bank_names
+from svdbank.adapter.settings import COMPONENTS, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
 

@@ -11,7 +11,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from svdbank.adapter.folder import CONFIG, WEIGHTS
+from svdbank.adapter.settings import CONFIG, WEIGHTS
 from svdbank.core.errors import CheckpointError
 
 _FACTOR = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")

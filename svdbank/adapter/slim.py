@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import SLIM, WEIGHTS, AdapterFolder, check_output, read_folder, unfinished
+from svdbank.adapter.folder import AdapterFolder, check_output, read_folder, unfinished
 from svdbank.adapter.naming import bank_names
+from svdbank.adapter.settings import SLIM, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
 from svdbank.core import disk

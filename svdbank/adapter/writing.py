@@ -13,8 +13,9 @@ from torch import Tensor
 from svdbank.adapter.card import composed_card
 from svdbank.adapter.components import InBank, compact, indices_of
 from svdbank.adapter.experts import join, wrapper_paths
-from svdbank.adapter.folder import COMPONENTS, AdapterCache, Factors, LoraSettings, write_folder
+from svdbank.adapter.folder import Factors, write_folder
 from svdbank.adapter.model import AdaptedWeight, Adapter
+from svdbank.adapter.settings import COMPONENTS, AdapterCache, LoraSettings
 from svdbank.bank.reading import base_digest
 from svdbank.core.errors import OptionError
 

@@ -32,9 +32,8 @@ from svdbank.checkpoint import Checkpoint
 from svdbank.core import disk
 from svdbank.core.basis import Basis
 from svdbank.core.errors import NotFiniteError, SolverError, WrongBaseError
-from svdbank.core.probe import probe_indices
+from svdbank.core.probe import differing, taken
 from svdbank.core.specs import BaseSpec, BuildOptions, FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
-from svdbank.peft.recognition import differing
 from svdbank.solver import batch_bases, batch_peak_bytes, minor_basis, on_own_stream, peak_bytes, pinned_threads
 from svdbank.solver.devices import Kind, give_back_device, kind_of
 
@@ -163,7 +162,7 @@ class Execution:
         matrix, found = self.checkpoint.read_hashed(weight)
         if found == basis.source_sha256:
             return True
-        values = torch.tensor(sample(matrix), dtype=torch.float64).to(matrix.dtype)
+        values = torch.tensor(taken(matrix), dtype=torch.float64).to(matrix.dtype)
         if weight.dtype == basis.dtype or differing([values], [basis.probe()]):
             raise self._wrong_base(weight)
         return False
@@ -333,7 +332,7 @@ class Execution:
         with pinned_threads(batch.threads if self.kind == "cpu" else 1):
             for weight, basis, matrix, sha256 in self._solved(batch, loaded, writer.plan.options):
                 bases.append(basis)
-                probes.append(sample(matrix))
+                probes.append(taken(matrix))
                 weights.append(
                     WeightRecord(
                         name=weight.name,
@@ -508,11 +507,3 @@ class Execution:
         """Times and machine facts, outside everything that is hashed."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
         disk.append(self.root / LOG, json.dumps(line).encode() + b"\n")
-
-
-def sample(matrix: Tensor) -> tuple[float, ...]:
-    """A weight's probe: its entries at :func:`svdbank.core.probe.probe_indices`, exact in float64."""
-    out_features, in_features = matrix.shape
-    index = torch.tensor(probe_indices(out_features, in_features), device=matrix.device)
-    values: list[float] = matrix[index // in_features, index % in_features].to(torch.float64).tolist()
-    return tuple(values)

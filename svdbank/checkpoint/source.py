@@ -28,7 +28,8 @@ from svdbank.core.specs import SourceFile, TensorSource, WeightSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from svdbank.checkpoint.remote.files import Remote, RemoteFile
+    from svdbank.checkpoint.remote.access import Remote
+    from svdbank.checkpoint.remote.files import RemoteFile
     from svdbank.checkpoint.remote.hub import HubFile
 
 
@@ -325,7 +326,7 @@ def _could_be_hub_id(text: str) -> bool:
 
 
 def _open_hub(text: str) -> Checkpoint:
-    from svdbank.checkpoint.remote.files import Remote
+    from svdbank.checkpoint.remote.access import Remote
     from svdbank.checkpoint.remote.hub import fetch_card, look_up, parse_id
 
     name, revision = parse_id(text)

@@ -147,11 +147,11 @@ def compare(
     Raises :class:`OptionError` for adapters without a common weight and for two domains of one name, :class:`WrongBaseError` for
     adapters of different bases.
     """
-    from svdbank.reporting.figures import check_image, draw_heatmap
+    from svdbank.reporting.figures import check_image, draw_cosines
 
     if image is not None:
         check_image(Path(image))
-    opened = bank if bank is None or isinstance(bank, Bank) else cache.open(bank)
+    opened = cache.opened(bank)
     read = read_inputs(adapters, bank=opened, rebase=rebase)
     parts = domains_of(read)
     if len(parts) < 2 and opened is None:
@@ -164,8 +164,16 @@ def compare(
     sizes = tuple(_size(name, adapter, opened) for name, adapter in parts.items())
     report = CompareReport(sizes, pairs, None if image is None else str(Path(image)), tuple(notes_of(read)))
     if image is not None:
-        draw_heatmap(report, Path(image))
+        columns = ["all", *dict.fromkeys(relation.where for pair in pairs for relation in pair.layers)]
+        values = [[_cosine(pair, column) for column in columns] for pair in pairs]
+        draw_cosines([(pair.one, pair.other) for pair in pairs], columns, values, Path(image))
     return report
+
+
+def _cosine(pair: Pair, column: str) -> float:
+    if column == "all":
+        return float(pair.all.cosine)
+    return next((float(relation.cosine) for relation in pair.layers if relation.where == column), float("nan"))
 
 
 def _size(name: str, adapter: Adapter, bank: Bank | None) -> Size:

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdbank import cache
-from svdbank.adapter.folder import CACHE, AdapterCache
 from svdbank.adapter.model import Adapter, aligned
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.settings import CACHE, AdapterCache
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
 from svdbank.core.specs import from_json
@@ -68,7 +68,7 @@ def read_inputs(
     named = named_places(places)
     if not named:
         raise OptionError("no adapter was named", hint="name folders of adapters")
-    opened = _opened(rebase if rebase is not None else bank)
+    opened = cache.opened(rebase if rebase is not None else bank)
     adapters = {}
     for name, (path, asked) in named.items():
         if rebase is not None and opened is not None:
@@ -97,10 +97,6 @@ def domains_of(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
             domains[name] = adapter if len(adapter.names) == 1 else adapter.only(name)
             came[name] = place
     return domains
-
-
-def _opened(bank: str | Path | Bank | None) -> Bank | None:
-    return bank if bank is None or isinstance(bank, Bank) else cache.open(bank)
 
 
 def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.components import Free
-from svdbank.adapter.folder import LoraSettings, check_apart, check_output
+from svdbank.adapter.folder import check_apart, check_output
 from svdbank.adapter.model import AdaptedWeight, Adapter, BaseIdentity, Kind, Source
+from svdbank.adapter.settings import LoraSettings
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.building.planning import available_cpus

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from svdbank.adapter.folder import AdapterCache
 from svdbank.adapter.model import AdaptedWeight, Adapter
 from svdbank.adapter.naming import matched
 from svdbank.adapter.saved import SavedModules
+from svdbank.adapter.settings import AdapterCache
 from svdbank.bank.reading import base_digest
 from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.naming.correspondence import Parameter, correspondence

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from svdbank.adapter.fetching import located
-from svdbank.adapter.folder import CACHE, AdapterCache, check_there, read_settings
+from svdbank.adapter.folder import check_there, read_settings
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.reading import initialised_as, read_adapter
 from svdbank.adapter.saved import SavedModules, saved_modules
+from svdbank.adapter.settings import CACHE, AdapterCache
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError
 from svdbank.core.specs import from_json

@@ -15,11 +15,11 @@ from svdbank.adapter.folder import Factors
 from svdbank.adapter.methods import RESIDUAL_METHODS, Method
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.core.probe import lies_in
 from svdbank.peft import quantised, residuals, sharding
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.layers import Slot, slots
 from svdbank.peft.lookup import Attachment, Lookup, UnverifiedBaseWarning, look_up
-from svdbank.peft.recognition import lies_in
 
 #: Where a model keeps what was attached to it: a dict of adapter name → Attachment on the base model.
 _RECORD = "svdbank_attachments"

@@ -16,8 +16,8 @@ from torch import Tensor
 from svdbank.adapter.methods import RESIDUAL_METHODS, Method, count_floored, initial_factors, mica_factors
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.probe import differing, is_readable, sample
 from svdbank.core.specs import Struct
-from svdbank.peft.recognition import differing, is_readable, sample
 
 #: Nothing of a model found may mean that its names are not those of its files.
 _NONE_THERE = ", unless its type is loaded under other names than it is stored and not in the table of docs/architectures.md"

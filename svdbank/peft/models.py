@@ -73,7 +73,7 @@ def load_adapter(
     """
     peft = _peft()
     saved = read_folder(folder)
-    opened = None if bank is None else bank if isinstance(bank, Bank) else cache.open(bank)
+    opened = cache.opened(bank)
     if opened is not None and saved.cache is not None:
         _check_digest(opened, saved.cache.base_digest, saved.cache.weights, folder)
     config = peft.LoraConfig.from_pretrained(str(folder))

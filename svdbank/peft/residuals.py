@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from svdbank.adapter.methods import Method, residual
 from svdbank.core.errors import OptionError
+from svdbank.core.probe import is_readable
 from svdbank.peft import sharding
 from svdbank.peft.layers import Slot
 from svdbank.peft.lookup import Target
-from svdbank.peft.recognition import is_readable
 
 #: Rows of a weight that its rounding is measured on.
 _ROWS = 64

@@ -33,7 +33,7 @@ def use_bank(bank: Bank | str | Path) -> Iterator[Bank]:
     Transformers' ``model.add_adapter`` and ``model.load_adapter`` (which otherwise leaves ``B`` training), for configs with
     ``init_lora_weights`` "mica", "milora" or "pissa". Others are not touched. See the module's text for threads. Yields the opened bank.
     """
-    opened = bank if isinstance(bank, Bank) else cache.open(bank)
+    opened = cache.opened(bank)
     with reroute(Source(opened)):
         yield opened
 

@@ -1,16 +1,14 @@
-"""The heat map of ``compare``: cosines of all pairs by layer, and in all."""
+"""Figures of reports. matplotlib is loaded where one is drawn."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svdbank.core import disk
 from svdbank.core.errors import OptionError, missing_extra
-
-if TYPE_CHECKING:
-    from svdbank.composition.angles import CompareReport
 
 _SUFFIXES = (".svg", ".png")
 
@@ -24,26 +22,26 @@ def check_image(path: Path) -> None:
     _matplotlib()
 
 
-def draw_heatmap(report: CompareReport, path: Path) -> None:
-    """Pairs by layers, coloured by cosine: red where two adapters pull against each other, blue where they agree.
+def draw_cosines(
+    pairs: Sequence[tuple[str, str]], columns: Sequence[str], values: Sequence[Sequence[float]], path: Path
+) -> None:
+    """A heat map of cosines, pairs by columns ("all" first, then layers): red where two adapters pull against each other, blue where
+    they agree.
 
-    The same report gives the same bytes. Raises :class:`OptionError` for a report without pairs.
+    The same values give the same bytes; NaN is left white. Raises :class:`OptionError` without pairs.
     """
-    if not report.pairs:
+    if not pairs:
         raise OptionError("a heat map needs two adapters or more")
     matplotlib = _matplotlib()
     from matplotlib.figure import Figure
 
-    layers = list(dict.fromkeys(relation.where for pair in report.pairs for relation in pair.layers))
-    columns = ["all", *layers]
-    values = [[_cosine(pair, column) for column in columns] for pair in report.pairs]
     size = max((abs(value) for row in values for value in row if value == value), default=0.0) or 1.0
     with matplotlib.rc_context({"svg.hashsalt": "svdbank", "svg.fonttype": "none"}):
         figure = Figure(figsize=(2.5 + 0.32 * len(columns), 1.4 + 0.35 * len(values)), layout="constrained")
         axes = figure.add_subplot()
         shown = axes.imshow(values, cmap="RdBu", vmin=-size, vmax=size, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, fontsize=7)
-        labels = axes.set_yticks(range(len(values)), [f"{pair.one} · {pair.other}" for pair in report.pairs], fontsize=8)
+        labels = axes.set_yticks(range(len(values)), [" · ".join(pair) for pair in pairs], fontsize=8)
         for label in labels:
             # Names of adapters are no formulas.
             label.label1.set_parse_math(False)
@@ -54,12 +52,6 @@ def draw_heatmap(report: CompareReport, path: Path) -> None:
         kind = path.suffix.lower()[1:]
         figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
     disk.write_bytes(path.expanduser().resolve(), buffer.getvalue())
-
-
-def _cosine(pair: Any, column: str) -> float:
-    if column == "all":
-        return float(pair.all.cosine)
-    return next((float(relation.cosine) for relation in pair.layers if relation.where == column), float("nan"))
 
 
 def _matplotlib() -> Any:

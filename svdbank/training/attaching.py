@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.experts import join, parameters_of, split
-from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterCache, read_folder
+from svdbank.adapter.folder import read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS, AdapterCache
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
 from svdbank.core import disk

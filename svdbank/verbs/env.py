@@ -7,6 +7,7 @@ import os
 import platform
 
 from svdbank.core.specs import Struct
+from svdbank.core.version import __version__
 
 
 class DeviceReport(Struct, frozen=True):
@@ -47,7 +48,6 @@ def env(*, check: bool = False) -> Environment:
     import torch
     from huggingface_hub import constants
 
-    import svdbank
     from svdbank.building.planning import available_cpus
     from svdbank.cache import home
     from svdbank.core import disk
@@ -75,7 +75,7 @@ def env(*, check: bool = False) -> Environment:
         "HF_ENDPOINT",
     )
     return Environment(
-        svdbank=svdbank.__version__,
+        svdbank=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
         packages={name: _version(name) for name in packages},

@@ -11,24 +11,15 @@ import safetensors
 import torch
 from torch import Tensor
 
-from svdbank.adapter.base import recorded_bank
+from svdbank import cache
 from svdbank.adapter.card import composed_card
 from svdbank.adapter.experts import join, parameters_of, wrapper_paths
-from svdbank.adapter.folder import (
-    SLIM,
-    WEIGHTS,
-    AdapterCache,
-    AdapterFolder,
-    Factors,
-    LoraSettings,
-    check_output,
-    read_folder,
-    write_folder,
-)
+from svdbank.adapter.folder import AdapterFolder, Factors, check_output, read_folder, write_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, Method, restored, restored_alpha
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import Entry, entries_of, initial_of, made_as, read_adapter
+from svdbank.adapter.settings import SLIM, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.adapter.slim import COEFFICIENTS, expand_slim, write_slim
 from svdbank.adapter.writing import cache_of
 from svdbank.bank.reading import Bank, base_digest
@@ -101,11 +92,11 @@ def export(
         raise OptionError(f"{to!r} is not a form: {', '.join(get_args(Form))}", hint="--to lora")
     source, target = Path(adapter).expanduser(), Path(output).expanduser().resolve()
     check_output(target, force=force)
-    opened = _opened(bank)
+    opened = cache.opened(bank)
     if to == "slim":
         if inference:
             raise OptionError("a slim adapter is not for serving: it lacks B", hint="--to peft --for inference")
-        record = write_slim(source, target, opened or recorded_bank(source, "slim"), force=force)
+        record = write_slim(source, target, opened or cache.recorded_bank(source, "slim"), force=force)
         size, whole = (target / COEFFICIENTS).stat().st_size, record.size
         folder = read_folder(source)
         rank = max(pair.B.shape[1] for pair in folder.factors.values())
@@ -118,7 +109,7 @@ def export(
             raise OptionError(
                 f"{source} is slim", hint=f"first svdbank export {source} --to peft --bank BANK -o FOLDER, then that folder"
             )
-        record = expand_slim(source, target, opened or recorded_bank(source, "slim"), force=force)
+        record = expand_slim(source, target, opened or cache.recorded_bank(source, "slim"), force=force)
         folder = read_folder(target)
         rank = max(pair.B.shape[1] for pair in folder.factors.values())
         return ExportReport(
@@ -264,7 +255,7 @@ def _initial(
                 f"{initial}: not what {folder.path} was trained from: {missing[0]} is missing or of another rank"
             )
         return start
-    opened = bank or recorded_bank(folder.path, kind)
+    opened = bank or cache.recorded_bank(folder.path, kind)
     method: Method = "pissa" if kind == "pissa" else "milora"
     return initial_of(opened, entries, bank_names(opened, [entry.key for entry in entries]), method)
 
@@ -308,12 +299,3 @@ def _report(
 ) -> ExportReport:
     size, before = (target / WEIGHTS).stat().st_size, (folder.path / WEIGHTS).stat().st_size
     return ExportReport(str(output), form, len(folder.factors), rank, size, size / before, notes=notes)
-
-
-def _opened(bank: str | Path | Bank | None) -> Bank | None:
-    if bank is None or isinstance(bank, Bank):
-        return bank
-    import svdbank
-
-    opened: Bank = svdbank.open(bank)
-    return opened

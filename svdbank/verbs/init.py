@@ -13,9 +13,11 @@ from torch import Tensor
 from svdbank.adapter.base import base_of, is_bank, task_of
 from svdbank.adapter.components import Band
 from svdbank.adapter.experts import join, wrapper_paths
-from svdbank.adapter.folder import AdapterCache, Factors, LoraSettings, check_output, write_folder
+from svdbank.adapter.folder import Factors, check_output, write_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, Method, count_floored, initial_factors, lora_scale, mica_factors
+from svdbank.adapter.settings import AdapterCache, LoraSettings
 from svdbank.bank.reading import Bank
+from svdbank.cache import opened
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import ProgressCallback, Struct
@@ -136,7 +138,7 @@ def init(
     chosen = _checked(method, alpha, dropout, residual_out)
     path = Path(output).expanduser().resolve()
     check_output(path, force=force)
-    bank = model_or_bank if isinstance(model_or_bank, Bank) else _opened(model_or_bank)
+    bank = opened(model_or_bank)
     check_sides(bank, chosen)
     names = selected(bank, targets, exclude, layers)
     bands = _bands(bank, names, chosen, rank, rank_pattern or {}, params, band, beside)
@@ -209,13 +211,6 @@ def _checked(method: str, alpha: float | None, dropout: float, residual_out: obj
     if residual_out is not None and chosen not in RESIDUAL_METHODS:
         raise OptionError(f"{chosen} leaves the base as it is: there is no residual to write", hint="leave --residual-out out")
     return chosen
-
-
-def _opened(model_or_bank: str | Path) -> Bank:
-    import svdbank
-
-    bank: Bank = svdbank.open(model_or_bank)
-    return bank
 
 
 def _bands(

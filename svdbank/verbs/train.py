@@ -17,7 +17,8 @@ import msgspec
 import numpy
 
 from svdbank import cache
-from svdbank.adapter.folder import TRAINING_CONFIG, TRAINING_FIGURES, check_output, unfinished
+from svdbank.adapter.folder import check_output, unfinished
+from svdbank.adapter.settings import TRAINING_CONFIG, TRAINING_FIGURES
 from svdbank.bank.reading import Bank
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, OptionError, SvdbankError, missing_extra

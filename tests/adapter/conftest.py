@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdbank
-from svdbank.adapter.folder import WEIGHTS
+from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.adapter.folder import CONFIG
 from svdbank.adapter.methods import count_floored, initial_factors, residual
+from svdbank.adapter.settings import CONFIG
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError
 from svdbank.initialisation.allocation import first_free, next_bands, ranks_within

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 import svdbank
-from svdbank.adapter.folder import WEIGHTS, read_settings
+from svdbank.adapter.folder import read_settings
+from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank_cli.main import run
 

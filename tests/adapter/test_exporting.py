@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdbank
-from svdbank.adapter.folder import CACHE, WEIGHTS, read_settings
+from svdbank.adapter.folder import read_settings
+from svdbank.adapter.settings import CACHE, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
 from svdbank.verbs.export import SERVED_RANKS

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdbank
-from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, AdapterFolder, read_folder
+from svdbank.adapter.folder import AdapterFolder, read_folder
+from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS
 from svdbank.core.errors import CheckpointError
 from tests.peft.models import factors, lora_layers, mica, quiet
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import svdbank
 from svdbank.adapter.base import task_of
-from svdbank.adapter.folder import CACHE, CONFIG, WEIGHTS, read_folder
+from svdbank.adapter.folder import read_folder
+from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.core import disk
 from svdbank.core.errors import BankError, OptionError

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import svdbank
-from svdbank.adapter.folder import WEIGHTS, read_folder, read_settings
+from svdbank.adapter.folder import read_folder, read_settings
+from svdbank.adapter.settings import WEIGHTS
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.peft import load_adapter

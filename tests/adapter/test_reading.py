@@ -15,8 +15,8 @@ import svdbank
 from svdbank.adapter.bands import recover
 from svdbank.adapter.components import Free, InBank
 from svdbank.adapter.experts import join, split
-from svdbank.adapter.folder import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.settings import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError

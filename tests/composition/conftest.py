@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import svdbank
-from svdbank.adapter.folder import WEIGHTS, read_folder
+from svdbank.adapter.folder import read_folder
+from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.lm.packaged import licence_texts, token_windows
 from svdbank.peft import load_adapter

@@ -13,9 +13,9 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
 import svdbank
-from svdbank.adapter.folder import WEIGHTS
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.composition.inputs import read_inputs
 from svdbank.composition.merging import Method, merged

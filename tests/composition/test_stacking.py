@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import svdbank
-from svdbank.adapter.folder import WEIGHTS
 from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.settings import WEIGHTS
 from svdbank.core.errors import OptionError
 from svdbank_cli.main import run
 from tests.composition.conftest import dense, dense_sum, relative_error

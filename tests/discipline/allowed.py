@@ -42,7 +42,7 @@ SOLVER = {
 
 #: Once an attachment, however many weights there are.
 ATTACHING = {
-    "svdbank.peft.recognition:sample": "values of all weights, to be compared with the bank's: one copy a dtype",
+    "svdbank.core.probe:sample": "values of all weights, to be compared with the bank's: one copy a dtype",
     "svdbank.peft.residuals:subtract": "what rounding lost of the base: one number for all weights",
 }
 

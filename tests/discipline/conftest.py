@@ -12,7 +12,7 @@ import torch
 
 import svdbank
 from svdbank.bank.reading import Bank
-from svdbank.peft import recognition
+from svdbank.core import probe
 from svdbank.solver import batch, devices, pinned_threads
 from tests.discipline.allowed import ALLOWED
 from tests.discipline.pretended import PretendedDevice
@@ -35,7 +35,7 @@ def pretended() -> Iterator[PretendedDevice]:
 
 def _forget() -> None:
     """What the code under test keeps of devices, by their names: a real one must not get a pretended one's."""
-    recognition._positions.cache_clear()
+    probe._positions.cache_clear()
     devices._kind_of.cache_clear()
     devices._started.clear()
     streams = getattr(batch, "_own", None)

@@ -242,7 +242,7 @@ class PretendedDevice:
             patch.setattr(torch.cuda, "current_stream", lambda *_: _Stream(self))
             patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
             # A tensor of a real device is a plain one, to code that asks for its type.
-            for name in ("svdbank.peft.recognition", "svdbank.peft.layers"):
+            for name in ("svdbank.core.probe", "svdbank.peft.layers"):
                 if name in sys.modules:
                     patch.setattr(sys.modules[name], "type", plain_type, raising=False)
             with _Interception(self):

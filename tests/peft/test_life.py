@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import svdbank
-from svdbank.adapter.folder import WEIGHTS
+from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
