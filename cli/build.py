@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from svdbank_cli.options import build_options, device_option, with_output
+from svdbank_cli.options import BuildOptions, build_options, device_option, with_output
 from svdbank_cli.output import Output, dequantised, duration, size
+
+if TYPE_CHECKING:
+    from svdbank.building.fetching import FetchReport
+    from svdbank.verbs.build import BuildReport
 
 
 @click.command("build")
@@ -17,7 +21,13 @@ from svdbank_cli.output import Output, dequantised, duration, size
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop, as svdbank plan does.")
 @with_output
 def build_command(
-    model: str, bank: str | None, targets: tuple[str, ...], device: str, dry_run: bool, output: Output, **options: Any
+    model: str,
+    bank: str | None,
+    targets: tuple[str, ...],
+    device: str,
+    dry_run: bool,
+    output: Output,
+    **options: Unpack[BuildOptions],
 ) -> None:
     """Decompose the weights of MODEL into a bank.
 
@@ -39,15 +49,15 @@ def build_command(
     if dry_run:
         from svdbank_cli.plan import show_plan
 
-        show_plan(model, bank, targets, output, {**options, "device": device})
+        show_plan(model, bank, targets, device, output, options)
         return
-    reports: list[Any] = []
+    reports: list[BuildReport] = []
     with output.progress(lines=True) as progress:
         svdbank.build(model, bank, targets=targets, device=device, progress=progress, on_report=reports.append, **options)
     output.data(reports[0], _text)
 
 
-def _text(report: Any) -> str:
+def _text(report: BuildReport) -> str:
     if report.reused and report.solved:
         what = f"decomposed {report.solved} weights, reused {report.reused} of {report.weights}"
     elif report.reused:
@@ -64,14 +74,14 @@ def _text(report: Any) -> str:
         lines.insert(1, dequantised(report.quantised))
     if not report.same_bytes:
         lines.append("the bank was built from the same values saved in another dtype: it serves this model as it is")
-    if fetched := fetch_line(report.fetch):
+    if fetched := _fetch(report.fetch):
         lines.append(fetched)
     if report.fallbacks:
         lines.insert(len(lines) - 1, f"{len(report.fallbacks)} weights needed a second method (svdbank info shows which)")
     return "\n".join(lines)
 
 
-def fetch_line(fetch: Any) -> str | None:
+def _fetch(fetch: FetchReport) -> str | None:
     """How the bytes came from the Hub, in one line; None for a model that was here."""
     if fetch.way == "local":
         return None

@@ -42,8 +42,7 @@ def compare_command(
     import svdbank
 
     report = svdbank.compare(adapters, bank=bank, rebase=rebase, image=image)
-    for note in report.notes:
-        output.say(f"Note: {note}")
+    output.notes(report.notes)
     output.data(report, lambda found: _text(found, by))
 
 

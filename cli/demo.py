@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, duration, size
+
+if TYPE_CHECKING:
+    from svdbank.verbs.demo import DemoReport
 
 
 @click.command("demo", short_help="See the whole way on a small language model: bank to training.")
@@ -31,7 +34,7 @@ def demo_command(folder: str | None, output: Output) -> None:
     output.data(report, _text)
 
 
-def _text(report: Any) -> str:
+def _text(report: DemoReport) -> str:
     built = f"{duration(report.build_seconds)}" + (
         f" ({report.weights_reused} weights were there already)" if report.weights_reused else ""
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
+
+if TYPE_CHECKING:
+    from svdbank.verbs.env import DeviceReport, Environment
 
 
 @click.command("env", short_help="Show versions, processors, devices and folders, for a bug report.")
@@ -33,7 +36,7 @@ def env_command(check: bool, output: Output) -> None:
         )
 
 
-def _text(env: Any) -> str:
+def _text(env: Environment) -> str:
     lines = [
         f"svdbank          {env.svdbank}",
         f"python           {env.python} on {env.platform}",
@@ -49,7 +52,7 @@ def _text(env: Any) -> str:
     return "\n".join(lines)
 
 
-def _outcome(check: Any) -> str:
+def _outcome(check: DeviceReport) -> str:
     """What came of a device's small weight, in one line."""
     if check.problem is not None:
         return f"{check.name} FAILED {check.problem}"

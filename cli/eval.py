@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, table
+
+if TYPE_CHECKING:
+    from svdbank.lm.measuring import EvalReport
+
+
+class _Options(TypedDict):
+    """What goes to ``svdbank.eval`` as it is."""
+
+    tasks: tuple[str, ...]
+    task_limit: int | None
+    task_folder: str | None
+    field: str
+    split: str
+    length: int | None
+    tokens: int | None
+    batch_size: int
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    load_in: Literal["4bit", "8bit"] | None
 
 
 def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -43,7 +61,7 @@ def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, .
 @click.option("--task-folder", type=click.Path(), help="Folder with task files of your own.")
 @with_output
 def eval_command(
-    model: str, adapters: dict[str, str], data: dict[str, str], tasks: tuple[str, ...], output: Output, **options: Any
+    model: str, adapters: dict[str, str], data: dict[str, str], output: Output, **options: Unpack[_Options]
 ) -> None:
     """Measure MODEL alone and with each adapter on each text: loss in nats a token, perplexity, standard errors.
 
@@ -60,11 +78,11 @@ def eval_command(
 
     stacks = {name: tuple(folders.split(",")) for name, folders in adapters.items()}
     with output.progress() as progress:
-        report = svdbank.eval(model, data=data, adapters=stacks, tasks=tasks, progress=progress, **options)
+        report = svdbank.eval(model, data=data, adapters=stacks, progress=progress, **options)
     output.data(report, _text)
 
 
-def _text(report: Any) -> str:
+def _text(report: EvalReport) -> str:
     parts = []
     if report.scores:
         rows = [

@@ -78,8 +78,7 @@ def export_command(
         initial=initial,
         force=force,
     )
-    for note in written.notes:
-        output.say(f"Note: {note}")
+    output.notes(written.notes)
     output.data(written, _text)
 
 

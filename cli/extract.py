@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, table
+from svdbank_cli.output import Output, grouped, table
+
+if TYPE_CHECKING:
+    from svdbank.fusion.difference import ExtractedWeight, ExtractReport
 
 
 @click.command("extract", short_help="Write the best LoRA of the difference of two checkpoints.")
@@ -66,16 +69,11 @@ def extract_command(
     output.data(report, lambda value: _text(value, per_weight))
 
 
-def _text(report: Any, per_weight: bool) -> str:
-    groups: dict[str, list[Any]] = {}
-    for weight in report.weights:
-        groups.setdefault(weight.name if per_weight else weight.module.rpartition(".")[2], []).append(weight)
+def _text(report: ExtractReport, per_weight: bool) -> str:
+    groups = grouped(report.weights, per_weight=per_weight)
     minor = report.minor is not None
     header = ("weights", "number", "rank", "‖D‖/‖W‖", "kept", *(("minor", "minor of kept") if minor else ()))
-    rows: list[tuple[object, ...]] = [
-        (name, len(members), max(w.rank for w in members), f"{_mean(members, 'relative'):.2e}", *_shares(members, minor))
-        for name, members in groups.items()
-    ]
+    rows = [_row(name, members, minor) for name, members in groups.items()]
     lines = [
         table(header, rows),
         "",
@@ -89,11 +87,12 @@ def _text(report: Any, per_weight: bool) -> str:
     return "\n".join([*lines, f"adapter of rank {report.rank} in {report.adapter}"])
 
 
-def _mean(weights: list[Any], field: str) -> float:
-    return float(sum(getattr(weight, field) for weight in weights)) / len(weights)
+def _row(name: str, weights: list[ExtractedWeight], minor: bool) -> tuple[object, ...]:
+    relative = sum(w.relative for w in weights) / len(weights)
+    return (name, len(weights), max(w.rank for w in weights), f"{relative:.2e}", *_shares(weights, minor))
 
 
-def _shares(weights: list[Any], minor: bool) -> tuple[str, ...]:
+def _shares(weights: list[ExtractedWeight], minor: bool) -> tuple[str, ...]:
     """Shares of the energy of a group; a weight that the bank lacks counts as none."""
     energy = sum(w.norm**2 for w in weights)
     kept = sum(w.kept * w.norm**2 for w in weights)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, size, table
+from svdbank_cli.output import Output, grouped, size, table
+
+if TYPE_CHECKING:
+    from svdbank.fusion.report import FusedDtype, FusedWeight, FuseReport
 
 
 @click.command("fuse", short_help="Write MODEL with ADAPTER added into its weights.")
@@ -32,7 +34,7 @@ def fuse_command(
     adapter: str,
     checkpoint: str,
     into: str | None,
-    dtype: str | None,
+    dtype: FusedDtype | None,
     untie: bool,
     bank: str | None,
     per_weight: bool,
@@ -62,17 +64,16 @@ def fuse_command(
             checkpoint,
             into=into,
             bank=opened,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             untie=untie,
             progress=progress,
         )
-    for note in report.notes:
-        output.say(f"Note: {note}")
+    output.notes(report.notes)
     output.data(report, lambda value: _text(value, per_weight))
 
 
-def _text(report: Any, per_weight: bool) -> str:
-    rows = _rows(report.weights, (lambda weight: weight.name) if per_weight else _role)
+def _text(report: FuseReport, per_weight: bool) -> str:
+    rows = [_row(name, members) for name, members in grouped(report.weights, per_weight=per_weight).items()]
     return "\n".join(
         (
             table(("weights", "number", "elements", "changed", "‖ΔW‖", "error of ΔW"), rows),
@@ -84,18 +85,8 @@ def _text(report: Any, per_weight: bool) -> str:
     )
 
 
-def _role(weight: Any) -> str:
-    return str(weight.module.rpartition(".")[2])
-
-
-def _rows(weights: Any, group: Callable[[Any], str]) -> list[tuple[object, ...]]:
-    groups: dict[str, list[Any]] = {}
-    for weight in weights:
-        groups.setdefault(group(weight), []).append(weight)
-    rows: list[tuple[object, ...]] = []
-    for name, members in groups.items():
-        elements, changed = sum(w.elements for w in members), sum(w.changed for w in members)
-        norm = sum(w.norm**2 for w in members) ** 0.5
-        error = sum((w.norm * w.error) ** 2 for w in members) ** 0.5 / norm if norm else 0.0
-        rows.append((name, len(members), elements, f"{changed / elements:.2%}", f"{norm:.4g}", f"{error:.2%}"))
-    return rows
+def _row(name: str, weights: list[FusedWeight]) -> tuple[object, ...]:
+    elements, changed = sum(w.elements for w in weights), sum(w.changed for w in weights)
+    norm = sum(w.norm**2 for w in weights) ** 0.5
+    error = sum((w.norm * w.error) ** 2 for w in weights) ** 0.5 / norm if norm else 0.0
+    return (name, len(weights), elements, f"{changed / elements:.2%}", f"{norm:.4g}", f"{error:.2%}")

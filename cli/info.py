@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, dequantised, size, table
+
+if TYPE_CHECKING:
+    from svdbank.building.checking import BankInfo
 
 
 @click.command("info", short_help="Describe a BANK: what it holds and how exact it is.")
@@ -26,7 +29,7 @@ def info_command(bank: str, output: Output) -> None:
     output.data(svdbank.info(bank), _text)
 
 
-def _text(info: Any) -> str:
+def _text(info: BankInfo) -> str:
     rows = [
         (
             f.name,

@@ -2,64 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, table
+from svdbank_cli.parameters import CountType, LayersType, PatternType
 
 if TYPE_CHECKING:
     from svdbank.verbs.init import InitReport
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
+class _Options(TypedDict):
+    """What goes to ``svdbank.init`` as it is."""
 
-class CountType(click.ParamType):
-    """A number of parameters: ``5000000``, ``5M``, ``0.5M``, ``1B``."""
-
-    name = "N[k|M|B]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", str(value).strip().lower())
-        if match is None or (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
-            self.fail(f"{value!r} is no number of parameters: 5000000, 5M or 0.5M", param, ctx)
-        return count
-
-
-class PatternType(click.ParamType):
-    """``MODULE=NUMBER``."""
-
-    name = "MODULE=N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        if isinstance(value, tuple):
-            return value
-        module, _, number = str(value).rpartition("=")
-        try:
-            return module, float(number)
-        except ValueError:
-            self.fail(f"{value!r} is not MODULE=NUMBER, e.g. v_proj=8", param, ctx)
-
-
-class LayersType(click.ParamType):
-    """``0,3,5-8``."""
-
-    name = "N,N-M"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        found: list[int] = []
-        for part in str(value).split(","):
-            match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
-            if match is None:
-                self.fail(f"{value!r} is no list of layers, e.g. 0,3,5-8", param, ctx)
-            found += range(int(match[1]), int(match[2] or match[1]) + 1)
-        return tuple(dict.fromkeys(found))
+    rank: int | None
+    method: Literal["mica", "milora", "pissa"]
+    alpha: float | None
+    rslora: bool
+    dropout: float
+    band: str | None
+    beside: tuple[str, ...]
+    residual_out: str | None
+    base_model: str | None
+    task_type: str | None
+    force: bool
 
 
 @click.command("init", short_help="Write a fresh PEFT adapter from a bank: MiCA, MiLoRA or PiSSA.")
@@ -122,7 +90,7 @@ def init_command(
     alpha_pattern: tuple[tuple[str, float], ...],
     params: int | None,
     output: Output,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> None:
     """Write a PEFT adapter folder for MODEL from its bank: B is the minor left singular vectors, A is zero (MiCA).
 
@@ -153,8 +121,7 @@ def init_command(
             progress=progress,
             **options,
         )
-    for note in written.notes:
-        output.say(f"Note: {note}")
+    output.notes(written.notes)
     output.data(written, _table if params is not None else str)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size, table
+
+if TYPE_CHECKING:
+    from svdbank.cache import BankSummary
 
 
 @click.command("ls", short_help="List the banks in the cache.")
@@ -25,7 +28,7 @@ def ls_command(output: Output) -> None:
     output.data(svdbank.ls(), _text)
 
 
-def _text(banks: Any) -> str:
+def _text(banks: list[BankSummary]) -> str:
     if not banks:
         return "no banks yet: svdbank build MODEL makes one"
     rows = [

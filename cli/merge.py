@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
-from svdbank_cli.options import composed_from, fit_options, fitting, with_output
+from svdbank_cli.options import composed_from, fit_options, with_output
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
-    from svdbank.composition.fitting import FitReport
-    from svdbank.composition.merging import MergeReport
+    from svdbank.composition.fitting import FitOptions, FitReport
+    from svdbank.composition.merging import MergeReport, Method
+
+
+class _Options(TypedDict):
+    """What goes to ``svdbank.merge`` as it is."""
+
+    weights: list[float] | None
+    method: Method
+    density: float | None
+    seed: int
+    rank: int | None
+    bank: str | None
+    rebase: str | None
+    force: bool
 
 
 def _weights(context: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
@@ -42,7 +55,7 @@ def _weights(context: click.Context, option: click.Parameter, value: str | None)
 @click.option("--force", is_flag=True, help="Replace an adapter at the output.")
 @with_output
 def merge_command(
-    adapters: tuple[str, ...], adapter: str, output: Output, fit: tuple[str, ...], model: str | None, **options: Any
+    adapters: tuple[str, ...], adapter: str, fit: FitOptions | None, output: Output, **options: Unpack[_Options]
 ) -> None:
     """Merge adapters of one base into one that PEFT loads.
 
@@ -59,11 +72,9 @@ def merge_command(
     """
     import svdbank
 
-    chosen = fitting(fit, model, options)
     with output.progress() as progress:
-        report = svdbank.merge(adapters, output=adapter, fit=chosen, progress=progress, **options)
-    for note in report.notes:
-        output.say(f"Note: {note}")
+        report = svdbank.merge(adapters, output=adapter, fit=fit, progress=progress, **options)
+    output.notes(report.notes)
     output.data(report, _text)
 
 

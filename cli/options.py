@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import click
 
 from svdbank_cli.output import Output
+from svdbank_cli.parameters import RankType, SizeType
+
+if TYPE_CHECKING:
+    from svdbank.building.fetching import Fetch
+    from svdbank.core.specs import Side, StoredDtype
 
 Command = Callable[..., Any]
 
 
-class RankType(click.ParamType):
-    """A positive number or the word ``all``."""
+class BuildOptions(TypedDict):
+    """Of :func:`build_options`, what goes to ``svdbank.plan`` and ``svdbank.build`` as it is."""
 
-    name = "RANK|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "all" or isinstance(value, int):
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'all'", param, ctx)
-
-
-class SizeType(click.ParamType):
-    """A number of bytes, alone or with a unit: ``20GB`` is 20·10⁹, ``20GiB`` 20·2³⁰."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?)b?|b)?", value.strip().lower())
-        if found is None:
-            self.fail(f"{value!r} is not a size: 500MB, 20GB, 16GiB", param, ctx)
-        power = " kmgt".index(found[2] or " ")
-        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    rank: int | Literal["all"]
+    side: Side
+    dtype: StoredDtype
+    principal: int
+    solver: str
+    jobs: int | None
+    fetch: Fetch
+    disk_budget: int | None
+    keep: bool | None
 
 
 def with_output(command: Command) -> Command:
@@ -146,7 +135,23 @@ def composed_from(command: Command) -> Command:
 
 
 def fit_options(command: Command) -> Command:
-    """Add ``--fit`` and what it needs; the command hands them to :func:`fitting`."""
+    """Add ``--fit`` and what it needs; the command receives a ``fit``, None where none is asked for."""
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, fit: tuple[str, ...], model: str | None, fit_tokens: int, fit_length: int, fit_trials: int, **kwargs: Any
+    ) -> Any:
+        if not fit:
+            if model is not None:
+                raise click.UsageError("--model is what --fit measures on: name texts with --fit FILE")
+            return command(*args, fit=None, **kwargs)
+        if model is None:
+            raise click.UsageError("--fit needs the base to measure on: --model MODEL")
+        from svdbank.composition.fitting import FitOptions
+
+        chosen = FitOptions(model=model, texts=fit, tokens=fit_tokens, length=fit_length, evaluations=fit_trials)
+        return command(*args, fit=chosen, **kwargs)
+
     for option in reversed(
         (
             click.option(
@@ -169,19 +174,5 @@ def fit_options(command: Command) -> Command:
             ),
         )
     ):
-        command = option(command)
-    return command
-
-
-def fitting(fit: tuple[str, ...], model: str | None, options: dict[str, Any]) -> Any:
-    """What ``--fit`` and its options ask for, taken out of ``options``; None without ``--fit``."""
-    tokens, length, trials = (options.pop(f"fit_{name}") for name in ("tokens", "length", "trials"))
-    if not fit:
-        if model is not None:
-            raise click.UsageError("--model is what --fit measures on: name texts with --fit FILE")
-        return None
-    if model is None:
-        raise click.UsageError("--fit needs the base to measure on: --model MODEL")
-    from svdbank.composition.fitting import FitOptions
-
-    return FitOptions(model=model, texts=fit, tokens=tokens, length=length, evaluations=trials)
+        wrapped = option(wrapped)
+    return wrapped

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Never, Protocol, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from svdbank.core.specs import Progress
+
+Report = TypeVar("Report")
 
 #: Seconds between progress lines where there is no terminal.
 _LINE_EVERY = 5.0
@@ -55,6 +59,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+class OfModule(Protocol):
+    """What a report says of one weight."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+
+
+Weight = TypeVar("Weight", bound=OfModule)
+
+
+def grouped(weights: Iterable[Weight], *, per_weight: bool) -> dict[str, list[Weight]]:
+    """Weights by what a row of a table stands for: their role (``q_proj``), or each on its own."""
+    groups: dict[str, list[Weight]] = {}
+    for weight in weights:
+        groups.setdefault(weight.name if per_weight else weight.module.rpartition(".")[2], []).append(weight)
+    return groups
+
+
 class Output:
     """One command's sink: human, ``--json`` or ``--quiet``."""
 
@@ -62,14 +86,14 @@ class Output:
         self.json = json
         self.quiet = quiet
 
-    def data(self, value: Any, human: Callable[[Any], str]) -> None:
+    def data(self, value: Report, human: Callable[[Report], str]) -> None:
         """The result: one JSON document, or text for people. ``--quiet`` does not silence it."""
         if self.json:
             self.line(value)
         else:
             click.echo(printable(human(value)))
 
-    def line(self, value: Any) -> None:
+    def line(self, value: object) -> None:
         """One JSON document on one line."""
         import msgspec
 
@@ -79,6 +103,11 @@ class Output:
         """Talk, for people only."""
         if not self.quiet:
             click.echo(printable(text), err=True)
+
+    def notes(self, notes: Iterable[str]) -> None:
+        """What a report wants people to know beside its figures."""
+        for note in notes:
+            self.say(f"Note: {note}")
 
     def progress(self, *, lines: bool = False) -> ProgressView:
         """A progress callback; ``lines`` sends JSON lines to stdout when ``--json`` is on. Use as a context manager."""
@@ -99,7 +128,7 @@ class ProgressView:
         self._json_lines = json_lines
         self._bars = sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
         self._stage = ""
-        self._bar: Any = None
+        self._bar: tqdm[Never] | None = None
         self._last = 0.0
 
     def __enter__(self) -> ProgressView:
@@ -117,11 +146,12 @@ class ProgressView:
     def _show_bar(self, progress: Progress) -> None:
         from tqdm import tqdm
 
-        if progress.stage != self._stage:
+        bar = self._bar
+        if bar is None or progress.stage != self._stage:
             self._close()
             self._stage = progress.stage
             bytes_ = progress.unit == "bytes"
-            self._bar = tqdm(
+            self._bar = bar = tqdm(
                 total=progress.total,
                 desc=progress.stage,
                 unit="B" if bytes_ else f" {progress.unit}",
@@ -130,9 +160,9 @@ class ProgressView:
                 dynamic_ncols=True,
                 file=sys.stderr,
             )
-        self._bar.update(progress.done - self._bar.n)
+        bar.update(progress.done - bar.n)
         if progress.item:
-            self._bar.set_postfix_str(printable(progress.item)[-48:], refresh=False)
+            bar.set_postfix_str(printable(progress.item)[-48:], refresh=False)
 
     def _show_line(self, progress: Progress) -> None:
         now = time.monotonic()

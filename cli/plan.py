@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from svdbank_cli.options import build_options, device_option, with_output
+from svdbank_cli.options import BuildOptions, build_options, device_option, with_output
 from svdbank_cli.output import Output, dequantised, duration, size, table
+
+if TYPE_CHECKING:
+    from svdbank.building.fetching import FetchPlan
+    from svdbank.building.planning import PlanReport
 
 _SHOWN_SKIPS = 3
 
@@ -18,7 +22,9 @@ _SHOWN_SKIPS = 3
 @build_options
 @device_option
 @with_output
-def plan_command(model: str, bank: str | None, targets: tuple[str, ...], output: Output, **options: Any) -> None:
+def plan_command(
+    model: str, bank: str | None, targets: tuple[str, ...], device: str, output: Output, **options: Unpack[BuildOptions]
+) -> None:
     """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only, on the Hub too:
     no weights are downloaded. What a bank at the output already holds is left out.
 
@@ -30,17 +36,19 @@ def plan_command(model: str, bank: str | None, targets: tuple[str, ...], output:
       svdbank plan ./my-model --device cuda
       svdbank plan ./my-model --json
     """
-    show_plan(model, bank, targets or ("all-linear",), output, options)
+    show_plan(model, bank, targets or ("all-linear",), device, output, options)
 
 
-def show_plan(model: str, bank: str | None, targets: tuple[str, ...], output: Output, options: dict[str, Any]) -> None:
+def show_plan(
+    model: str, bank: str | None, targets: tuple[str, ...], device: str, output: Output, options: BuildOptions
+) -> None:
     """Print the plan of a build with these options."""
     import svdbank
 
-    output.data(svdbank.plan(model, bank, targets=targets, **options), _text)
+    output.data(svdbank.plan(model, bank, targets=targets, device=device, **options), _text)
 
 
-def _fetch(fetch: Any) -> str:
+def _fetch(fetch: FetchPlan) -> str:
     what = {
         "cache": f"{size(fetch.nbytes)} in {fetch.files} files into the Hugging Face cache first, checked by sha256",
         "shards": f"{size(fetch.nbytes)} in {fetch.files} files, the next while one is solved, checked by sha256; "
@@ -50,7 +58,7 @@ def _fetch(fetch: Any) -> str:
     return f"fetch     {fetch.way}: {what}"
 
 
-def _text(report: Any) -> str:
+def _text(report: PlanReport) -> str:
     rows = [
         (
             f.name,

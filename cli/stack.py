@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
 from svdbank_cli.merge import fit_text
-from svdbank_cli.options import composed_from, fit_options, fitting, with_output
+from svdbank_cli.options import composed_from, fit_options, with_output
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
+    from svdbank.composition.fitting import FitOptions
     from svdbank.verbs.stack import StackReport
+
+
+class _Options(TypedDict):
+    """What goes to ``svdbank.stack`` as it is."""
+
+    scale: dict[str, float]
+    drop: tuple[str, ...]
+    bank: str | None
+    rebase: str | None
+    force: bool
 
 
 def _scales(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -40,7 +51,7 @@ def _scales(context: click.Context, option: click.Parameter, values: tuple[str, 
 @click.option("--force", is_flag=True, help="Replace an adapter at the output.")
 @with_output
 def stack_command(
-    adapters: tuple[str, ...], adapter: str, output: Output, fit: tuple[str, ...], model: str | None, **options: Any
+    adapters: tuple[str, ...], adapter: str, fit: FitOptions | None, output: Output, **options: Unpack[_Options]
 ) -> None:
     """Put adapters of one base together as the sum that PEFT loads, with each one's coefficients kept beside it.
 
@@ -57,11 +68,9 @@ def stack_command(
     """
     import svdbank
 
-    chosen = fitting(fit, model, options)
     with output.progress() as progress:
-        report = svdbank.stack(adapters, output=adapter, fit=chosen, progress=progress, **options)
-    for note in report.notes:
-        output.say(f"Note: {note}")
+        report = svdbank.stack(adapters, output=adapter, fit=fit, progress=progress, **options)
+    output.notes(report.notes)
     for overlap in report.overlaps:
         output.say(
             f"Note: {overlap.one} and {overlap.other} share directions in {overlap.weights} of {overlap.of} weights; "

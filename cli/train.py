@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, duration, size
+
+if TYPE_CHECKING:
+    from svdbank.training.report import TrainReport
 
 
 @click.command("train", short_help="Train an adapter for MODEL on text; measure held-out loss.")
@@ -88,13 +91,13 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _seconds(report: Any) -> str:
+def _seconds(report: TrainReport) -> str:
     """Of a step, with its standard error where more than one step was timed."""
     error = report.step_seconds_error
     return f"{report.step_seconds:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
 
 
-def _text(report: Any) -> str:
+def _text(report: TrainReport) -> str:
     lines = [
         f"trained   {report.steps} steps, {report.tokens:,} tokens in {duration(report.seconds)}"
         + (f", from the checkpoint of step {report.resumed_from}" if report.resumed_from is not None else ""),

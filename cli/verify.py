@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from svdbank.core.errors import DamageError
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
+
+if TYPE_CHECKING:
+    from svdbank.building.checking import VerifyReport
 
 
 @click.command("verify", short_help="Check a BANK against its records, or against its model.")
@@ -35,7 +38,7 @@ def verify_command(bank: str, data: bool, model: str | None, output: Output) -> 
     return 0 if report.sound else DamageError.exit_code
 
 
-def _text(report: Any) -> str:
+def _text(report: VerifyReport) -> str:
     scope = {"structure": "files, sizes and metadata", "data": "every byte", "source": "files, and bases against the model"}[
         report.level
     ]
