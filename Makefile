@@ -31,7 +31,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch $(VENV)/.data
 demo: $(VENV)/.demo
 	$(BIN)/svdbank demo
 
-test: $(VENV)/.dev
+test: check
 	$(BIN)/python -m pytest -m 'not soak' -n auto --maxprocesses 4 --dist loadfile
 
 soak: $(VENV)/.dev soak-versions soak-processors
