@@ -10,7 +10,8 @@ from svdbank_cli.options import composed_from, with_output
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
-    from svdbank.composition.angles import CompareReport, Pair, Relation
+    from svdbank.composition.relations import Pair, Relation
+    from svdbank.verbs.compare import CompareReport
 
 
 @click.command("compare", short_help="Compare adapters of one base: norms, cosines, what cancels.")

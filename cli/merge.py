@@ -11,14 +11,15 @@ from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
     from svdbank.composition.fitting import FitOptions, FitReport
-    from svdbank.composition.merging import MergeReport, Method
+    from svdbank.composition.merging import MergeMethod
+    from svdbank.verbs.merge import MergeReport
 
 
 class _Options(TypedDict):
     """What goes to ``svdbank.merge`` as it is."""
 
     weights: list[float] | None
-    method: Method
+    method: MergeMethod
     density: float | None
     seed: int
     rank: int | None

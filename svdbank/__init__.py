@@ -37,19 +37,19 @@ if TYPE_CHECKING:
     from svdbank.cache import ls as ls
     from svdbank.cache import open as open
     from svdbank.cache import rm as rm
-    from svdbank.composition.angles import compare as compare
-    from svdbank.composition.merging import merge as merge
     from svdbank.core.basis import Basis as Basis
     from svdbank.core.basis import Certificate as Certificate
     from svdbank.core.specs import Progress as Progress
     from svdbank.fusion.difference import extract as extract
     from svdbank.lm.measuring import eval as eval
     from svdbank.verbs.build import build as build
+    from svdbank.verbs.compare import compare as compare
     from svdbank.verbs.demo import demo as demo
     from svdbank.verbs.env import env as env
     from svdbank.verbs.export import export as export
     from svdbank.verbs.fuse import fuse as fuse
     from svdbank.verbs.init import init as init
+    from svdbank.verbs.merge import merge as merge
     from svdbank.verbs.stack import stack as stack
     from svdbank.verbs.train import train as train
 
@@ -62,7 +62,7 @@ _LAZY = {
     "Progress": "svdbank.core.specs",
     "StoredBasis": "svdbank.bank.reading",
     "build": "svdbank.verbs.build",
-    "compare": "svdbank.composition.angles",
+    "compare": "svdbank.verbs.compare",
     "demo": "svdbank.verbs.demo",
     "env": "svdbank.verbs.env",
     "eval": "svdbank.lm.measuring",
@@ -72,7 +72,7 @@ _LAZY = {
     "info": "svdbank.building.checking",
     "init": "svdbank.verbs.init",
     "ls": "svdbank.cache",
-    "merge": "svdbank.composition.merging",
+    "merge": "svdbank.verbs.merge",
     "open": "svdbank.cache",
     "plan": "svdbank.building.planning",
     "read_adapter": "svdbank.adapter.reading",

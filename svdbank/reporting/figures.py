@@ -22,16 +22,13 @@ def check_image(path: Path) -> None:
     _matplotlib()
 
 
-def draw_cosines(
-    pairs: Sequence[tuple[str, str]], columns: Sequence[str], values: Sequence[Sequence[float]], path: Path
+def draw_heat_map(
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], path: Path, *, across: str, colour: str
 ) -> None:
-    """A heat map of cosines, pairs by columns ("all" first, then layers): red where two adapters pull against each other, blue where
-    they agree.
+    """A heat map of signed values, rows by columns, the first column set off as their sum: red below 0, blue above, NaN left white.
 
-    The same values give the same bytes; NaN is left white. Raises :class:`OptionError` without pairs.
+    ``across`` says what the columns are, ``colour`` what the values are. The same values give the same bytes.
     """
-    if not pairs:
-        raise OptionError("a heat map needs two adapters or more")
     matplotlib = _matplotlib()
     from matplotlib.figure import Figure
 
@@ -41,13 +38,13 @@ def draw_cosines(
         axes = figure.add_subplot()
         shown = axes.imshow(values, cmap="RdBu", vmin=-size, vmax=size, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, fontsize=7)
-        labels = axes.set_yticks(range(len(values)), [" · ".join(pair) for pair in pairs], fontsize=8)
+        labels = axes.set_yticks(range(len(values)), list(rows), fontsize=8)
         for label in labels:
-            # Names of adapters are no formulas.
+            # Names are no formulas.
             label.label1.set_parse_math(False)
         axes.axvline(0.5, color="black", linewidth=0.8)
-        axes.set_xlabel("layer")
-        figure.colorbar(shown, label="cosine of ΔW")
+        axes.set_xlabel(across)
+        figure.colorbar(shown, label=colour)
         buffer = io.BytesIO()
         kind = path.suffix.lower()[1:]
         figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from svdbank.adapter.components import Band, Component, InBank
 from svdbank.adapter.folder import check_apart, check_output
-from svdbank.adapter.model import Adapter, combination
+from svdbank.adapter.model import Adapter
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
 from svdbank.composition.inputs import Places, domains_of, named_places, notes_of, read_inputs
+from svdbank.composition.stacking import Domain, Overlap, as_domain, overlaps, stacked
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import ProgressCallback, Struct
-
-
-class Domain(Struct, frozen=True):
-    """One domain of a stack: what it was multiplied by now, its norm after that, how many weights it touches, and its bands' hull."""
-
-    scale: float
-    norm: float
-    touched: int
-    band: Band | None
-
-
-class Overlap(Struct, frozen=True):
-    """Two domains that stand on directions of each other: in how many of the weights that both touch."""
-
-    one: str
-    other: str
-    weights: int
-    of: int
 
 
 class StackReport(Struct, frozen=True):
@@ -85,7 +66,7 @@ def stack(
     check_apart(path, (place for place, _ in named_places(adapters).values()))
     read = read_inputs(adapters, bank=bank, rebase=rebase)
     domains = domains_of(read)
-    scales = _scales(domains, scale or {}, drop)
+    scales = _checked_scales(domains, scale or {}, drop)
     if len(domains) == 1 and not scale and fit is None:
         raise OptionError(
             f"{next(iter(domains))} alone is no stack", hint="name more adapters, or change its strength with --scale NAME=0.7"
@@ -95,26 +76,23 @@ def stack(
     left = {name: adapter for name, adapter in domains.items() if name in scales}
     fitted = None
     if fit is not None:
-        fitted = fit_weights(lambda chosen: _summed(left, dict(zip(left, chosen, strict=True))), scales, fit, progress)
+        fitted = fit_weights(lambda chosen: stacked(left, dict(zip(left, chosen, strict=True))), scales, fit, progress)
         scales = fitted.weights
-    result = _summed(left, scales)
+    result = stacked(left, scales)
     write_adapter(result, path, force=force)
-    scaled = {name: scales[name] * adapter for name, adapter in left.items()}
     return StackReport(
         adapter=str(path),
-        domains={
-            name: Domain(scales[name], adapter.norm(), len(adapter.weights), _hull(adapter)) for name, adapter in scaled.items()
-        },
+        domains={name: as_domain(adapter, scales[name]) for name, adapter in left.items()},
         dropped=tuple(drop),
         rank=result.rank,
         touched=len(result.weights),
-        overlaps=tuple(_overlaps(left)),
+        overlaps=tuple(overlaps(left)),
         fit=fitted,
         notes=tuple(notes_of(read)),
     )
 
 
-def _scales(domains: Mapping[str, Adapter], scale: Mapping[str, float], drop: Sequence[str]) -> dict[str, float]:
+def _checked_scales(domains: Mapping[str, Adapter], scale: Mapping[str, float], drop: Sequence[str]) -> dict[str, float]:
     unknown = [name for name in (*scale, *drop) if name not in domains]
     if unknown:
         raise OptionError(f"there is no domain {unknown[0]!r}", hint=f"there are: {', '.join(domains)}")
@@ -127,30 +105,3 @@ def _scales(domains: Mapping[str, Adapter], scale: Mapping[str, float], drop: Se
     if not left:
         raise OptionError("every domain is dropped: nothing would be left", hint=f"there are: {', '.join(domains)}")
     return left
-
-
-def _summed(domains: Mapping[str, Adapter], scales: Mapping[str, float]) -> Adapter:
-    # Always in one order, so that a sum is the same to the bit however its domains came together.
-    return combination([(scales[name], domains[name]) for name in sorted(domains)])
-
-
-def _hull(adapter: Adapter) -> Band | None:
-    bands = [band for key in adapter.weights for band in adapter.bands(key)]
-    return (min(start for start, _ in bands), max(stop for _, stop in bands)) if bands else None
-
-
-def _overlaps(domains: Mapping[str, Adapter]) -> list[Overlap]:
-    found = []
-    for (one, first), (other, second) in itertools.combinations(domains.items(), 2):
-        both = [key for key in first.weights if key in second.weights]
-        meeting = sum(_meet(first.weights[key].total(), second.weights[key].total()) for key in both)
-        if meeting:
-            found.append(Overlap(one, other, meeting, len(both)))
-    return found
-
-
-def _meet(one: Component, other: Component) -> bool:
-    """Whether outputs of two components can add up on one direction: free factors may stand anywhere."""
-    if isinstance(one, InBank) and isinstance(other, InBank):
-        return bool(set(one.indices) & set(other.indices))
-    return True

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import svdbank
 from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
-from svdbank.composition.angles import Relation, _verdict
+from svdbank.composition.relations import Relation, verdict
 from svdbank.core.errors import MissingExtraError, OptionError
 from svdbank_cli.main import run
 from tests.composition.conftest import dense
@@ -129,8 +129,8 @@ def test_the_verdict_follows_from_overlap_cosine_and_conflict(
     whole: tuple[float, float, float], weights: list[tuple[float, float, float]], says: str, keeps_silent: str
 ) -> None:
     parts = tuple(_relation(*figures) for figures in weights)
-    verdict = _verdict("a", "b", _relation(*whole, where=""), (_relation(*whole, where="0"),), parts)
-    assert verdict.startswith("a and b ") and says in verdict and keeps_silent not in verdict
+    said = verdict("a", "b", _relation(*whole, where=""), (_relation(*whole, where="0"),), parts)
+    assert said.startswith("a and b ") and says in said and keeps_silent not in said
 
 
 def test_shares_in_the_minor_subspace(trained: dict[str, Path], small_bank: Bank) -> None:

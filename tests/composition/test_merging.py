@@ -18,7 +18,7 @@ from svdbank.adapter.reading import read_adapter
 from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.composition.inputs import read_inputs
-from svdbank.composition.merging import Method, merged
+from svdbank.composition.merging import MergeMethod, merged
 from svdbank.composition.sparsification import dropped, elected, trimmed
 from svdbank.core.errors import BankError, OptionError, WrongBaseError
 from svdbank_cli.main import run
@@ -154,7 +154,7 @@ def test_dare_keeps_the_mean_and_the_share() -> None:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
-def test_sparsifying_everything_nothing_is_the_plain_merge(method: Method, trained: dict[str, Path]) -> None:
+def test_sparsifying_everything_nothing_is_the_plain_merge(method: MergeMethod, trained: dict[str, Path]) -> None:
     """In bands of their own no element has two adapters, so with density 1 all methods are the weighted sum."""
     read = read_inputs([trained["law"], trained["med"], trained["verse"]])
     weights = [0.5, 0.25, 2.0]
@@ -177,7 +177,7 @@ def _same(one: Adapter, other: Adapter) -> bool:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "magnitude_prune"])
-def test_methods_work_on_free_factors_too(method: Method, trained: dict[str, Path], tmp_path: Path) -> None:
+def test_methods_work_on_free_factors_too(method: MergeMethod, trained: dict[str, Path], tmp_path: Path) -> None:
     folders = [trained["law"], trained["plain"]]
     report = svdbank.merge(folders, output=tmp_path / "merged", method=method, density=1.0, weights=[1, 1])
     whole = dense_sum(folders, [1, 1])
