@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-from tests.structure.source import imports, module_name, modules, tree
+from tests.structure.source import ROOT, Import, imports, modules, tree
 
 #: The floors of docs/concepts.md, lowest first. A room may import what stands on a lower floor, and nothing above.
 FLOORS = (
@@ -24,8 +24,6 @@ FLOORS = (
 GROUPS = (("cache",), ("building",), ("initialisation", "fusion", "reporting"), ("peft",), ("lm",), ("composition", "training"))
 
 STRANGERS = {"solver", "checkpoint", "bank"}
-
-ALL = [pytest.param(path, id=name) for name, path in modules().items()]
 
 
 def room(module: str) -> str:
@@ -46,57 +44,64 @@ def test_the_table_names_every_room_and_no_other() -> None:
     assert {name for group in GROUPS for name in group} <= set(rooms)
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_imports_point_down_only(path: Path) -> None:
-    mine = module_name(path)
-    if mine == "svdbank":
-        return  # it collects what is public
-    for found in imports(path):
-        if found.module.split(".")[0] == "svdbank" and room(found.module) != room(mine):
-            assert room(found.module), f"{path}:{found.line}: the package's own front door is for those outside"
-            assert height(room(found.module)) < height(room(mine)), f"{path}:{found.line}: {found.module} is not below {mine}"
-
-
-@pytest.mark.parametrize("path", ALL)
-def test_solver_checkpoint_and_bank_know_nothing_of_each_other(path: Path) -> None:
-    mine = room(module_name(path))
-    if mine in STRANGERS:
-        others = STRANGERS - {mine}
+def found_imports() -> Iterator[tuple[str, str, Import]]:
+    """Every import of the package: the importing module, the place for a message, and what is imported."""
+    for mine, path in modules().items():
         for found in imports(path):
-            assert not (found.module.startswith("svdbank.") and room(found.module) in others), (
-                f"{path}:{found.line}: {found.module}"
-            )
+            yield mine, f"{path.relative_to(ROOT)}:{found.line}: {found.module}", found
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_only_the_bank_imports_zarr(path: Path) -> None:
-    if room(module_name(path)) != "bank":
-        for found in imports(path):
-            assert found.module.split(".")[0] != "zarr", f"{path}:{found.line}"
+def test_imports_point_down_only() -> None:
+    wrong = []
+    for mine, place, found in found_imports():
+        # The package's own front door collects what is public, and is for those outside.
+        if mine == "svdbank" or found.module.split(".")[0] != "svdbank" or room(found.module) == room(mine):
+            continue
+        if not room(found.module):
+            wrong.append(f"{place}: the package's own front door is for those outside")
+        elif height(room(found.module)) >= height(room(mine)):
+            wrong.append(f"{place} is not below {mine}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_heavy_or_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
+def test_solver_checkpoint_and_bank_know_nothing_of_each_other() -> None:
+    wrong = [
+        place
+        for mine, place, found in found_imports()
+        if room(mine) in STRANGERS and found.module.startswith("svdbank.") and room(found.module) in STRANGERS - {room(mine)}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_bank_imports_zarr() -> None:
+    wrong = [place for mine, place, found in found_imports() if found.module.split(".")[0] == "zarr" and room(mine) != "bank"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_heavy_or_optional_packages_are_imported_where_they_are_used() -> None:
     optional = {"transformers", "peft", "ray", "matplotlib", "accelerate", "datasets", "gguf", "bitsandbytes", "lm_eval"}
-    for found in imports(path):
-        assert found.typing_only or not found.always or found.module.split(".")[0] not in optional, (
-            f"{path}:{found.line}: {found.module}"
-        )
+    wrong = [
+        place
+        for _, place, found in found_imports()
+        if found.always and not found.typing_only and found.module.split(".")[0] in optional
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_the_library_does_not_know_its_command_line(path: Path) -> None:
-    for found in imports(path):
-        assert found.module.split(".")[0] not in {"click", "svdbank_cli", "cli"}, f"{path}:{found.line}: {found.module}"
+def test_the_library_does_not_know_its_command_line() -> None:
+    wrong = [place for _, place, found in found_imports() if found.module.split(".")[0] in {"click", "svdbank_cli", "cli"}]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_the_library_never_prints_and_never_exits(path: Path) -> None:
-    for node in ast.walk(tree(path)):
-        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        assert name not in {"print", "exit", "quit", "sys.exit", "os._exit", "SystemExit"}, f"{path}:{node.lineno}: {name}"
-        if isinstance(node, ast.Raise) and node.exc is not None:
-            assert not ast.unparse(node.exc).startswith("SystemExit"), f"{path}:{node.lineno}"
+def test_the_library_never_prints_and_never_exits() -> None:
+    wrong = []
+    for path in modules().values():
+        for node in ast.walk(tree(path)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            raised = ast.unparse(node.exc) if isinstance(node, ast.Raise) and node.exc is not None else ""
+            if called in {"print", "exit", "quit", "sys.exit", "os._exit", "SystemExit"} or raised.startswith("SystemExit"):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {called or raised}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
