@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
-    from svdbank.lm.measuring import EvalReport
+    from svdbank.verbs.eval import EvalReport
 
 
 class _Options(TypedDict):

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from svdbank.core.basis import Certificate as Certificate
     from svdbank.core.specs import Progress as Progress
     from svdbank.fusion.difference import extract as extract
-    from svdbank.lm.measuring import eval as eval
     from svdbank.verbs.build import build as build
     from svdbank.verbs.compare import compare as compare
     from svdbank.verbs.demo import demo as demo
     from svdbank.verbs.env import env as env
+    from svdbank.verbs.eval import eval as eval
     from svdbank.verbs.export import export as export
     from svdbank.verbs.fuse import fuse as fuse
     from svdbank.verbs.init import init as init
@@ -65,7 +65,7 @@ _LAZY = {
     "compare": "svdbank.verbs.compare",
     "demo": "svdbank.verbs.demo",
     "env": "svdbank.verbs.env",
-    "eval": "svdbank.lm.measuring",
+    "eval": "svdbank.verbs.eval",
     "export": "svdbank.verbs.export",
     "extract": "svdbank.fusion.difference",
     "fuse": "svdbank.verbs.fuse",

@@ -85,7 +85,7 @@ def fit_weights(
         from scipy.optimize import minimize
     except ImportError as cause:
         raise missing_extra("scipy", "fit") from cause
-    from svdbank.lm.measuring import Gauge
+    from svdbank.lm.gauge import Gauge
 
     if options.evaluations < 2:
         raise OptionError("fitting takes two evaluations or more")

@@ -311,6 +311,11 @@ class Progress(Struct, frozen=True):
 ProgressCallback = Callable[[Progress], None]
 
 
+def ignore_progress(progress: Progress) -> None:
+    """The callback of a caller who gave none."""
+    del progress
+
+
 T = TypeVar("T")
 
 

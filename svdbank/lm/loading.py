@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
 from svdbank.checkpoint.remote.hub import parse_id
-from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError, SvdbankError, missing_extra
+from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError
+from svdbank.lm.libraries import first_line, import_transformers, quiet_transformers
+from svdbank.lm.memory import out_of_memory
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadIn = Literal["4bit", "8bit"]
@@ -22,8 +20,8 @@ LENGTH = 1024
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a model comes from: a local folder, or a Hub id and its revision."""
+class CausalModel:
+    """A causal language model before its weights are loaded: its folder, or Hub id and revision; configuration; tokenizer."""
 
     name: str
     revision: str | None
@@ -50,19 +48,19 @@ class Source:
         return asked
 
 
-def open_source(model: str) -> Source:
+def open_model(model: str) -> CausalModel:
     """Configuration and tokenizer of a model folder or ``org/name[@revision]``; no weight is read.
 
     Raises :class:`CheckpointError` where they cannot be had, :class:`OptionError` for a model that is no causal language model.
     """
-    transformers = _transformers()
     name, revision = _place(model)
+    transformers = import_transformers()
     with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         except Exception as cause:
             raise CheckpointError(
-                f"{model}: no model configuration to be read: {_first_line(cause)}",
+                f"{model}: no model configuration to be read: {first_line(cause)}",
                 hint="name a folder with config.json, or org/name[@revision]; HF_TOKEN for a private or gated model",
             ) from cause
         # Encoders are in Transformers' table of causal models too, for those that were made decoders.
@@ -76,28 +74,28 @@ def open_source(model: str) -> Source:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
         except Exception as cause:
             raise CheckpointError(
-                f"{model}: its tokenizer cannot be loaded: {_first_line(cause)}",
+                f"{model}: its tokenizer cannot be loaded: {first_line(cause)}",
                 hint="the folder needs tokenizer.json or the files of its tokenizer class beside config.json",
             ) from cause
-    return Source(name, revision, config, tokenizer)
+    return CausalModel(name, revision, config, tokenizer)
 
 
-def load_model(source: Source, *, dtype: Dtype = "auto", load_in: LoadIn | None = None) -> Any:
+def load_model(model: CausalModel, *, dtype: Dtype = "auto", load_in: LoadIn | None = None) -> Any:
     """The model with its weights, in ``dtype`` (``auto``: :func:`chosen_dtype`), or quantised by bitsandbytes while loading."""
     import torch
 
-    transformers = _transformers()
-    options: dict[str, Any] = {"dtype": getattr(torch, chosen_dtype(dtype)), "revision": source.revision}
+    transformers = import_transformers()
+    options: dict[str, Any] = {"dtype": getattr(torch, chosen_dtype(dtype)), "revision": model.revision}
     if load_in is not None:
         options["quantization_config"] = _quantisation(transformers, load_in, options["dtype"])
     if load_in is not None and torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     with quiet_transformers(), out_of_memory():
         try:
-            return transformers.AutoModelForCausalLM.from_pretrained(source.name, **options)
+            return transformers.AutoModelForCausalLM.from_pretrained(model.name, **options)
         except (OSError, ValueError, ImportError) as cause:
             raise CheckpointError(
-                f"{source.name}: the model cannot be loaded: {_first_line(cause)}",
+                f"{model.name}: the model cannot be loaded: {first_line(cause)}",
                 hint="the weights have to lie beside config.json, whole; fetch the model again, or name another one",
             ) from cause
 
@@ -132,48 +130,6 @@ def _quantisation(transformers: Any, load_in: LoadIn, dtype: Any) -> Any:
     )
 
 
-class OutOfMemoryError(SvdbankError, MemoryError):
-    """The machine or its GPU has too little memory for what was asked."""
-
-
-@contextlib.contextmanager
-def out_of_memory(hint: str = "lower --batch-size, or load the base with --load-in 4bit") -> Iterator[None]:
-    """Memory that runs out, on a GPU or in the machine, as an error that says what to lower."""
-    import torch
-
-    try:
-        yield
-    except SvdbankError:
-        raise
-    except MemoryError as cause:
-        raise OutOfMemoryError("out of memory", hint=hint) from cause
-    except torch.OutOfMemoryError as cause:
-        raise OutOfMemoryError(f"out of GPU memory: {_first_line(cause)}", hint=hint) from cause
-    except RuntimeError as cause:
-        # torch's CPU allocator has no class of its own.
-        if "not enough memory" not in str(cause) and "can't allocate memory" not in str(cause):
-            raise
-        raise OutOfMemoryError(f"out of memory: {_first_line(cause)}", hint=hint) from cause
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the bars and remarks of Transformers and what it calls: progress goes to our callback, and errors are raised."""
-    logging = _transformers().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel(ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _place(model: str) -> tuple[str, str | None]:
     path = Path(model).expanduser()
     if not model.startswith("hf://") and path.exists():
@@ -183,15 +139,3 @@ def _place(model: str) -> tuple[str, str | None]:
             )
         return str(path), None
     return parse_id(model.removeprefix("hf://"))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as cause:
-        raise missing_extra("transformers", "peft") from cause
-    return transformers

@@ -22,10 +22,11 @@ from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS, AdapterCache
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
 from svdbank.core import disk
-from svdbank.core.errors import BankError, OptionError, missing_extra
+from svdbank.core.errors import BankError, OptionError
 from svdbank.core.specs import to_json
 from svdbank.initialisation.selection import selected
-from svdbank.lm.loading import Source, quiet_transformers
+from svdbank.lm.libraries import import_peft, import_transformers, quiet_transformers
+from svdbank.lm.loading import CausalModel
 from svdbank.training.options import TrainOptions
 
 #: The trained adapter's name in PEFT. Those beneath are called ``beneath-0``, ``beneath-1``, …
@@ -36,7 +37,7 @@ Band = tuple[int, int]
 
 def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:
     """The model as a ``PeftModel``: the new adapter trainable, those of ``on_top_of`` frozen and acting. Raises what the bank raises."""
-    peft = _peft()
+    peft = import_peft()
     from svdbank.peft import get_peft_model, load_adapter
     from svdbank.peft.quantised import keep_gradients
 
@@ -71,9 +72,9 @@ def activate(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def rehearse(options: TrainOptions, source: Source, bank: Bank | None) -> None:
+def rehearse(options: TrainOptions, source: CausalModel, bank: Bank | None) -> None:
     """Attach to the model without its weights, so that a target that matches nothing or a rank too large is said at once."""
-    transformers = _transformers()
+    transformers = import_transformers()
     if bank is not None:
         start, stop = free_band(options, bank)
         short = [name for name in bank.names if bank[name].kind == "linear" and stop > bank[name].rank]
@@ -208,7 +209,7 @@ def _config(options: TrainOptions, bank: Bank | None) -> Any:
         }
     else:
         targets = {"target_modules": _target_modules(options.targets)}
-    return _peft().LoraConfig(
+    return import_peft().LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         lora_dropout=options.dropout,
@@ -273,19 +274,3 @@ def _restore(folder: Path, initial: dict[str, Tensor]) -> None:
     }
     disk.write_bytes(folder / WEIGHTS, safetensors.torch.save(trained, metadata={"format": "pt"}))
     disk.write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as cause:
-        raise missing_extra("peft", "peft") from cause
-    return peft
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as cause:
-        raise missing_extra("transformers", "peft") from cause
-    return transformers

@@ -23,9 +23,13 @@ from svdbank.bank.reading import Bank
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, OptionError, SvdbankError, missing_extra
 from svdbank.core.specs import Progress, ProgressCallback, to_json
-from svdbank.lm.loading import Source, check_quantiser, chosen_dtype, load_model, open_source, out_of_memory, quiet_transformers
+from svdbank.lm.blocks import collate, first, pack
+from svdbank.lm.held_out import hold_out
+from svdbank.lm.libraries import quiet_transformers
+from svdbank.lm.loading import CausalModel, check_quantiser, chosen_dtype, load_model, open_model
 from svdbank.lm.measuring import row_loss
-from svdbank.lm.texts import collate, explained, first, hold_out, pack, read_documents
+from svdbank.lm.memory import out_of_memory
+from svdbank.lm.texts import explained, read_documents
 from svdbank.training import checkpoints
 from svdbank.training.attaching import attach, initial_factors, rehearse, trainable_parameters, write_adapter
 from svdbank.training.checkpoints import RunRecord
@@ -65,7 +69,7 @@ class _Run:
     options: TrainOptions
     output: Path
     force: bool
-    source: Source
+    source: CausalModel
     bank: Bank | None
     arguments: Any
     tell: ProgressCallback
@@ -136,7 +140,7 @@ def _prepare(options: TrainOptions, *, build: bool, force: bool, tell: ProgressC
     output = Path(options.output).expanduser().resolve()
     check_output(output, force=force)
     check_quantiser(options.load_in)
-    source = open_source(options.model)
+    source = open_model(options.model)
     options = msgspec.structs.replace(
         options,
         length=source.length(options.length),

@@ -56,7 +56,7 @@ def test_what_cannot_be_fitted_is_refused_before_the_model_is_loaded(
     small: Path, legal: Path, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [trained["law"], trained["code"]]
-    monkeypatch.setattr("svdbank.lm.measuring.load_model", lambda *args, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("svdbank.lm.gauge.load_model", lambda *args, **options: pytest.fail("the model was loaded"))
     for changes, weights, said in [
         ({"evaluations": 1}, [1, 1], "two evaluations"),
         ({}, [3, 1], "from 0 to 2"),

@@ -49,7 +49,7 @@ ATTACHING = {
 #: Once a shard of a bank, or once a batch of windows.
 BUILDING = {
     "svdbank.building.transfer:brought_home": "what is stored of a weight: one copy an array",
-    "svdbank.lm.measuring:_sums": "losses of a batch: one copy",
+    "svdbank.lm.measuring:summed_losses": "losses of a batch: one copy",
 }
 
 #: Once a run.

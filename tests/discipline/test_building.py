@@ -11,7 +11,8 @@ import svdbank
 from svdbank.bank.reading import Bank
 from svdbank.core.basis import Basis
 from svdbank.core.specs import Progress
-from svdbank.lm.measuring import _sums, _Window
+from svdbank.lm.measuring import summed_losses
+from svdbank.lm.windows import Window
 from tests.building.small import tree
 from tests.discipline.conftest import RANK
 from tests.discipline.pretended import HEADING, PretendedDevice
@@ -38,17 +39,15 @@ def test_a_bank_is_built_there_as_on_the_cpu(
 def test_a_batch_of_windows_is_measured_with_one_answer(llama: Path, pretended: PretendedDevice) -> None:
     from transformers import LlamaForCausalLM
 
-    windows = [
-        _Window(torch.arange(start, start + length).tolist(), ends=True) for start, length in ((3, 12), (20, 30), (5, 2))
-    ]
+    windows = [Window(torch.arange(start, start + length).tolist(), ends=True) for start, length in ((3, 12), (20, 30), (5, 2))]
     with quiet():
         model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="eager").eval()
-    here = _sums(model, (), windows)
+    here = summed_losses(model, (), windows)
     pretended.put_model(model)
     with pretended.counting() as counts:
-        there = _sums(model, (), windows)
+        there = summed_losses(model, (), windows)
     assert there == pytest.approx(here, rel=1e-6)  # the same products, in float32
-    assert counts.syncs["svdbank.lm.measuring:_sums"] == 1
+    assert counts.syncs["svdbank.lm.measuring:summed_losses"] == 1
 
 
 @pytest.mark.parametrize("times", [1, 10**6], ids=["once", "always"])

@@ -17,7 +17,8 @@ from svdbank.adapter.folder import read_folder
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError
 from svdbank.core.specs import Progress
-from svdbank.lm.measuring import EvalReport, Moments
+from svdbank.lm.scores import Moments
+from svdbank.verbs.eval import EvalReport
 from svdbank_cli.main import run
 from tests.peft.models import quiet
 

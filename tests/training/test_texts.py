@@ -12,7 +12,9 @@ import pytest
 
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.lm import texts
-from svdbank.lm.texts import documents_of, hold_out, pack, read_documents
+from svdbank.lm.blocks import pack
+from svdbank.lm.held_out import hold_out
+from svdbank.lm.texts import documents_of, read_documents
 from tests.training.models import write_jsonl
 
 

@@ -19,8 +19,10 @@ from svdbank.adapter.folder import read_folder
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankNotFoundError, CheckpointError, OptionError, SvdbankError
 from svdbank.core.specs import Progress
-from svdbank.lm.loading import OutOfMemoryError
-from svdbank.lm.texts import collate, hold_out, pack, read_documents
+from svdbank.lm.blocks import collate, pack
+from svdbank.lm.held_out import hold_out
+from svdbank.lm.memory import OutOfMemoryError
+from svdbank.lm.texts import read_documents
 from svdbank.training.options import read_config, resolve, to_toml
 from svdbank.training.report import TrainReport
 from tests.peft.models import mica, quiet, trainable
