@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +32,7 @@ from svdbank.adapter.settings import (
 )
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.folders import appearing
 from svdbank.core.specs import from_json, to_json
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
@@ -91,14 +91,14 @@ def write_folder(
     extra: Mapping[str, bytes] = MappingProxyType({}),
     force: bool = False,
 ) -> None:
-    """Write an adapter folder so that it appears whole or not at all (:func:`unfinished`).
+    """Write an adapter folder so that it appears whole or not at all (:func:`svdbank.core.folders.appearing`).
 
     ``readme`` is the model card, by default that of a fresh MiCA adapter; ``extra`` holds further files by name, for svdbank alone.
     Raises :class:`OptionError` where ``output`` exists and is not an empty folder, unless ``force``, which replaces an adapter folder
     (and nothing else).
     """
     check_output(output, force=force)
-    with unfinished(output, force=force) as folder:
+    with appearing(output, replacing=force, check=lambda: check_output(output, force=force)) as folder:
         tensors = {key: value for module, pair in factors.items() for key, value in _tensors(module, pair)}
         disk.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         disk.write_new(folder / CONFIG, to_json(settings, indent=2))
@@ -135,56 +135,6 @@ def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
         folder = Path(place).expanduser().resolve()
         if folder.is_dir() and folder in output.parents:
             raise OptionError(f"{output} lies inside {place}, which is read", hint="name an output beside it")
-
-
-@contextlib.contextmanager
-def unfinished(output: Path, *, force: bool) -> Iterator[Path]:
-    """An empty folder to fill, fsynced by the caller, which becomes ``output`` at the end; nothing is left of it after an error.
-
-    It lies in a hidden folder beside ``output``, under the writer's lock; what a killed run left there goes first. An adapter in
-    ``output`` is exchanged for the new one in a single step where the system can (:func:`svdbank.core.disk.exchange`). Elsewhere it is
-    moved aside first, and the next run puts it back if this one was killed in between.
-    """
-    work = output.with_name(f".{output.name}{disk.TEMPORARY}")
-    folder, replaced = work / "new", work / "replaced"
-    disk.make_dirs(output.parent)
-    try:
-        with disk.locked(work):
-            if replaced.exists() and not output.exists():
-                disk.replace(replaced, output)
-                check_output(output, force=force)
-            _remove(folder, replaced)
-            try:
-                disk.make_dirs(folder)
-                yield folder
-                _publish(folder, output, replaced)
-            finally:
-                _remove(folder, replaced)
-    finally:
-        disk.remove_empty(work)
-
-
-def _publish(folder: Path, output: Path, replaced: Path) -> None:
-    """Rename a finished folder over an absent or empty one, or exchange it for the adapter there."""
-    if not output.exists() or not any(output.iterdir()):
-        disk.replace(folder, output)
-        disk.fsync_dir(folder.parent)
-        return
-    if disk.exchange(folder, output):
-        return
-    disk.replace(output, replaced)
-    disk.fsync_dir(output.parent)
-    try:
-        disk.replace(folder, output)
-    except OSError:
-        disk.replace(replaced, output)
-        raise
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        if folder.exists():
-            disk.remove_tree(folder)
 
 
 def _tensors(module: str, factors: Factors) -> list[tuple[str, Tensor]]:

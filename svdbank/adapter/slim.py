@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import AdapterFolder, check_output, read_folder, unfinished
+from svdbank.adapter.folder import AdapterFolder, check_output, read_folder
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.settings import SLIM, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
 from svdbank.core import disk
 from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.core.folders import appearing
 from svdbank.core.specs import Struct, from_json, to_json
 
 COEFFICIENTS = "coefficients.safetensors"
@@ -256,7 +257,7 @@ def _sha256(value: Tensor) -> str:
 
 
 def _write(output: Path, contents: Mapping[str, bytes], *, force: bool) -> None:
-    with unfinished(output, force=force) as folder:
+    with appearing(output, replacing=force, check=lambda: check_output(output, force=force)) as folder:
         for name, data in contents.items():
             disk.make_dirs((folder / name).parent)
             disk.write_new(folder / name, data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from svdbank import cache
 from svdbank.core import disk
 from svdbank.core.errors import MissingExtraError, OptionError, missing_extra
+from svdbank.core.folders import appearing
 from svdbank.core.specs import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -53,17 +53,14 @@ def smollm2_folder(folder: Path | None = None, progress: ProgressCallback | None
             plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
         plain.load_state_dict(quantised.state_dict(), strict=True, assign=True)
         plain.tie_weights()
-        disk.make_dirs(target.parent)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{disk.TEMPORARY}")
         try:
-            plain.to(torch.bfloat16).save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            disk.fsync_tree(temporary)
-            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
-                disk.replace(temporary, target)
-        finally:
-            if temporary.exists():
-                disk.remove_tree(temporary)
+            with appearing(target) as temporary:
+                plain.to(torch.bfloat16).save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+                disk.fsync_tree(temporary)
+        except OSError:  # another process was faster: its folder is as good
+            if not target.exists():
+                raise
     if not (target / "config.json").is_file():
         raise OptionError(f"{target} exists and is not the folder of a model", hint="remove it")
     tell(Progress("making the model folder", 3, 3, "step"))

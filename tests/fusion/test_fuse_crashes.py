@@ -80,7 +80,7 @@ def test_a_real_kill_leaves_nothing_that_looks_like_a_checkpoint(inputs: tuple[P
     base = tmp_path / "base"
     saved(small_model("llama-untied", num_hidden_layers=1, vocab_size=150_000), base)
     command = [sys.executable, "-m", "svdbank_cli.main", "fuse", str(base), str(lora), "-o", str(tmp_path / "fused")]
-    work = tmp_path / ".fused.tmp" / "checkpoint"
+    work = tmp_path / ".fused.tmp" / "new"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (work / "model.safetensors").exists():
             time.sleep(0.001)

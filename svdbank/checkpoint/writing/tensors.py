@@ -26,6 +26,7 @@ from svdbank.checkpoint.writing.blocks import Block, Piece, copied, cut, in_orde
 from svdbank.checkpoint.writing.companions import carry
 from svdbank.core import disk
 from svdbank.core.errors import OptionError, WrongBaseError
+from svdbank.core.folders import appearing
 from svdbank.core.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def write_checkpoint(
         raise OptionError(f"{target}: {need} bytes to write, {free} free", hint="choose another disk")
     hashes = _Hashes(frozenset(expected or ()))
     job = _Job(checkpoint, pieces, edit, stored_as, anew, hashes, progress or _ignore)
-    with _unfinished(target) as folder:
+    with appearing(target) as folder:
         job.write_files(folder, threads)
         found = {spec.name: hashes.final(spec, checkpoint) for spec in specs if spec.name in hashes.wanted}
         _check_base(checkpoint, found, expected or {})
@@ -146,7 +147,6 @@ def write_checkpoint(
             approve()
         carry(checkpoint, folder, settings=settings, dtype=dtype, quantised=quantised, anew=anew)
         disk.fsync_dir(folder)
-        disk.replace(folder, target)
     return WrittenCheckpoint(
         path=str(target),
         files=tuple(file.name for file in checkpoint.files),
@@ -154,25 +154,6 @@ def write_checkpoint(
         changed=len(specs),
         dtype=dtype,
     )
-
-
-@contextlib.contextmanager
-def _unfinished(target: Path) -> Iterator[Path]:
-    """An empty folder beside ``target`` to write into, under the writer's lock; what a killed run left there goes first."""
-    work = target.with_name(f".{target.name}{disk.TEMPORARY}")
-    try:
-        with disk.locked(work):
-            folder = work / "checkpoint"
-            if folder.exists():
-                disk.remove_tree(folder)
-            disk.make_dirs(folder)
-            try:
-                yield folder
-            finally:
-                if folder.exists():
-                    disk.remove_tree(folder)
-    finally:
-        disk.remove_empty(work)
 
 
 def check_folder(target: Path) -> None:

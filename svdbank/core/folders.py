@@ -1,0 +1,63 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from svdbank.core import disk
+
+
+@contextlib.contextmanager
+def appearing(output: Path, *, replacing: bool = False, check: Callable[[], None] | None = None) -> Iterator[Path]:
+    """An empty folder to fill, fsynced by the caller, which becomes ``output`` at the end; nothing is left of it after an error.
+
+    It lies in a hidden folder beside ``output``, under the writer's lock; what a killed run left there goes first. ``output`` is absent
+    or empty, or an :class:`OSError` says at the end that it is not. With ``replacing``, what it holds is exchanged for the new folder in
+    a single step where the system can (:func:`svdbank.core.disk.exchange`). Elsewhere it is moved aside first, and the next run puts it
+    back if this one was killed in between; ``check`` is called after that, and raises where what came back is not to be replaced.
+
+    Raises :class:`~svdbank.core.errors.LockedError` while another process makes the same folder.
+    """
+    work = output.with_name(f".{output.name}{disk.TEMPORARY}")
+    folder, replaced = work / "new", work / "replaced"
+    disk.make_dirs(output.parent)
+    try:
+        with disk.locked(work):
+            if replaced.exists() and not output.exists():
+                disk.replace(replaced, output)
+                if check is not None:
+                    check()
+            _remove(folder, replaced)
+            try:
+                disk.make_dirs(folder)
+                yield folder
+                _publish(folder, output, replaced if replacing else None)
+            finally:
+                _remove(folder, replaced)
+    finally:
+        disk.remove_empty(work)
+
+
+def _publish(folder: Path, output: Path, replaced: Path | None) -> None:
+    """Rename a finished folder over an absent or empty one, or exchange it for what is there."""
+    if replaced is None or not output.exists() or not any(output.iterdir()):
+        disk.replace(folder, output)
+        disk.fsync_dir(folder.parent)
+        return
+    if disk.exchange(folder, output):
+        return
+    disk.replace(output, replaced)
+    disk.fsync_dir(output.parent)
+    try:
+        disk.replace(folder, output)
+    except OSError:
+        disk.replace(replaced, output)
+        raise
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        if folder.exists():
+            disk.remove_tree(folder)
