@@ -13,7 +13,7 @@ from svdbank import cache
 from svdbank.core import disk
 from svdbank.core.errors import MissingExtraError, OptionError, missing_extra
 from svdbank.core.folders import appearing
-from svdbank.core.specs import Progress, ProgressCallback
+from svdbank.core.specs import Progress, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ def smollm2_folder(folder: Path | None = None, progress: ProgressCallback | None
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("the package 'gguf' is not installed", hint=_INSTALL)
     _, transformers, torch = libraries()
-    tell = progress or _ignore
+    tell = progress or ignore_progress
     tell(Progress("making the model folder", 0, 3, "step", "reading the GGUF"))
     with quiet(transformers):
         place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
@@ -118,7 +118,3 @@ def quiet(transformers: Any) -> Iterator[None]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
-
-
-def _ignore(progress: Progress) -> None:
-    del progress

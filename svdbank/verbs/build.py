@@ -24,12 +24,12 @@ from svdbank.core import disk
 from svdbank.core.errors import DamageError, OptionError, SvdbankError, WrongBaseError
 from svdbank.core.specs import (
     Plan,
-    Progress,
     ProgressCallback,
     Side,
     StoredDtype,
     Struct,
     WeightSpec,
+    ignore_progress,
     quantised_formats,
 )
 
@@ -125,7 +125,7 @@ def build(
         root = folder or default_output(checkpoint, options)
         refuse_foreign_folder(root)
         with _nothing_left_of_a_refusal(root), disk.locked(root):
-            run = Execution(checkpoint, root, where, at_once, fetching, progress or _ignore)
+            run = Execution(checkpoint, root, where, at_once, fetching, progress or ignore_progress)
             published = read_manifest(root) if (root / MANIFEST).exists() else None
             earlier, known, same_bytes = None, list[WeightSpec](), True
             if published is not None:
@@ -240,7 +240,3 @@ def _refuse_full_disk(root: Path, plan: Plan) -> None:
             f"{root}: the bank needs {gigabytes(needed)} more, {gigabytes(free)} are free",
             hint="choose another disk with -o, a smaller --rank, --side left, or --dtype float16",
         )
-
-
-def _ignore(progress: Progress) -> None:
-    """Progress that nobody watches."""

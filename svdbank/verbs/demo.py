@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdbank import cache
-from svdbank.core.specs import Progress, ProgressCallback, Struct
+from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
 from svdbank.lm.packaged import libraries, licence_texts, quiet, smollm2_folder, token_windows
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def demo(
     replaced. Deterministic up to rounding and time. Raises :class:`MissingExtraError` with the pip command where a package is missing.
     """
     chosen = settings or DemoSettings()
-    tell = progress or _ignore
+    tell = progress or ignore_progress
     peft, transformers, torch = libraries()
     from svdbank.peft import get_peft_model, load_adapter
     from svdbank.verbs.build import BuildReport, build
@@ -200,7 +200,3 @@ def _train(model: nn.Module, windows: Tensor, settings: DemoSettings, tell: Prog
         losses.append(float(loss.detach()))
         tell(Progress("training", step + 1, settings.steps, "step", f"loss {losses[-1]:.3f}"))
     return losses
-
-
-def _ignore(progress: Progress) -> None:
-    del progress

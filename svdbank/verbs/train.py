@@ -23,7 +23,7 @@ from svdbank.bank.reading import Bank
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, OptionError, SvdbankError, missing_extra
 from svdbank.core.folders import appearing
-from svdbank.core.specs import Progress, ProgressCallback, to_json
+from svdbank.core.specs import Progress, ProgressCallback, ignore_progress, to_json
 from svdbank.lm.blocks import collate, first, pack
 from svdbank.lm.held_out import hold_out
 from svdbank.lm.libraries import quiet_transformers
@@ -125,7 +125,7 @@ def train(
     """
     given = {**options, **({} if model is None else {"model": model})}
     values = resolve(read_config(config) if isinstance(config, str | Path) else (config or {}), given)
-    run = _prepare(values, build=build, force=force, tell=progress or _ignore)
+    run = _prepare(values, build=build, force=force, tell=progress or ignore_progress)
     with quiet_transformers(), out_of_memory(_LOWER):
         with run.arguments.main_process_first(desc="reading the text"):
             texts = _texts(run)
@@ -449,7 +449,3 @@ def _write(run: _Run, model: Any, initial: dict[str, Any], report: TrainReport) 
         disk.write_bytes(folder / TRAINING_FIGURES, to_json(report, indent=2))
         disk.fsync_tree(folder)
     disk.remove_tree(run.folder)
-
-
-def _ignore(progress: Progress) -> None:
-    del progress

@@ -27,7 +27,7 @@ from svdbank.checkpoint.writing.companions import carry
 from svdbank.core import disk
 from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.folders import appearing
-from svdbank.core.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec
+from svdbank.core.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec, ignore_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +138,7 @@ def write_checkpoint(
     if need > (free := disk.free_bytes(target)):
         raise OptionError(f"{target}: {need} bytes to write, {free} free", hint="choose another disk")
     hashes = _Hashes(frozenset(expected or ()))
-    job = _Job(checkpoint, pieces, edit, stored_as, anew, hashes, progress or _ignore)
+    job = _Job(checkpoint, pieces, edit, stored_as, anew, hashes, progress or ignore_progress)
     with appearing(target) as folder:
         job.write_files(folder, threads)
         found = {spec.name: hashes.final(spec, checkpoint) for spec in specs if spec.name in hashes.wanted}
@@ -331,7 +331,3 @@ def _check_base(checkpoint: Checkpoint, hashes: Mapping[str, str], expected: Map
             f"{checkpoint.name}: {len(wrong)} of {len(hashes)} weights are not those that are meant to be changed, first {wrong[0]}",
             hint="name the base that the adapter or bank was made from",
         )
-
-
-def _ignore(_: Progress) -> None:
-    pass
