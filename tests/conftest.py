@@ -96,6 +96,15 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
+def single_thread() -> Iterator[None]:
+    """One thread of torch. Where matrices are small, waiting threads cost more than they give, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def memory_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where the system has one: hundreds of builds fsync nothing that matters."""
     shared = Path("/dev/shm")

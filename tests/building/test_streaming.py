@@ -23,7 +23,8 @@ from svdbank.bank.layout import RECORDS
 from svdbank_cli.main import run
 from tests.building.small import tree
 from tests.checkpoint.hub_server import Fault, LocalHub
-from tests.checkpoint.small_models import load, quiet
+from tests.checkpoint.small_models import load
+from tests.peft.models import quiet
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 4

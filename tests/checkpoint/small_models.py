@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +119,6 @@ def llava(text: dict[str, Any]) -> transformers.LlavaConfig:
     return transformers.LlavaConfig(
         text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"}, image_token_index=1100
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars and remarks."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def load(name: str) -> nn.Module:

@@ -19,7 +19,8 @@ from svdbank.core.errors import OptionError
 from svdbank.core.specs import WeightSpec
 from tests.checkpoint.attacks import tensors_file
 from tests.checkpoint.every_architecture import model_of
-from tests.checkpoint.small_models import STACKED_IN_OUT, WITH_EXPERTS, configurations, quiet
+from tests.checkpoint.small_models import STACKED_IN_OUT, WITH_EXPERTS, configurations
+from tests.peft.models import quiet
 
 EVERYTHING = (".*",)
 

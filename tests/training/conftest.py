@@ -6,12 +6,10 @@ tests/conftest.py hides CUDA, also from the processes that a test starts.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import svdbank
 from svdbank.bank.reading import Bank
@@ -49,16 +47,5 @@ def _own_texts_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread: the matrices are small, and sums of floats come out the same in another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _deprecations_of_others() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
+def _one_thread(single_thread: None) -> None:
+    """The matrices are small, and sums of floats come out the same in another process."""
