@@ -32,7 +32,7 @@ demo: $(VENV)/.demo
 	$(BIN)/svdbank demo
 
 test: check
-	$(BIN)/python -m pytest -m 'not soak' -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m 'not soak' -n auto --maxprocesses 4 --dist worksteal
 
 soak: $(VENV)/.dev soak-versions soak-processors
 	$(BIN)/python -m pytest -m soak

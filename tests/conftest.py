@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     with contextlib.nullcontext() if parameters.get("device") == "cuda" else without_cuda():
         return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went: seconds of workers by folder, what fixtures took apart, and the test that took most."""
+    seconds: dict[str, float] = defaultdict(float)
+    fixtures: dict[str, float] = defaultdict(float)
+    longest: dict[str, tuple[float, str]] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            room = "/".join(report.nodeid.split("/")[:2])
+            seconds[room] += report.duration
+            if report.when != "call":
+                fixtures[room] += report.duration
+            longest[room] = max(
+                longest.get(room, (0.0, "")), (report.duration, f"{report.nodeid.rpartition('/')[2]} {report.when}")
+            )
+    if sum(seconds.values()) < 60:
+        return
+    terminalreporter.section("seconds by folder")
+    for room, total in sorted(seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(
+            f"{total:7.1f}  {room:20} fixtures {fixtures[room]:5.1f}, longest {longest[room][0]:.1f} {longest[room][1]}"
+        )
 
 
 @contextlib.contextmanager
