@@ -239,9 +239,11 @@ def _claim(folder: AdapterFolder, entry: Entry) -> tuple[Band, ...]:
     cache = folder.cache
     if cache is None:
         return ((0, entry.rank),)
-    return bands_of(i for bands in cache.components.values() for i in indices_of(bands.get(entry.key, ()))) or (
-        (cache.band,) if not cache.components and cache.band[1] - cache.band[0] == entry.rank else ()
-    )
+    if not cache.components:
+        return (cache.band,) if cache.band[1] - cache.band[0] == entry.rank else ()
+    parts = [bands[entry.key] for bands in cache.components.values() if entry.key in bands]
+    # A sum with free factors in it stands nowhere, whatever its other parts stand on.
+    return bands_of(i for bands in parts for i in indices_of(bands)) if all(parts) else ()
 
 
 def _believed(entry: Entry, claim: tuple[Band, ...]) -> Component:

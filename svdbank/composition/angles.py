@@ -108,7 +108,7 @@ def _sums(one: Component, other: Component) -> _Sums:
     at = common_coordinates([one, other], exact_norms=True)
     first, second = at.C.double()
     products = first * second
-    opposing = -float(products.clamp(max=0).sum())
+    opposing = 0.0 - float(products.clamp(max=0).sum())  # never −0, which would be shown
     agreeing = float(products.clamp(min=0).sum())
     squares = (float(first.square().sum()), float(second.square().sum()))
     if at.bands is not None and not _cut(one) and not _cut(other):

@@ -28,11 +28,14 @@ _NAME = re.compile(r"[\w.+-]+", re.ASCII)
 def named_places(places: Places) -> dict[str, tuple[Path, bool]]:
     """Folder of each adapter by name, and whether that name was asked for; without a name, the folder's own serves.
 
-    Raises :class:`OptionError` for two of one name and for names that hold other characters than letters, digits and ``_ . + -``.
+    Raises :class:`OptionError` for two of one name, for an empty place, and for names that hold other characters than letters, digits
+    and ``_ . + -``.
     """
     named: dict[str, tuple[Path, bool]] = {}
     entries = places.items() if isinstance(places, Mapping) else map(_entry, places)
     for given, place in entries:
+        if not str(place).strip():
+            raise OptionError("an adapter's name is empty", hint="name its folder")
         path = Path(place).expanduser()
         name = given or path.resolve().name
         if not _NAME.fullmatch(name):

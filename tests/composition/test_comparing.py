@@ -64,6 +64,7 @@ def test_overlap_is_the_share_in_the_other_s_outputs(trained: dict[str, Path]) -
             assert relation.overlap == pytest.approx(math.sqrt(shares[0] * shares[1]), abs=1e-5)
     apart = pairs["law", "med"]
     assert apart.all.cosine == apart.all.conflict == apart.all.overlap == 0.0
+    assert not any(math.copysign(1, relation.conflict) < 0 for relation in apart.weights)
     assert "do not meet" in apart.verdict
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import svdbank
 from svdbank.adapter.reading import read_adapter
 from svdbank.adapter.settings import WEIGHTS
+from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError
 from svdbank_cli.main import run
 from tests.composition.conftest import dense, dense_sum, relative_error
@@ -32,6 +33,15 @@ def test_a_stack_is_the_dense_sum(names: list[str], trained: dict[str, Path], tm
     for name in names:
         own = dense(trained[name])
         assert max(float((read.only(name).delta(key) - own[key]).norm() / own[key].norm()) for key in own) < EXACT
+
+
+def test_a_stack_with_free_factors_is_read_without_a_complaint(
+    trained: dict[str, Path], small_bank: Bank, tmp_path: Path
+) -> None:
+    svdbank.stack([trained["law"], trained["plain"]], output=tmp_path / "stack")
+    for bank in (None, small_bank):
+        read = read_adapter(tmp_path / "stack", bank=bank)
+        assert set(read.names) == {"law", "plain"} and not read.notes
 
 
 def test_scales_act_now_and_later(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -96,6 +106,7 @@ def test_what_cannot_be_meant_is_refused(trained: dict[str, Path], tmp_path: Pat
         (two, {"drop": ["law", "med"]}, "every domain is dropped"),
         ([trained["law"]], {}, "alone is no stack"),
         ([], {}, "no adapter"),
+        (["", trained["law"]], {}, "name is empty"),
     ]:
         with pytest.raises(OptionError, match=said):
             svdbank.stack(folders, output=out, **options)
