@@ -32,11 +32,13 @@ def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, .
     """``NAME=PLACE`` as a dict; a bare place is named by its last part."""
     from pathlib import Path
 
+    from svdbank.core.places import named_place
+
     named: dict[str, str] = {}
     for value in values:
-        name, sign, place = value.partition("=")
-        if not sign or "/" in name:
-            name, place = Path(value).name, value
+        name, place = named_place(value)
+        if name is None:
+            name = Path(value).name
         if not name or not place:
             raise click.BadParameter(f"{value!r} is not NAME=PLACE")
         if name in named:

@@ -15,6 +15,7 @@ from svdbank.adapter.reading import read_adapter
 from svdbank.adapter.settings import CACHE, AdapterCache
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.core.places import named_place
 from svdbank.core.specs import from_json
 
 #: Adapters to put together: folders, folders written as ``NAME=DIR``, or folders by name.
@@ -49,10 +50,8 @@ def named_places(places: Places) -> dict[str, tuple[Path, bool]]:
 
 
 def _entry(value: str | Path) -> tuple[str | None, str | Path]:
-    name, sign, place = str(value).partition("=")
-    if not sign or "/" in name or not name or not place or Path(value).expanduser().exists():
-        return None, value
-    return name, place
+    name, place = named_place(str(value))
+    return (name, place) if name and place else (None, value)
 
 
 def read_inputs(

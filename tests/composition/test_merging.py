@@ -21,6 +21,7 @@ from svdbank.composition.inputs import read_inputs
 from svdbank.composition.merging import MergeMethod, merged
 from svdbank.composition.sparsification import dropped, elected, trimmed
 from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.places import named_place
 from svdbank_cli.main import run
 from tests.composition.conftest import dense, dense_sum, relative_error
 
@@ -123,6 +124,15 @@ def test_many_free_factors_take_no_more_rank_than_a_matrix_has(trained: dict[str
     wanted = dense(trained["plain"])
     key = next(key for key in total.weights if key.endswith("k_proj"))
     assert (total.delta(key).double() - wanted[key]).norm() < EXACT * wanted[key].norm()
+
+
+def test_a_name_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r=16").mkdir()
+    assert named_place("law=runs/r=8") == ("law", "runs/r=8")
+    assert named_place("runs/r=8") == (None, "runs/r=8")
+    assert named_place("r=16") == (None, "r=16")
+    assert named_place("r=8") == ("r", "8")
 
 
 def _coefficients() -> torch.Tensor:
