@@ -11,10 +11,11 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+import svdbank
+from svdbank.training.report import TrainReport
 from svdbank_cli.main import run
 from svdbank_cli.output import printable
 
@@ -215,8 +216,32 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(minilm: Path, tmp_path: Pat
     assert b"100%" in shown and b"6/6" in shown
 
 
-@pytest.mark.parametrize(("error", "shown"), [(0.25, "10.90 ± 0.25"), (float("nan"), "10.90")])
-def test_a_single_timed_step_has_no_error_to_show(error: float, shown: str) -> None:
-    from svdbank_cli.train import _seconds
-
-    assert _seconds(SimpleNamespace(step_seconds=10.9, step_seconds_error=error)) == shown
+@pytest.mark.parametrize(("error", "shown"), [(0.25, "10.90 ± 0.25 s"), (float("nan"), "10.90 s")])
+def test_a_single_timed_step_has_no_error_to_show(
+    error: float, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = TrainReport(
+        adapter="law",
+        model="org/model",
+        method="mica",
+        rank=16,
+        bank=None,
+        trainable_parameters=1000,
+        blocks=1,
+        length=32,
+        steps=2,
+        tokens=64,
+        processes=1,
+        dtype="float32",
+        seconds=21.8,
+        step_seconds=10.9,
+        step_seconds_error=error,
+        peak_bytes=1,
+        resumed_from=None,
+        held_out=None,
+        retained=(),
+        curve=(),
+    )
+    monkeypatch.setattr(svdbank, "train", lambda *_, **__: report)
+    assert run(["train", "org/model", "-o", "law", "--data", "licences.jsonl"]) == 0
+    assert f"step      {shown};" in capsys.readouterr().out

