@@ -6,16 +6,13 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-from svdbank.adapter.folder import check_there
-from svdbank.adapter.methods import RESIDUAL_METHODS
-from svdbank.adapter.settings import CACHE, CONFIG, SLIM, AdapterCache, LoraSettings
-from svdbank.bank.chunks import read_regular
+from svdbank.bank.files import Folder, read_regular
+from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
 from svdbank.bank.metadata import checked_metadata
-from svdbank.bank.reading import Bank, open_bank, read_manifest
-from svdbank.checkpoint import Checkpoint, open_checkpoint
+from svdbank.bank.reading import Bank, open_bank
 from svdbank.core import disk
 from svdbank.core.errors import (
     BankError,
@@ -27,6 +24,9 @@ from svdbank.core.errors import (
     WrongBaseError,
 )
 from svdbank.core.specs import BuildOptions, Plan, Struct, from_json
+
+if TYPE_CHECKING:
+    from svdbank.checkpoint import Checkpoint
 
 #: A folder's name may have 255 bytes, and twelve digits of a hash follow.
 _LONGEST_SLUG = 200
@@ -108,6 +108,8 @@ def open(source: str | os.PathLike[str]) -> Bank:
     if path.exists():
         if not (path.is_file() or (path / "config.json").is_file() or any(path.glob("*.safetensors"))):
             return open_bank(path)
+        from svdbank.checkpoint import open_checkpoint
+
         with open_checkpoint(path) as checkpoint:
             found = [_complete(folder) for folder in _folders(model_folder(checkpoint))]
     else:
@@ -151,6 +153,10 @@ def recorded_bank(source: Path, kind: str) -> Bank:
 
     Raises :class:`BankError` where there is none, :class:`WrongBaseError` where it is of other weights than the adapter says.
     """
+    from svdbank.adapter.folder import check_there
+    from svdbank.adapter.methods import RESIDUAL_METHODS
+    from svdbank.adapter.settings import CACHE, CONFIG, SLIM, AdapterCache, LoraSettings
+
     check_there(source, slim=True)
     folder = source / "files" if (source / SLIM).is_file() else source
     settings, cache = None, None
@@ -247,7 +253,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def _complete(folder: Path) -> tuple[Path, Manifest] | None:
     try:
-        return folder, read_manifest(folder)
+        return folder, read_manifest(Folder(folder))
     except BankError:
         return None
 
@@ -259,7 +265,7 @@ def _richness(manifest: Manifest) -> tuple[float, bool, int]:
 
 def _summary(folder: Path) -> BankSummary | None:
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(Folder(folder))
     except BankNotFoundError:
         try:
             plan = from_json(read_regular(folder / "plan.json"), Plan, where=str(folder / "plan.json"), error=BankError)

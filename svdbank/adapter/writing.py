@@ -16,7 +16,7 @@ from svdbank.adapter.experts import join, wrapper_paths
 from svdbank.adapter.folder import Factors, write_folder
 from svdbank.adapter.model import AdaptedWeight, Adapter
 from svdbank.adapter.settings import COMPONENTS, AdapterCache, LoraSettings
-from svdbank.bank.reading import base_digest
+from svdbank.bank.index import base_digest
 from svdbank.core.errors import OptionError
 
 

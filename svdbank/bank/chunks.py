@@ -1,70 +1,50 @@
-"""Reading singular vectors straight from shard files.
+"""Reading chunks of singular vectors straight from shard files.
 
-The layout is Zarr's ``sharding_indexed`` (inner codecs bytes and crc32c, index at the end), so any Zarr reader sees the same numbers.
-A lookup needs the first chunks of hundreds of files: read here, each costs two ``pread`` calls and one checksum that is compared
-with the index, where zarr's machinery costs about a millisecond.
+The layout is Zarr's ``sharding_indexed`` (inner codecs bytes and crc32c, table of chunks at the end), so any Zarr reader sees the same
+numbers. A lookup needs the first chunks of hundreds of files: read here, they cost two rounds of ``read_many`` and a checksum each
+that is compared with the index, where zarr's machinery costs about a millisecond a file.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
-from typing import Any
 
 import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
+from svdbank.bank.files import Files, Range
 from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, RANK_CHUNK, FileRecord, rank_extent
 from svdbank.core.errors import DamageError
 
-#: A link could lead out of the bank, and opening a pipe would wait for its writer.
-NO_LINKS_NO_WAITING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+#: Bytes of chunks asked for at once: enough to hide the latency of a far place, little beside what a lookup returns.
+BATCH_BYTES = 64 << 20
+
+#: crc32c of any data followed by its own crc32c in little-endian.
+_RESIDUE = 0x48674BC7
 
 
-def open_regular(path: Path, record: FileRecord | None) -> tuple[int, int]:
-    """Descriptor and size of a bank's file. FileNotFoundError if it is not there; DamageError for a pipe, a link, another size."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | NO_LINKS_NO_WAITING)
-    except (FileNotFoundError, NotADirectoryError) as cause:
-        raise FileNotFoundError(str(path)) from cause
-    except OSError as cause:
-        raise DamageError(f"{path}: {cause.strerror}") from cause
-    status = os.fstat(descriptor)
-    try:
-        if not stat.S_ISREG(status.st_mode):
-            raise DamageError(f"{path}: not a regular file")
-        if record is not None and status.st_size != record.size:
-            raise DamageError(f"{path}: {status.st_size} bytes, recorded were {record.size}")
-    except DamageError:
-        os.close(descriptor)
-        raise
-    return descriptor, status.st_size
+@dataclass(frozen=True)
+class ShardRead:
+    """What is wanted of one shard file: the first chunks of some of its weights, by their rows within the shard."""
 
+    file: str
+    record: FileRecord
+    rows: tuple[int, ...]
+    weights_per_shard: int
+    stored_rank: int
 
-def read_regular(path: Path, *, limit: int = 1 << 30) -> bytes:
-    """A whole small file (manifest, index, plan, record). FileNotFoundError if it is not there, DamageError for no regular file."""
-    descriptor, size = open_regular(path, None)
-    try:
-        if size > limit:
-            raise DamageError(f"{path}: {size} bytes where a small file belongs")
-        return read_exactly(descriptor, 0, size, path)
-    finally:
-        os.close(descriptor)
+    @property
+    def chunks_per_weight(self) -> int:
+        """Inner chunks along the rank axis."""
+        return rank_extent(self.stored_rank) // RANK_CHUNK
 
-
-def read_exactly(descriptor: int, start: int, count: int, path: Path) -> bytes:
-    """``count`` bytes from ``start``; DamageError where the file ends before."""
-    data = os.pread(descriptor, count, start)
-    while len(data) < count:
-        more = os.pread(descriptor, count - len(data), start + len(data))
-        if not more:
-            raise DamageError(f"{path}: ends {count - len(data)} bytes early")
-        data += more
-    return data
+    @property
+    def table(self) -> Range:
+        """Where its table of chunks lies: offset and length of each, then a crc32c."""
+        nbytes = self.weights_per_shard * self.chunks_per_weight * INDEX_ENTRY + CRC_BYTES
+        return self.file, self.record.size - nbytes, self.record.size
 
 
 def crc_before(data: bytes, end: int) -> int:
@@ -73,45 +53,69 @@ def crc_before(data: bytes, end: int) -> int:
     return crc
 
 
-def read_vectors(
-    path: Path,
-    record: FileRecord,
-    rows: list[int],
-    *,
-    rank: int,
-    stored_rank: int,
-    length: int,
-    weights_per_shard: int,
-    dtype: str,
-) -> NDArray[Any]:
-    """The first ``rank`` vectors of the weights at ``rows`` of one shard, (rows, rank, length) in ``dtype``.
+def checked_crc(data: bytes) -> int | None:
+    """The crc32c in the last four bytes if it is that of the bytes before it, else None."""
+    return crc_before(data, len(data)) if google_crc32c.value(data) == _RESIDUE else None
 
-    Each byte returned belongs to a chunk whose crc32c, computed here, is the one that ``record`` holds for its place; anything else
-    is a DamageError.
+
+def read_chunks(files: Files, wanted: Sequence[ShardRead], rank: int) -> Iterator[list[bytes]]:
+    """For each shard its chunks that hold the first ``rank`` vectors, row by row, each with its crc32c in the last four bytes.
+
+    Each chunk's crc32c, computed here, is the one that the record holds for its place; anything else is a DamageError.
     """
     chunks = ceil(rank / RANK_CHUNK)
-    values = np.empty((len(rows), chunks, RANK_CHUNK, length), dtype=dtype)
+    for batch in _batches(wanted, chunks):
+        for shard in batch:
+            _check_size(files, shard)
+        places: list[int] = []
+        ranges: list[Range] = []
+        for shard, table in zip(batch, files.read_many([shard.table for shard in batch]), strict=True):
+            for place in _places(files, shard, table, chunks):
+                start = place * shard.record.chunk_bytes
+                places.append(place)
+                ranges.append((shard.file, start, start + shard.record.chunk_bytes))
+        parts = iter(zip(places, files.read_many(ranges), strict=True))
+        for shard in batch:
+            checked = []
+            for _ in range(len(shard.rows) * chunks):
+                place, data = next(parts)
+                if checked_crc(data) != shard.record.chunks[place]:
+                    raise DamageError(f"{files.place}/{shard.file}: chunk {place} is not the one recorded")
+                checked.append(data)
+            yield checked
+
+
+def _batches(wanted: Sequence[ShardRead], chunks: int) -> Iterator[list[ShardRead]]:
+    """Neighbours together as far as ``BATCH_BYTES`` go, at least one."""
+    batch: list[ShardRead] = []
+    nbytes = 0
+    for shard in wanted:
+        if batch and nbytes >= BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(shard)
+        nbytes += len(shard.rows) * chunks * shard.record.chunk_bytes
+    if batch:
+        yield batch
+
+
+def _check_size(files: Files, shard: ShardRead) -> None:
     try:
-        descriptor, size = open_regular(path, record)
+        size = files.size(shard.file)
     except FileNotFoundError:
-        raise DamageError(f"{path}: missing") from None
-    try:
-        along_rank = rank_extent(stored_rank) // RANK_CHUNK
-        index_bytes = weights_per_shard * along_rank * INDEX_ENTRY
-        index = read_exactly(descriptor, size - index_bytes - CRC_BYTES, index_bytes + CRC_BYTES, path)
-        if {google_crc32c.value(index[:-CRC_BYTES]), crc_before(index, len(index))} != {record.index_crc32c}:
-            raise DamageError(f"{path}: its shard index is not the one recorded")
-        for position, row in enumerate(rows):
-            for chunk in range(chunks):
-                offset, nbytes = struct.unpack_from("<QQ", index, (row * along_rank + chunk) * INDEX_ENTRY)
-                place, rest = divmod(offset, record.chunk_bytes)
-                if rest or nbytes != record.chunk_bytes or place >= len(record.chunks):
-                    raise DamageError(f"{path}: chunk {chunk} of weight {row} is not in its place")
-                data = read_exactly(descriptor, offset, nbytes, path)
-                vectors = memoryview(data)[:-CRC_BYTES]
-                if {google_crc32c.value(bytes(vectors)), crc_before(data, nbytes)} != {record.chunks[place]}:
-                    raise DamageError(f"{path}: chunk {place} is not the one recorded")
-                values[position, chunk] = np.frombuffer(vectors, dtype=dtype).reshape(RANK_CHUNK, length)
-    finally:
-        os.close(descriptor)
-    return values.reshape(len(rows), chunks * RANK_CHUNK, length)[:, :rank]
+        raise DamageError(f"{files.place}/{shard.file}: missing") from None
+    if size != shard.record.size:
+        raise DamageError(f"{files.place}/{shard.file}: {size} bytes, recorded were {shard.record.size}")
+
+
+def _places(files: Files, shard: ShardRead, table: bytes, chunks: int) -> Iterator[int]:
+    """The number in the file of each wanted chunk, by the shard's table."""
+    if checked_crc(table) != shard.record.index_crc32c:
+        raise DamageError(f"{files.place}/{shard.file}: its shard index is not the one recorded")
+    for row in shard.rows:
+        for chunk in range(chunks):
+            offset, nbytes = struct.unpack_from("<QQ", table, (row * shard.chunks_per_weight + chunk) * INDEX_ENTRY)
+            place, rest = divmod(offset, shard.record.chunk_bytes)
+            if rest or nbytes != shard.record.chunk_bytes or place >= len(shard.record.chunks):
+                raise DamageError(f"{files.place}/{shard.file}: chunk {chunk} of weight {row} is not in its place")
+            yield place

@@ -33,6 +33,9 @@ SHARD_BYTES = 64 << 20
 #: numpy dtype of the stored vectors, and the Zarr fill value that makes a lost chunk visible. bfloat16 is kept as its bits.
 STORED = {"float32": ("float32", "NaN"), "float16": ("float16", "NaN"), "bfloat16": ("uint16", 0x7FC0)}
 
+#: Bytes of a stored value.
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
 
 class FileRecord(Struct, frozen=True):
     """One file: size and sha256; of a shard also the bytes of an inner chunk, each one's crc32c in file order, and the shard index's."""

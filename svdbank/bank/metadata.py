@@ -69,6 +69,14 @@ class ArrayMetadata(Struct, frozen=True, tag_field="node_type", tag="array"):
     attributes: dict[str, Any] = msgspec.field(default_factory=dict)
     storage_transformers: tuple[()] = ()
 
+    @property
+    def is_one_chunk(self) -> bool:
+        """True for the layout of coordinate arrays: all in one chunk, little-endian bytes and their crc32c."""
+        return self.chunk_grid.configuration.chunk_shape == self.shape and self.codecs == (
+            _BytesCodec(_BytesOptions("little")),
+            _Crc32cCodec(),
+        )
+
 
 class GroupMetadata(Struct, frozen=True, tag_field="node_type", tag="group"):
     """``zarr.json`` of a group."""

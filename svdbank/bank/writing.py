@@ -18,7 +18,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from svdbank.bank.chunks import read_regular
+from svdbank.bank.files import read_regular
 from svdbank.bank.layout import (
     FORMAT,
     MANIFEST,

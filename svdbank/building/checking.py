@@ -8,10 +8,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from svdbank.bank.index import data_files
 from svdbank.bank.layout import LOG, MANIFEST, FileRecord
-from svdbank.bank.reading import Bank, data_files
+from svdbank.bank.reading import Bank
 from svdbank.cache import open as open_source
-from svdbank.checkpoint import decomposable, open_checkpoint
 from svdbank.core import disk
 from svdbank.core.basis import unresolved_ranks
 from svdbank.core.errors import DamageError, WrongBaseError
@@ -99,7 +99,7 @@ def info(source: str | os.PathLike[str]) -> BankInfo:
     tied = {alias.name: alias.of for alias in bank.index.aliases}
     for family in bank.index.families:
         certificates = [weight.certificate for weight in family.weights]
-        sigma = bank.sigma(family.spec.weights, family.spec.rank)
+        sigma: list[list[float]] = bank.coordinate(family.spec.name, "sigma").tolist()  # type: ignore[assignment]
         families.append(
             FamilyInfo(
                 name=family.spec.name,
@@ -114,8 +114,8 @@ def info(source: str | os.PathLike[str]) -> BankInfo:
                 sigma_min=min(c.sigma_min for c in certificates),
                 sigma_max=max(c.sigma_max for c in certificates),
                 unresolved=sum(
-                    len(unresolved_ranks(sigma[w.name].flip(0).tolist(), w.certificate.sigma_next, w.certificate.sigma_max))
-                    for w in family.weights
+                    len(unresolved_ranks(values, weight.certificate.sigma_next, weight.certificate.sigma_max))
+                    for values, weight in zip(sigma, family.weights, strict=True)
                 ),
                 tied=sum(of in family.spec.weights for of in tied.values()),
             )
@@ -259,6 +259,7 @@ def _unrecorded(root: Path, recorded: set[str]) -> tuple[list[str], list[Damage]
 
 def _against_model(bank: Bank, model: str | os.PathLike[str], progress: ProgressCallback | None) -> Iterator[Damage]:
     """Hashes of the base's weights, and the residual of each stored basis against its weight."""
+    from svdbank.checkpoint import decomposable, open_checkpoint
     from svdbank.solver import residual_check
 
     with open_checkpoint(model) as checkpoint:

@@ -20,8 +20,9 @@ import msgspec
 import torch
 from torch import Tensor
 
+from svdbank.bank.index import base_digest
 from svdbank.bank.layout import LOG, Manifest, ShardRecord, WeightRecord
-from svdbank.bank.reading import Bank, base_digest
+from svdbank.bank.reading import Bank
 from svdbank.bank.writing import STORED_TORCH, BankWriter
 from svdbank.building.fetching import READ_AHEAD, FetchOptions, FetchPlan, FetchReport, fetched, files_of, plan_fetch
 from svdbank.building.memory import give_back

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from svdbank.bank.chunks import read_regular
+from svdbank.bank.files import read_regular
 from svdbank.bank.layout import MANIFEST, STORED, plan_name, rank_extent, record_file, vector_arrays, weights_per_shard
 from svdbank.bank.reading import open_bank
 from svdbank.building.devices import GPU_KINDS, planned_device

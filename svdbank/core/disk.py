@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-import filelock
 import msgspec
 
 from svdbank.core.errors import LockedError, OptionError, SvdbankError
@@ -252,6 +251,8 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is the operating system's (it ends with the process, however that ends); a file beside it names the owner, so that the
     error can say who. Raises :class:`LockedError`.
     """
+    import filelock  # a twentieth of a second, which only writers should wait
+
     make_dirs(folder)
     path = folder / ".lock"
     owner_path = folder / ".lock.owner"

@@ -11,7 +11,7 @@ from svdbank.adapter.model import AdaptedWeight, Adapter
 from svdbank.adapter.naming import matched
 from svdbank.adapter.saved import SavedModules
 from svdbank.adapter.settings import AdapterCache
-from svdbank.bank.reading import base_digest
+from svdbank.bank.index import base_digest
 from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.naming.correspondence import Parameter, correspondence
 from svdbank.checkpoint.naming.selection import decomposable

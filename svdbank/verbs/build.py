@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from svdbank.bank.files import Folder
+from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import MANIFEST, plan_name
-from svdbank.bank.reading import Bank, open_bank, read_manifest
+from svdbank.bank.reading import Bank, open_bank
 from svdbank.bank.writing import clean
 from svdbank.building.checking import verify
 from svdbank.building.devices import working_device
@@ -126,7 +128,7 @@ def build(
         refuse_foreign_folder(root)
         with _nothing_left_of_a_refusal(root), disk.locked(root):
             run = Execution(checkpoint, root, where, at_once, fetching, progress or ignore_progress)
-            published = read_manifest(root) if (root / MANIFEST).exists() else None
+            published = read_manifest(Folder(root)) if (root / MANIFEST).exists() else None
             earlier, known, same_bytes = None, list[WeightSpec](), True
             if published is not None:
                 refuse_other_options(root, published.options, options)

@@ -22,7 +22,8 @@ from svdbank.adapter.reading import Entry, entries_of, initial_of, made_as, read
 from svdbank.adapter.settings import SLIM, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.adapter.slim import COEFFICIENTS, expand_slim, write_slim
 from svdbank.adapter.writing import cache_of
-from svdbank.bank.reading import Bank, base_digest
+from svdbank.bank.index import base_digest
+from svdbank.bank.reading import Bank
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.specs import Struct
 

@@ -1,0 +1,199 @@
+"""What a bank says of itself: manifest, index, and the small arrays beside the vectors. Loads neither torch nor zarr.
+
+Everything is checked before it is used: digests of the manifest and of whatever it names, strict types, numbers that fit each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from math import ceil
+from shlex import quote
+
+import msgspec
+
+from svdbank.bank.chunks import checked_crc
+from svdbank.bank.files import Files, read_small
+from svdbank.bank.layout import (
+    CRC_BYTES,
+    INDEX_ENTRY,
+    ITEMSIZE,
+    MANIFEST,
+    RANK_CHUNK,
+    FamilyIndex,
+    FileRecord,
+    Index,
+    Manifest,
+    manifest_digest,
+    rank_extent,
+    shard_file,
+    vector_arrays,
+)
+from svdbank.bank.metadata import ArrayMetadata, checked_metadata
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError
+from svdbank.core.specs import from_json
+
+
+def read_manifest(files: Files) -> Manifest:
+    """The manifest of a published bank.
+
+    Raises BankNotFoundError where there is none (or one whose build has not finished), DamageError when it is not the bytes that were
+    published, BankError for a format this version does not know.
+    """
+    path = f"{files.place}/{MANIFEST}"
+    try:
+        data = read_small(files, MANIFEST)
+    except FileNotFoundError:
+        if _is_begun(files):
+            raise BankNotFoundError(
+                f"{files.place}: this bank's build has not finished", hint="run the same svdbank build again: it resumes"
+            ) from None
+        raise BankNotFoundError(
+            f"{files.place}: no bank here", hint="svdbank ls shows the banks there are; svdbank build makes one"
+        ) from None
+    _check_format(data, path)
+    manifest = from_json(data, Manifest, where=path, error=DamageError)
+    if manifest_digest(data, manifest.digest) != manifest.digest:
+        raise DamageError(
+            f"{path}: not the manifest that was published", hint=f"svdbank rm {quote(files.place)}, then build it again"
+        )
+    return manifest
+
+
+def read_index(files: Files, manifest: Manifest) -> Index:
+    """The index that the manifest names; DamageError when it is not the bytes that were published, or does not fit itself."""
+    name = manifest.index
+    record = manifest.files.get(name)
+    if record is None or "/" in name or "\\" in name:
+        raise DamageError(f"{files.place}/{MANIFEST}: {name!r} is not among its files")
+    try:
+        data = read_recorded(files, name, record)
+    except DamageError as damage:
+        raise DamageError(str(damage), hint=f"svdbank verify {quote(files.place)}") from None
+    index = from_json(data, Index, where=f"{files.place}/{name}", error=DamageError)
+    _check_consistent(files.place, manifest, index)
+    return index
+
+
+def read_recorded(files: Files, name: str, record: FileRecord) -> bytes:
+    """A small file; DamageError where it is not the bytes that were published."""
+    try:
+        data = read_small(files, name)
+    except FileNotFoundError:
+        raise DamageError(f"{files.place}/{name}: missing") from None
+    if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
+        raise DamageError(f"{files.place}/{name}: not the bytes that were published")
+    return data
+
+
+def read_metadata(files: Files, family: FamilyIndex, array: str, shape: tuple[int, ...], dtype: str) -> ArrayMetadata:
+    """The ``zarr.json`` of a family's array; DamageError where it is not as published or says other than ``dtype`` of ``shape``."""
+    path = f"{family.spec.name}/{array}/zarr.json"
+    metadata = checked_metadata(read_recorded(files, path, _record(files, family, path)), where=f"{files.place}/{path}")
+    if not isinstance(metadata, ArrayMetadata):
+        raise DamageError(f"{files.place}/{path}: a group where an array belongs")
+    if (metadata.shape, metadata.data_type) != (shape, dtype):
+        claim = f"claims {metadata.data_type} of {metadata.shape}, the index says {dtype} of {shape}"
+        raise DamageError(f"{files.place}/{family.spec.name}/{array}: {claim}")
+    return metadata
+
+
+def read_coordinate(files: Files, family: FamilyIndex, array: str, columns: int) -> memoryview[float]:
+    """A float64 array along the weights of a family (σ, probes), (weights, columns); DamageError where it is not as published."""
+    shape = (len(family.weights), columns)
+    if not read_metadata(files, family, array, shape, "float64").is_one_chunk:
+        raise DamageError(f"{files.place}/{family.spec.name}/{array}: not cut as format 1 says")
+    path = f"{family.spec.name}/{array}/c/0/0"
+    data = read_recorded(files, path, _record(files, family, path))
+    if checked_crc(data) is None or len(data) != shape[0] * shape[1] * 8 + CRC_BYTES:
+        raise DamageError(f"{files.place}/{path}: its bytes do not fit its checksum or its shape")
+    return memoryview(data)[:-CRC_BYTES].cast("d", shape)
+
+
+def base_digest(source_hashes: dict[str, str]) -> str:
+    """sha256 over sorted (weight name, sha256 of its stored bytes). Extending a bank leaves the digest of any subset unchanged."""
+    digest = hashlib.sha256()
+    for name in sorted(source_hashes):
+        digest.update(f"{name}\0{source_hashes[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def data_files(family: FamilyIndex) -> Iterator[tuple[str, FileRecord]]:
+    """Names and records of a family's data files."""
+    for array, records in family.files.items():
+        for shard, record in enumerate(records):
+            yield shard_file(family.spec.name, array, shard), record
+
+
+class _Version(msgspec.Struct):
+    """The one field that every version of the manifest has; the rest may be anything."""
+
+    format: int
+
+
+def _check_format(data: bytes, path: str) -> None:
+    """An unknown major version is told apart from damage before the strict decode."""
+    version = from_json(data, _Version, where=path, error=DamageError).format
+    if version != 1:
+        raise BankError(f"{path}: format {version}; this svdbank reads format 1", hint="pip install -U svdbank")
+
+
+def _is_begun(files: Files) -> bool:
+    """True where a build has frozen its plan."""
+    try:
+        return files.size("plan.json") >= 0
+    except (FileNotFoundError, DamageError):
+        return False
+
+
+def _record(files: Files, family: FamilyIndex, path: str) -> FileRecord:
+    record = family.metadata.get(path)
+    if record is None:
+        raise DamageError(f"{files.place}/{path}: the index does not record it")
+    return record
+
+
+def _check_consistent(place: str, manifest: Manifest, index: Index) -> None:
+    """Names must be plain and unique and the counts must fit before any of them is used as a path."""
+    seen: set[str] = set()
+    for family in index.families:
+        _check_family(place, manifest, family)
+        if seen & set(family.spec.weights):
+            raise DamageError(f"{place}: weights stand in two families")
+        seen |= set(family.spec.weights)
+    stored = frozenset(seen)
+    for alias in index.aliases:
+        if manifest.options.side != "both" or alias.of not in stored or alias.name in seen:
+            raise DamageError(f"{place}: {alias.name} cannot be {alias.of} with the sides exchanged")
+        seen.add(alias.name)
+    if len(seen) != manifest.weights:
+        raise DamageError(f"{place}: {len(seen)} weights in the index, {manifest.weights} in the manifest")
+
+
+def _check_family(place: str, manifest: Manifest, family: FamilyIndex) -> None:
+    spec = family.spec
+    if not _is_family_name(spec.name):
+        raise DamageError(f"{place}: {spec.name!r} is not a family name")
+    if tuple(weight.name for weight in family.weights) != spec.weights or not spec.weights:
+        raise DamageError(f"{place}: the weights of {spec.name} disagree with its description")
+    full = min(spec.out_features, spec.in_features)
+    if not (1 <= spec.rank <= full and 0 <= spec.principal <= full and 1 <= spec.weights_per_shard <= len(spec.weights)):
+        raise DamageError(f"{place}: {spec.name} claims rank {spec.rank} for {spec.out_features}x{spec.in_features}")
+    # A data file without a record would be read unchecked.
+    arrays = vector_arrays(spec, manifest.options.side)
+    shards = ceil(len(spec.weights) / spec.weights_per_shard)
+    if {array: len(records) for array, records in family.files.items()} != dict.fromkeys(arrays, shards):
+        raise DamageError(f"{place}: the index does not record every data file of {spec.name}")
+    # Sizes follow from the shapes; an index that claims others would make a lookup allocate or divide by what it says.
+    for array, (rank, length) in arrays.items():
+        chunk_bytes = RANK_CHUNK * length * ITEMSIZE[manifest.options.dtype] + CRC_BYTES
+        table_bytes = spec.weights_per_shard * rank_extent(rank) // RANK_CHUNK * INDEX_ENTRY + CRC_BYTES
+        for record in family.files[array]:
+            if record.chunk_bytes != chunk_bytes or record.size != len(record.chunks) * chunk_bytes + table_bytes:
+                raise DamageError(f"{place}: the index claims chunks of {spec.name}/{array} that its shape does not have")
+
+
+def _is_family_name(name: str) -> bool:
+    """``[a-z0-9_-][a-z0-9._-]*``."""
+    plain = all(ch.isascii() and ((ch.isalnum() and not ch.isupper()) or ch in "._-") for ch in name)
+    return bool(name) and plain and not name.startswith(".")
