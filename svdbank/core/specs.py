@@ -55,12 +55,12 @@ class Quantisation(Struct, frozen=True):
 
 
 class TensorSource(Struct, frozen=True):
-    """One tensor of a checkpoint file, or one piece of its leading dimension: where its bytes lie and how to read them.
+    """One tensor of a checkpoint file, or one piece of it: where its bytes lie and how to read them.
 
-    ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …). ``index`` is
-    the piece's, None for the whole tensor; ``shape`` is then that of the piece, which is a slice, or with ``blocks`` one of that many
-    equal blocks of rows. With ``quantisation`` the bytes are codes; ``dtype``
-    and ``shape`` are those of the values that reading gives.
+    ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …). A piece is slice
+    ``index`` of the leading dimension, or a run of entries in row-major order that begins at entry ``start``; ``shape`` is then that of
+    the piece. ``order`` gives the order in which its rows are read: (size, stride) of nested counters, the slowest first. With
+    ``quantisation`` the bytes are codes; ``dtype`` and ``shape`` are those of the values that reading gives.
     """
 
     name: str
@@ -70,7 +70,8 @@ class TensorSource(Struct, frozen=True):
     begin: int
     end: int
     index: int | None = None
-    blocks: int | None = None
+    start: int | None = None
+    order: tuple[tuple[int, int], ...] | None = None
     quantisation: Quantisation | None = None
 
     @property
@@ -121,24 +122,39 @@ class TensorSource(Struct, frozen=True):
             quantisation=None if self.quantisation is None else self.quantisation.part(index),
         )
 
-    def block(self, index: int, blocks: int) -> TensorSource:
-        """Block ``index`` of ``blocks`` equal blocks of rows, e.g. the queries of a fused (3·hidden, hidden) matrix.
+    def run(self, start: int, shape: tuple[int, ...]) -> TensorSource:
+        """The entries from ``start`` on, in row-major order, as a tensor of ``shape``: e.g. the queries of a fused (3·hidden, hidden) matrix.
 
-        Raises ValueError where rows or bytes do not divide, and for quantised values, whose scales need not divide.
+        Raises ValueError where the tensor ends before, for a piece of a piece, a dtype whose elements share bytes, and for quantised
+        values, whose scales need not divide.
         """
-        step, rest = divmod(self.end - self.begin, blocks)
-        if self.index is not None or self.quantisation is not None or rest or self.shape[0] % blocks or not 0 <= index < blocks:
+        total, count = prod(self.shape), prod(shape)
+        step, rest = divmod(self.end - self.begin, max(total, 1))
+        if self.index is not None or self.start is not None or rest or start < 0 or start + count > total:
+            raise ValueError(f"{self.name!r} of shape {self.shape} has no {shape} at entry {start}")
+        if self.quantisation is not None:
+            raise ValueError(f"{self.name!r} is quantised: its scales are not taken apart")
+        begin = self.begin + start * step
+        return msgspec.structs.replace(self, shape=shape, begin=begin, end=begin + count * step, start=start)
+
+    def block(self, index: int, blocks: int) -> TensorSource:
+        """Block ``index`` of ``blocks`` equal blocks of rows. Raises ValueError where rows do not divide, and as :meth:`run`."""
+        if self.shape[0] % blocks or not 0 <= index < blocks:
             raise ValueError(f"{self.name!r} of shape {self.shape} has no block {index} of {blocks}")
         shape = (self.shape[0] // blocks, *self.shape[1:])
-        begin = self.begin + index * step
-        return msgspec.structs.replace(self, shape=shape, begin=begin, end=begin + step, index=index, blocks=blocks)
+        return self.run(index * prod(shape), shape)
+
+    def in_order(self, order: tuple[tuple[int, int], ...]) -> TensorSource:
+        """The same with its rows in another order: as nested counters of (size, stride) count through them, the slowest first."""
+        return msgspec.structs.replace(self, order=order)
 
     def is_of(self, whole: TensorSource) -> bool:
-        """True when this is ``whole``, or one of its pieces."""
+        """True when this is ``whole``, or one of its pieces, its rows in whichever order."""
+        own = msgspec.structs.replace(self, order=None)
         try:
-            if self.index is None:
-                return self == whole
-            return self == (whole.part(self.index) if self.blocks is None else whole.block(self.index, self.blocks))
+            if self.index is not None:
+                return own == whole.part(self.index)
+            return own == (whole if self.start is None else whole.run(self.start, self.shape))
         except (ValueError, IndexError):
             return False
 
