@@ -23,7 +23,7 @@ from svdbank.checkpoint.quantised.dequantisation import dequantise
 from svdbank.checkpoint.quantised.quantisation import full_precision, refuse_unreadable, with_values
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
-from svdbank.core.specs import SourceFile, TensorSource, WeightSpec
+from svdbank.core.specs import SourceFile, TensorSource, WeightSpec, rows_in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,8 @@ class Checkpoint:
     _open: dict[str, WeightBytes] = field(repr=False)
     #: How files that are on the Hub and not on this disk are had; None where all are here.
     remote: Remote | None = field(default=None, repr=False)
+    #: What was worked out of all this, by those who did, so that it is done once.
+    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, spec: WeightSpec) -> Tensor:
         """The matrix (out, in) of ``spec`` in its stored dtype; for ``transpose`` a view of what is stored.
@@ -122,12 +124,22 @@ class Checkpoint:
             )
         if source.dtype not in FLOATING:
             raise CheckpointError(f"{self.name}: {source.name!r} is stored as {source.dtype}; its values need dequantising")
+        if source.order is not None:
+            return self._reordered(source, digest, out)
         if source.quantisation is not None:
             return self._dequantised(source, digest, out)
         if out is None:
             out = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
         self._open[source.file].read_into(out.reshape(-1).view(torch.uint8).numpy().data, source.begin, digest)
         return out
+
+    def _reordered(self, source: TensorSource, digest: Any | None, out: Tensor | None) -> Tensor:
+        import torch
+
+        assert source.order is not None
+        values = self.read_tensor(source.in_order(None), digest)
+        rows = torch.tensor(rows_in_order(source.order))
+        return torch.index_select(values, 0, rows, out=out) if out is not None else values[rows]
 
     def _dequantised(self, source: TensorSource, digest: Any | None, out: Tensor | None) -> Tensor:
         import torch

@@ -123,7 +123,7 @@ class TensorSource(Struct, frozen=True):
         )
 
     def run(self, start: int, shape: tuple[int, ...]) -> TensorSource:
-        """The entries from ``start`` on, in row-major order, as a tensor of ``shape``: e.g. the queries of a fused (3·hidden, hidden) matrix.
+        """The entries from ``start`` on, in row-major order, as a tensor of ``shape``: e.g. the queries of a fused matrix.
 
         Raises ValueError where the tensor ends before, for a piece of a piece, a dtype whose elements share bytes, and for quantised
         values, whose scales need not divide.
@@ -144,8 +144,8 @@ class TensorSource(Struct, frozen=True):
         shape = (self.shape[0] // blocks, *self.shape[1:])
         return self.run(index * prod(shape), shape)
 
-    def in_order(self, order: tuple[tuple[int, int], ...]) -> TensorSource:
-        """The same with its rows in another order: as nested counters of (size, stride) count through them, the slowest first."""
+    def in_order(self, order: tuple[tuple[int, int], ...] | None) -> TensorSource:
+        """The same with its rows in another order, see :func:`rows_in_order`; None: as they are stored."""
         return msgspec.structs.replace(self, order=order)
 
     def is_of(self, whole: TensorSource) -> bool:
@@ -157,6 +157,14 @@ class TensorSource(Struct, frozen=True):
             return own == (whole if self.start is None else whole.run(self.start, self.shape))
         except (ValueError, IndexError):
             return False
+
+
+def rows_in_order(order: tuple[tuple[int, int], ...]) -> list[int]:
+    """The stored rows in the order in which nested counters of (size, stride), the slowest first, count through them."""
+    rows = [0]
+    for size, stride in order:
+        rows = [row + i * stride for row in rows for i in range(size)]
+    return rows
 
 
 class WeightSpec(Struct, frozen=True):

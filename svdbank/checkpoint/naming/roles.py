@@ -13,7 +13,7 @@ from typing import Literal
 
 from svdbank.checkpoint.configuration import ModelFacts
 from svdbank.checkpoint.dtypes import FLOATING
-from svdbank.checkpoint.naming.correspondence import Parameter, architecture_of, is_listed
+from svdbank.checkpoint.naming.correspondence import Parameter, is_listed
 
 Kind = Literal["linear", "embedding", "head", "router"]
 
@@ -114,8 +114,8 @@ def _kind(
     return "linear"
 
 
-def tied_head(about: ModelFacts, matrices: Iterable[tuple[Role, Parameter]]) -> tuple[str, Parameter] | None:
-    """(module of the head, its embedding's parameter) when the head shares the embedding's tensor and has none of its own.
+def tied_head(about: ModelFacts, matrices: Iterable[tuple[Role, Parameter]], head: str) -> tuple[str, Parameter] | None:
+    """(``head``, the module, its embedding's parameter) when the head shares the embedding's tensor and has none of its own.
 
     Without ``tie_word_embeddings`` in the configuration, a language model that brings no head is a tied one: it could not be loaded
     otherwise.
@@ -135,4 +135,4 @@ def tied_head(about: ModelFacts, matrices: Iterable[tuple[Role, Parameter]]) -> 
             ranked.append((not of_vocabulary, TOKEN_EMBEDDINGS.index(own), role.module.count("."), number))
     if not ranked:
         return None
-    return architecture_of(about).head, matrices[min(ranked)[3]][1]
+    return head, matrices[min(ranked)[3]][1]

@@ -6,10 +6,10 @@ import difflib
 from collections import Counter
 from collections.abc import Sequence
 
-from svdbank.checkpoint.configuration import facts
-from svdbank.checkpoint.naming.correspondence import Parameter, correspondence
+from svdbank.checkpoint.naming.correspondence import Parameter
 from svdbank.checkpoint.naming.families import natural, with_families
-from svdbank.checkpoint.naming.roles import Kind, Role, role_of, tied_head
+from svdbank.checkpoint.naming.matrices import matrices
+from svdbank.checkpoint.naming.roles import Kind, Role
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, Targets, parse_targets
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError
@@ -26,30 +26,20 @@ def decomposable(checkpoint: Checkpoint, targets: Sequence[str] = (ALL_LINEAR,))
     """The weights that ``targets`` select, and every other tensor with the reason why it is left out.
 
     ``targets`` speaks PEFT's language: ``all-linear`` (every linear weight, without embeddings, output head and routers), names
-    that match the end of a module path, or one regular expression that matches a whole module path. Names may stand beside
-    ``all-linear``: they then add to it.
+    that match the end of a module path, or one regular expression that matches a whole module path. Names may stand
+    beside ``all-linear``: they then add to it.
 
     Specs are sorted by (family, layer, expert, name); (out, in) is the orientation of PEFT's own SVD, so an embedding is
     (hidden, vocabulary). Raises OptionError if a target matches nothing that can be decomposed, CheckpointError if
     ``config.json`` has a key of the wrong type.
     """
     wanted = parse_targets(targets)
-    about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
-    found = correspondence(checkpoint.tensors, about)
-    experts_under = {name.partition(".experts.")[0] for name in found.names.values() if ".experts." in name}
-    matrices: list[tuple[Role, Parameter]] = []
-    reasons = dict(found.incomplete)
-    for parameter in found.parameters:
-        role = role_of(parameter, about, experts_under)
-        if isinstance(role, Role):
-            matrices.append((role, parameter))
-        else:
-            reasons.update((source.name, role) for source in parameter.sources)
-    candidates = [_spec(role, parameter) for role, parameter in matrices]
-    kinds = {role.module: role.kind for role, _ in matrices}
-    tied = tied_head(about, matrices)
-    if tied is not None:
-        module, embedding = tied
+    found = matrices(checkpoint)
+    reasons = dict(found.reasons)
+    candidates = [_spec(role, parameter) for role, parameter in found.found]
+    kinds = {role.module: role.kind for role, _ in found.found}
+    if found.tied is not None:
+        module, embedding = found.tied
         kinds[module] = "head"
         candidates.append(_spec(Role(module, "head", transposed=False), embedding))
     candidates = with_families(candidates)
@@ -59,7 +49,7 @@ def decomposable(checkpoint: Checkpoint, targets: Sequence[str] = (ALL_LINEAR,))
     unfit = {found.names[name]: reason for name, reason in reasons.items()}
     _refuse_unmatched(checkpoint, wanted, targets, candidates, chosen, unfit)
     used = {source.name for spec in chosen for source in spec.sources}
-    for role, parameter in matrices:
+    for role, parameter in found.found:
         for source in parameter.sources:
             if source.name not in used:
                 reasons[source.name] = _ON_REQUEST.get(role.kind, "not targeted") if wanted.all_linear else "not targeted"

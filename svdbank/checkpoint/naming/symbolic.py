@@ -183,7 +183,7 @@ class Traced(torch.Tensor):
     @staticmethod
     def of(places: Places) -> Traced:
         """A tensor of these places."""
-        made: Traced = torch.Tensor._make_subclass(Traced, torch.empty(places.shape, device="meta"))  # type: ignore[attr-defined]
+        made: Traced = torch.Tensor._make_subclass(Traced, torch.empty(places.shape, device="meta"))
         made.places = places
         return made
 
@@ -289,10 +289,6 @@ def _item(tensor: Traced, key: Any) -> Traced:
             raise NotTracedError("a slice with a step")
         places, axis = cut(places, axis, start, stop), axis + 1
     return Traced.of(places)
-
-
-def _mT(tensor: Traced) -> Traced:
-    return _transpose(tensor, -2, -1)
 
 
 _RULES: dict[str, Callable[..., Any]] = {

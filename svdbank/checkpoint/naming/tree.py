@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdbank.checkpoint.configuration import ModelFacts
+from svdbank.checkpoint.naming.roles import Kind
 from svdbank.checkpoint.naming.symbolic import (
     NotTracedError,
     Places,
@@ -53,14 +54,14 @@ class TreeWeight:
     """
 
     module: str
-    kind: str
+    kind: Kind
     shape: tuple[int, ...]
     transposed: bool
 
 
 @dataclass
 class Made:
-    """What the stored tensors become: ``places`` by parameter, ``names`` of the parameter that each tensor goes into, and why others do not."""
+    """What stored tensors become: ``places`` by parameter, by tensor the parameter it goes into, and why others go into none."""
 
     places: dict[str, Places] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class ModuleTree:
     weights
         By the parameter's name: every 2-D and 3-D one that a bank can hold.
     tied
-        By name: the parameter that it is the same tensor as.
+        By name: the other parameters that are the same tensor.
     """
 
     def __init__(self, config: Mapping[str, Any], about: ModelFacts) -> None:
@@ -90,7 +91,7 @@ class ModuleTree:
         self._model = _made(config, about)
         self.name = type(self._model).__name__
         self.weights: dict[str, TreeWeight] = {}
-        self.tied: dict[str, str] = {}
+        self.tied: dict[str, set[str]] = defaultdict(set)
         self._walk()
 
     def _walk(self) -> None:
@@ -99,25 +100,28 @@ class ModuleTree:
 
         head = self._model.get_output_embeddings()
         modules = dict(self._model.named_modules())
-        first: dict[int, str] = {}
+        named: dict[int, set[str]] = defaultdict(set)
         for path, module in modules.items():
             for own, parameter in module.named_parameters(recurse=False):
                 name = f"{path}.{own}" if path else own
-                same = first.setdefault(id(parameter), name)
-                if same != name:
-                    self.tied[name] = same
+                named[id(parameter)].add(name)
                 parent, _, last = path.rpartition(".")
                 shape = tuple(parameter.shape)
-                if own == "weight" and isinstance(module, nn.Linear):
+                if len(shape) == 2 and own == "weight" and isinstance(module, nn.Linear):
                     self.weights[name] = TreeWeight(path, "head" if module is head else "linear", shape, False)
                 elif own == "weight" and isinstance(module, Conv1D):
                     self.weights[name] = TreeWeight(path, "linear", shape, True)
                 elif own == "weight" and isinstance(module, nn.Embedding):
                     self.weights[name] = TreeWeight(path, "embedding", shape, True)
                 elif len(shape) == 3 and last == "experts":
-                    self.weights[name] = TreeWeight(name, "linear", shape, bool(getattr(module, "is_transposed", False)))
+                    self.weights[name] = TreeWeight(name, "linear", shape, _is_in_out(module))
                 elif own == "weight" and len(shape) == 2 and _is_router(parent, last, modules):
                     self.weights[name] = TreeWeight(path, "router", shape, False)
+
+        pairs = ({name, of} for name, of in getattr(self._model, "all_tied_weights_keys", {}).items())
+        for same in (*named.values(), *pairs):
+            for name in same:
+                self.tied[name] |= same - {name}
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Every parameter and buffer that can be stored, with its shape."""
@@ -150,9 +154,13 @@ class ModuleTree:
             try:
                 self._convert(target, patterns, by_pattern, tensors, made)
             except NotTracedError as cause:
-                made.reasons.update(dict.fromkeys(sources, f"made into {target} by an operation that is not understood: {cause}"))
+                made.reasons.update(
+                    dict.fromkeys(sources, f"made into {target} by an operation that is not understood: {cause}")
+                )
             except Exception as cause:
-                made.reasons.update(dict.fromkeys(sources, f"Transformers cannot make {target} of it: {type(cause).__name__}: {cause}"))
+                made.reasons.update(
+                    dict.fromkeys(sources, f"Transformers cannot make {target} of it: {type(cause).__name__}: {cause}")
+                )
         return made
 
     def _convert(
@@ -199,6 +207,19 @@ class ModuleTree:
 def _is_router(parent: str, own: str, modules: Mapping[str, Any]) -> bool:
     """True for a bare ``weight`` of a ``gate`` or ``router`` beside ``experts``: what was a linear module in older Transformers."""
     return own in ("gate", "router") and f"{parent}.experts" in modules
+
+
+def _is_in_out(experts: Any) -> bool:
+    """True where the stacked parameters of ``experts`` are (experts, in, out): said by the module, else seen from their shapes."""
+    said = getattr(experts, "is_transposed", None)
+    if said is not None:
+        return bool(said)
+    shapes = {name: tuple(value.shape) for name, value in experts.named_parameters(recurse=False) if value.dim() == 3}
+    up, down = shapes.get("gate_up_proj"), shapes.get("down_proj")
+    if up is None or down is None:
+        return False
+    hidden, inner = up[1], down[1]
+    return bool(up[2] == 2 * inner and down[2] == hidden)
 
 
 def _made(config: Mapping[str, Any], about: ModelFacts) -> Any:
@@ -248,7 +269,9 @@ def _class_of(about: ModelFacts, settings: Any) -> Any:
         if type(settings) in mapping:
             kind = mapping[type(settings)]
             return kind[0] if isinstance(kind, tuple) else kind
-    raise UnknownModelError(f"Transformers {transformers.__version__} has no class {' or '.join(about.architectures) or 'for it'}")
+    raise UnknownModelError(
+        f"Transformers {transformers.__version__} has no class {' or '.join(about.architectures) or 'for it'}"
+    )
 
 
 def _passed(value: Any) -> Any:
@@ -306,6 +329,11 @@ def matrix_of(places: Places, tensors: Mapping[str, TensorSource], *, transposed
     return Matrix(tuple(source for source, _ in read), False)
 
 
+def is_whole(places: Places, tensors: Mapping[str, TensorSource]) -> bool:
+    """True where the entries are those of one stored tensor as it is."""
+    return isinstance(places, View) and places == stored(places.source, tensors[places.source].shape)
+
+
 def expert_of(places: Places, expert: int) -> Places:
     """Slice ``expert`` of a (experts, …) parameter."""
     return without_axis(cut(places, 0, expert, expert + 1), 0)
@@ -356,4 +384,3 @@ def _run(whole: TensorSource, offset: int, shape: tuple[int, int]) -> TensorSour
         return whole.run(offset, shape)
     except ValueError as cause:
         raise NotTracedError(str(cause)) from cause
-

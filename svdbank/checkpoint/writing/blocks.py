@@ -83,8 +83,10 @@ def copied(file: str, begin: int, end: int) -> Iterator[Block]:
 
 
 def cut(source: TensorSource, piece: Piece | None = None) -> Iterator[Block]:
-    """Blocks of whole rows of a stored tensor or part; one alone where it is quantised, since scales belong to more than a row."""
-    if source.quantisation is not None or not source.shape:
+    """Blocks of whole rows of a stored tensor or part; one alone where it is quantised, since scales belong to more than a
+    row, and where its rows are read in another order.
+    """
+    if source.quantisation is not None or source.order is not None or not source.shape:
         yield Block(source.file, source.begin, source.end, source, source.shape, piece=piece)
         return
     rows = source.shape[0]

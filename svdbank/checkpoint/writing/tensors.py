@@ -27,7 +27,7 @@ from svdbank.checkpoint.writing.companions import carry
 from svdbank.core import disk
 from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.folders import appearing
-from svdbank.core.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec, ignore_progress
+from svdbank.core.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec, ignore_progress, rows_in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -240,16 +240,30 @@ class _Job:
     def _values(self, file: str) -> Iterator[Block]:
         """The values of every tensor of a file, for another dtype."""
         for tensor in self._tensors(file):
-            changed = {piece.source.index: piece for piece in self.pieces.get(tensor.name, ())}
             if tensor.dtype not in FLOATING:
                 yield from copied(file, tensor.begin, tensor.end)
-            elif None in changed or not changed:
-                yield from cut(tensor, changed.get(None))
-            else:
-                blocks = next(iter(changed.values())).source.blocks
-                for index in range(blocks or tensor.shape[0]):
-                    part = tensor.block(index, blocks) if blocks else tensor.part(index)
-                    yield from cut(part, changed.get(index))
+                continue
+            if tensor.quantisation is not None:
+                yield from self._quantised_values(tensor)
+                continue
+            width = (tensor.end - tensor.begin) // max(1, prod(tensor.shape))
+            position = tensor.begin
+            for piece in (*self.pieces.get(tensor.name, ()), None):
+                until = tensor.end if piece is None else piece.source.begin
+                if until > position:
+                    between = (position - tensor.begin) // width
+                    yield from cut(tensor.run(between, ((until - position) // width,)) if between or piece else tensor)
+                if piece is not None:
+                    yield from cut(piece.source, piece)
+                    position = piece.source.end
+
+    def _quantised_values(self, tensor: TensorSource) -> Iterator[Block]:
+        changed = {piece.source.index: piece for piece in self.pieces.get(tensor.name, ())}
+        if None in changed or not changed:
+            yield from cut(tensor, changed.get(None))
+            return
+        for index in range(tensor.shape[0]):
+            yield from cut(tensor.part(index), changed.get(index))
 
     def _tensors(self, file: str) -> list[TensorSource]:
         return sorted((s for s in self.checkpoint.tensors.values() if s.file == file), key=lambda s: s.begin)
@@ -288,11 +302,18 @@ class _Job:
         return _Made(_view(made), _view(values) if hashed and digest is None else None, digest)
 
     def _changed(self, block: Block, values: Tensor) -> Tensor:
+        import torch
+
         if block.piece is None:
             return values
         rows, columns = block.place
+        order = None if block.source is None or block.source.order is None else rows_in_order(block.source.order)
+        if order is not None:
+            values = values[order]
         edited = self.edit(block.piece.spec, values.mT if block.turned else values, rows, columns)
         edited = edited.mT if block.turned else edited
+        if order is not None:
+            edited = edited.new_empty(edited.shape).index_copy_(0, torch.tensor(order), edited)
         if edited.shape != values.shape:
             raise ValueError(f"{block.piece.spec.name}: an edit made {tuple(edited.shape)} of {tuple(values.shape)}")
         return edited
