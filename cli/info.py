@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, dequantised, size, table
 
 if TYPE_CHECKING:
-    from svdbank.building.checking import BankInfo
+    from svdbank.verbs.info import BankInfo
 
 
 @click.command("info", short_help="Describe a BANK: what it holds and how exact it is.")

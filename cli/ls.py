@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size, table
 
 if TYPE_CHECKING:
-    from svdbank.cache import BankSummary
+    from svdbank.verbs.ls import BankSummary
 
 
 @click.command("ls", short_help="List the banks in the cache.")

@@ -11,7 +11,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, size
 
 if TYPE_CHECKING:
-    from svdbank.building.checking import VerifyReport
+    from svdbank.verbs.verify import VerifyReport
 
 
 @click.command("verify", short_help="Check a BANK against its records, or against its model.")

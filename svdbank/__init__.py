@@ -31,12 +31,8 @@ if TYPE_CHECKING:
     from svdbank.adapter.writing import write_adapter as write_adapter
     from svdbank.bank.reading import Bank as Bank
     from svdbank.bank.reading import StoredBasis as StoredBasis
-    from svdbank.building.checking import info as info
-    from svdbank.building.checking import verify as verify
     from svdbank.building.planning import plan as plan
-    from svdbank.cache import ls as ls
     from svdbank.cache import open as open
-    from svdbank.cache import rm as rm
     from svdbank.core.basis import Basis as Basis
     from svdbank.core.basis import Certificate as Certificate
     from svdbank.core.specs import Progress as Progress
@@ -48,10 +44,14 @@ if TYPE_CHECKING:
     from svdbank.verbs.eval import eval as eval
     from svdbank.verbs.export import export as export
     from svdbank.verbs.fuse import fuse as fuse
+    from svdbank.verbs.info import info as info
     from svdbank.verbs.init import init as init
+    from svdbank.verbs.ls import ls as ls
     from svdbank.verbs.merge import merge as merge
+    from svdbank.verbs.rm import rm as rm
     from svdbank.verbs.stack import stack as stack
     from svdbank.verbs.train import train as train
+    from svdbank.verbs.verify import verify as verify
 
 # Where each public name lives. Loaded on first use, so that `import svdbank` costs no torch and no zarr.
 _LAZY = {
@@ -69,17 +69,17 @@ _LAZY = {
     "export": "svdbank.verbs.export",
     "extract": "svdbank.fusion.difference",
     "fuse": "svdbank.verbs.fuse",
-    "info": "svdbank.building.checking",
+    "info": "svdbank.verbs.info",
     "init": "svdbank.verbs.init",
-    "ls": "svdbank.cache",
+    "ls": "svdbank.verbs.ls",
     "merge": "svdbank.verbs.merge",
     "open": "svdbank.cache",
     "plan": "svdbank.building.planning",
     "read_adapter": "svdbank.adapter.reading",
-    "rm": "svdbank.cache",
+    "rm": "svdbank.verbs.rm",
     "stack": "svdbank.verbs.stack",
     "train": "svdbank.verbs.train",
-    "verify": "svdbank.building.checking",
+    "verify": "svdbank.verbs.verify",
     "write_adapter": "svdbank.adapter.writing",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -23,27 +24,13 @@ from svdbank.core.errors import (
     SvdbankError,
     WrongBaseError,
 )
-from svdbank.core.specs import BuildOptions, Plan, Struct, from_json
+from svdbank.core.specs import BuildOptions, Plan, from_json
 
 if TYPE_CHECKING:
     from svdbank.checkpoint import Checkpoint
 
 #: A folder's name may have 255 bytes, and twelve digits of a hash follow.
 _LONGEST_SLUG = 200
-
-
-class BankSummary(Struct, frozen=True):
-    """One bank in a listing. ``nbytes`` counts its vectors."""
-
-    path: str
-    model: str
-    revision: str | None
-    rank: int | str
-    side: str
-    dtype: str
-    weights: int
-    nbytes: int
-    complete: bool
 
 
 def home() -> Path:
@@ -71,10 +58,10 @@ def output_folder(output: str | os.PathLike[str] | None) -> Path | None:
     """The folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
     if output is None:
         return None
-    return _named(output, "leave -o out for a bank in the cache, or name a folder")
+    return named_place(output, "leave -o out for a bank in the cache, or name a folder")
 
 
-def _named(place: str | os.PathLike[str], hint: str) -> Path:
+def named_place(place: str | os.PathLike[str], hint: str) -> Path:
     """A path from outside. An empty one would mean the working folder, which nobody who passes an unset variable means."""
     if not os.fspath(place).strip():
         raise OptionError("the bank's name is empty", hint=hint)
@@ -102,7 +89,7 @@ def open(source: str | os.PathLike[str]) -> Bank:
     Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
     Raises BankNotFoundError where there is none, OptionError for an empty name.
     """
-    path = _named(source, "name a bank's folder or a model; svdbank ls shows the banks there are")
+    path = named_place(source, "name a bank's folder or a model; svdbank ls shows the banks there are")
     if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
         return open_bank(path)
     if path.exists():
@@ -111,13 +98,13 @@ def open(source: str | os.PathLike[str]) -> Bank:
         from svdbank.checkpoint import open_checkpoint
 
         with open_checkpoint(path) as checkpoint:
-            found = [_complete(folder) for folder in _folders(model_folder(checkpoint))]
+            found = [_complete(folder) for folder in bank_folders(model_folder(checkpoint))]
     else:
         name, _, revision = str(source).removeprefix("hf://").partition("@")
         commit = _commit(name, revision)
         found = [
             entry
-            for folder in _folders(home() / "banks")
+            for folder in bank_folders()
             if (entry := _complete(folder))
             and entry[1].base.name == name
             # A local model is found by its folder: its name alone could be that of another one.
@@ -192,31 +179,22 @@ def recorded_bank(source: Path, kind: str) -> Bank:
     ) from failed
 
 
-def ls() -> list[BankSummary]:
-    """The banks in the cache, complete and unfinished, by model name."""
-    summaries = [_summary(folder) for folder in _folders(home() / "banks")]
-    return sorted((s for s in summaries if s is not None), key=lambda s: (s.model, s.path))
+def remove(root: Path) -> int:
+    """Delete a bank's folder and return the bytes freed; LockedError where somebody writes into it.
 
-
-def rm(path: str | os.PathLike[str]) -> int:
-    """Delete a bank folder, finished, unfinished or damaged; returns the bytes freed.
-
-    Raises BankNotFoundError for a folder that is no bank or a link to one; nothing is touched then.
+    The folder leaves its name before anything in it goes: a build that starts meanwhile makes a new one, with a lock of its own.
     """
-    root = _named(path, "svdbank ls shows the banks there are")
-    if root.is_symlink() or not _is_bank(root):
-        why = "a link, which is not followed" if root.is_symlink() else "no bank here"
-        raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")
-    root = root.resolve()
+    aside = root.with_name(f".{secrets.token_hex(8)}{disk.TEMPORARY}")
     with disk.locked(root):
         freed = sum(file.lstat().st_size for file in root.rglob("*") if file.is_file())
         # Without its manifest it is no bank, whatever of it a crash leaves.
         disk.unlink(root / MANIFEST)
-        disk.remove_tree(root)
+        disk.replace(root, aside)
+        disk.remove_tree(aside)
     return freed
 
 
-def _is_bank(root: Path) -> bool:
+def is_bank(root: Path) -> bool:
     """True for a folder that svdbank made, however damaged: by its root metadata, or by a plan. Names of files alone prove nothing."""
     try:
         metadata = checked_metadata(read_regular(root / "zarr.json"), where=str(root))
@@ -241,7 +219,9 @@ def _commit(name: str, revision: str) -> str:
     return revision
 
 
-def _folders(folder: Path) -> list[Path]:
+def bank_folders(folder: Path | None = None) -> list[Path]:
+    """Folders of banks, finished or not, below ``folder``, by default below the cache's."""
+    folder = home() / "banks" if folder is None else folder
     marks = {
         mark.parent
         for name in (MANIFEST, "plan.json")
@@ -261,30 +241,3 @@ def _complete(folder: Path) -> tuple[Path, Manifest] | None:
 def _richness(manifest: Manifest) -> tuple[float, bool, int]:
     rank = manifest.options.rank
     return (float("inf") if rank == "all" else float(rank), manifest.options.side == "both", manifest.weights)
-
-
-def _summary(folder: Path) -> BankSummary | None:
-    try:
-        manifest = read_manifest(Folder(folder))
-    except BankNotFoundError:
-        try:
-            plan = from_json(read_regular(folder / "plan.json"), Plan, where=str(folder / "plan.json"), error=BankError)
-        except (BankError, FileNotFoundError):
-            return None
-        base, options, weights, nbytes = plan.base, plan.options, sum(len(f.weights) for f in plan.families), 0
-    except BankError:
-        # Damaged: shown, so that it can be removed.
-        return BankSummary(str(folder), "(damaged)", None, 0, "", "", 0, 0, False) if _is_bank(folder) else None
-    else:
-        base, options, weights, nbytes = manifest.base, manifest.options, manifest.weights, manifest.nbytes
-    return BankSummary(
-        path=str(folder),
-        model=base.name,
-        revision=base.revision,
-        rank=options.rank,
-        side=options.side,
-        dtype=options.dtype,
-        weights=weights,
-        nbytes=nbytes,
-        complete=(folder / MANIFEST).is_file(),
-    )

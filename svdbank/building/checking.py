@@ -1,21 +1,23 @@
-"""Is this bank what was published, and what stands in it?"""
+"""Is a bank what was published, does it fit its model, and how exact are its families?"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
-import stat
 from collections.abc import Iterator
-from pathlib import Path
 
+from svdbank.bank.files import Files, Folder
 from svdbank.bank.index import data_files
-from svdbank.bank.layout import LOG, MANIFEST, FileRecord
+from svdbank.bank.layout import LOG, MANIFEST, FamilyIndex, FileRecord
 from svdbank.bank.reading import Bank
-from svdbank.cache import open as open_source
 from svdbank.core import disk
 from svdbank.core.basis import unresolved_ranks
 from svdbank.core.errors import DamageError, WrongBaseError
-from svdbank.core.specs import Progress, ProgressCallback, Struct, quantised_formats
+from svdbank.core.specs import Progress, ProgressCallback, Struct
+
+#: Bytes hashed at a time.
+_PIECE = 8 << 20
 
 #: Worst residual, over ‖W‖_F, of a basis cast to the storage dtype: entries off by 2⁻²⁵, 2⁻¹², 2⁻⁹ of themselves move a product by at
 #: most that much of ‖W‖; the rest is room.
@@ -43,31 +45,6 @@ class FamilyInfo(Struct, frozen=True):
     tied: int = 0
 
 
-class BankInfo(Struct, frozen=True):
-    """What a bank holds. ``unresolved`` counts (weight, rank) pairs whose subspace the data do not define to 1e-6.
-
-    ``quantised`` counts the weights that the base stores as codes and scales, by format; the bank describes their values. ``tied`` maps
-    the weights that share a decomposition, sides exchanged, to the weight that it is stored of: an output head to its embedding.
-    """
-
-    path: str
-    model: str
-    revision: str | None
-    base_digest: str
-    format: int
-    rank: int | str
-    side: str
-    dtype: str
-    weights: int
-    nbytes: int
-    families: tuple[FamilyInfo, ...]
-    paths: dict[str, int]
-    fallbacks: dict[str, tuple[str, ...]]
-    unresolved: int
-    quantised: dict[str, int]
-    tied: dict[str, str]
-
-
 class Damage(Struct, frozen=True):
     """One thing that is not as published."""
 
@@ -75,126 +52,56 @@ class Damage(Struct, frozen=True):
     what: str
 
 
-class VerifyReport(Struct, frozen=True):
-    """Outcome of a verification. ``sound`` is the verdict, ``next`` the command that helps when it is not.
+class Examination(Struct, frozen=True):
+    """What :func:`examine` found: how many files of how many bytes are recorded, what is not as published, and what nothing records."""
 
-    ``unrecorded`` are files that belong to no published part of the bank; no reader opens them.
-    """
-
-    path: str
-    level: str
     files: int
     nbytes: int
-    weights: int
     damage: tuple[Damage, ...]
     unrecorded: tuple[str, ...]
-    sound: bool
-    next: str | None
 
 
-def info(source: str | os.PathLike[str]) -> BankInfo:
-    """Describe a bank, or the cached bank of a model, from its index. Errors as :func:`svdbank.open`."""
-    bank = open_source(source)
-    families, paths, fallbacks = [], dict[str, int](), dict[str, tuple[str, ...]]()
-    tied = {alias.name: alias.of for alias in bank.index.aliases}
-    for family in bank.index.families:
-        certificates = [weight.certificate for weight in family.weights]
-        sigma: list[list[float]] = bank.coordinate(family.spec.name, "sigma").tolist()  # type: ignore[assignment]
-        families.append(
-            FamilyInfo(
-                name=family.spec.name,
-                kind=family.spec.kind,
-                weights=len(family.weights),
-                out_features=family.spec.out_features,
-                in_features=family.spec.in_features,
-                rank=family.spec.rank,
-                residual=max(c.residual for c in certificates),
-                orthogonality=max(c.orthogonality for c in certificates),
-                condition=max((c.sigma_max / c.sigma_min if c.sigma_min > 0 else float("inf")) for c in certificates),
-                sigma_min=min(c.sigma_min for c in certificates),
-                sigma_max=max(c.sigma_max for c in certificates),
-                unresolved=sum(
-                    len(unresolved_ranks(values, weight.certificate.sigma_next, weight.certificate.sigma_max))
-                    for values, weight in zip(sigma, family.weights, strict=True)
-                ),
-                tied=sum(of in family.spec.weights for of in tied.values()),
-            )
-        )
-        for weight in family.weights:
-            paths[weight.certificate.path] = paths.get(weight.certificate.path, 0) + 1
-            if weight.certificate.tried:
-                fallbacks[weight.name] = weight.certificate.tried
-    manifest = bank.manifest
-    return BankInfo(
-        path=str(bank.path),
-        model=manifest.base.name,
-        revision=manifest.base.revision,
-        base_digest=manifest.base_digest,
-        format=manifest.format,
-        rank=manifest.options.rank,
-        side=manifest.options.side,
-        dtype=manifest.options.dtype,
-        weights=len(bank),
-        nbytes=manifest.nbytes,
-        families=tuple(families),
-        paths=paths,
-        fallbacks=fallbacks,
-        unresolved=sum(family.unresolved for family in families),
-        quantised=quantised_formats(bank[name].dtype for name in bank),
-        tied=tied,
+def family_info(bank: Bank, family: FamilyIndex) -> FamilyInfo:
+    """Worst figures and ranges of a family's certificates; DamageError where its σ are not as published."""
+    spec = family.spec
+    certificates = [weight.certificate for weight in family.weights]
+    sigma: list[list[float]] = bank.coordinate(spec.name, "sigma").tolist()  # type: ignore[assignment]
+    return FamilyInfo(
+        name=spec.name,
+        kind=spec.kind,
+        weights=len(family.weights),
+        out_features=spec.out_features,
+        in_features=spec.in_features,
+        rank=spec.rank,
+        residual=max(c.residual for c in certificates),
+        orthogonality=max(c.orthogonality for c in certificates),
+        condition=max((c.sigma_max / c.sigma_min if c.sigma_min > 0 else float("inf")) for c in certificates),
+        sigma_min=min(c.sigma_min for c in certificates),
+        sigma_max=max(c.sigma_max for c in certificates),
+        unresolved=sum(
+            len(unresolved_ranks(values, c.sigma_next, c.sigma_max)) for values, c in zip(sigma, certificates, strict=True)
+        ),
+        tied=sum(alias.of in spec.weights for alias in bank.index.aliases),
     )
 
 
-def verify(
-    source: str | os.PathLike[str],
-    *,
-    data: bool = False,
-    model: str | os.PathLike[str] | None = None,
-    progress: ProgressCallback | None = None,
-) -> VerifyReport:
-    """Check a bank against its own records and, with ``model``, against the weights it was made from.
-
-    The default looks at every file's presence and size and at all metadata. ``data`` hashes every byte. ``model`` reads each
-    weight, compares its hash, and measures the residual of the stored basis (a few products, no SVD).
-
-    Damage is in the report, not an exception; errors are those of :func:`svdbank.open` (a bank without manifest or with an unknown
-    format), of opening the model, and WrongBaseError for a model that the bank was not built from.
-    """
-    bank: Bank | None = None
+def examine(bank: Bank, *, data: bool = False, progress: ProgressCallback | None = None) -> Examination:
+    """Every recorded file's presence and size, and the bytes of all metadata; with ``data`` the bytes of every file."""
     damage: list[Damage] = []
-    unrecorded: list[str] = []
-    files = nbytes = 0
-    try:
-        bank = open_source(source)
-    except DamageError as error:
-        damage.append(Damage(MANIFEST, str(error)))
-    if bank is not None:
-        recorded = dict(_recorded(bank))
-        for done, (name, record) in enumerate(recorded.items()):
-            whole = data or "/c/" not in name or record.chunk_bytes == 0
-            damage += _examine(bank.path, name, record, hashed=whole)
-            files += 1
-            nbytes += record.size
-            if progress is not None and whole:
-                progress(Progress("verify", done + 1, len(recorded), "files", name))
-        unrecorded, irregular = _unrecorded(bank.path, set(recorded))
-        damage += irregular
-        if model is not None and not damage:
-            damage += _against_model(bank, model, progress)
-    path = str(bank.path) if bank is not None else os.fspath(source)
-    return VerifyReport(
-        path=path,
-        level="source" if model is not None else "data" if data else "structure",
-        files=files,
-        nbytes=nbytes,
-        weights=0 if bank is None else len(bank),
-        damage=tuple(damage),
-        unrecorded=tuple(unrecorded),
-        sound=not damage,
-        next=None
-        if not damage
-        else f"svdbank rm {shlex.quote(path)}, then svdbank build MODEL -o {shlex.quote(path)}{_same_options(bank)}",
-    )
+    recorded = dict(_recorded(bank))
+    for done, (name, record) in enumerate(recorded.items()):
+        hashed = data or "/c/" not in name or record.chunk_bytes == 0
+        damage += _examine_file(bank, name, record, hashed=hashed)
+        if progress is not None and hashed:
+            progress(Progress("verify", done + 1, len(recorded), "files", name))
+    unrecorded, irregular = _unrecorded(Folder(bank.path), set(recorded))
+    nbytes = sum(record.size for record in recorded.values())
+    return Examination(len(recorded), nbytes, (*damage, *irregular), tuple(unrecorded))
+
+
+def rebuild_command(path: str, bank: Bank | None) -> str:
+    """The commands that put a damaged bank in order: delete it, and build it again with its options, where they can be read."""
+    return f"svdbank rm {shlex.quote(path)}, then svdbank build MODEL -o {shlex.quote(path)}{_same_options(bank)}"
 
 
 def _same_options(bank: Bank | None) -> str:
@@ -218,46 +125,46 @@ def _recorded(bank: Bank) -> Iterator[tuple[str, FileRecord]]:
         yield from data_files(family)
 
 
-def _examine(root: Path, name: str, record: FileRecord, *, hashed: bool) -> Iterator[Damage]:
-    path = disk.safe_join(root, name, error=DamageError)
+def _examine_file(bank: Bank, name: str, record: FileRecord, *, hashed: bool) -> Iterator[Damage]:
+    disk.safe_join(bank.path, name, error=DamageError)
     try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+        size = bank.files.size(name)
+        if size != record.size:
+            yield Damage(name, f"{size} bytes, recorded were {record.size}")
+        elif hashed and _sha256(bank.files, name, size) != record.sha256:
+            yield Damage(name, "not the bytes that were published")
+    except FileNotFoundError:
         yield Damage(name, "missing")
-        return
-    if not stat.S_ISREG(status.st_mode):
-        yield Damage(name, "not a regular file")
-    elif status.st_size != record.size:
-        yield Damage(name, f"{status.st_size} bytes, recorded were {record.size}")
-    elif hashed and disk.sha256_file(path) != record.sha256:
-        yield Damage(name, "not the bytes that were published")
+    except DamageError as error:
+        yield Damage(name, str(error).removeprefix(f"{bank.files.place}/{name}: "))
 
 
-def _unrecorded(root: Path, recorded: set[str]) -> tuple[list[str], list[Damage]]:
+def _sha256(files: Files, name: str, size: int) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, size, _PIECE):
+        digest.update(files.read_many([(name, start, min(start + _PIECE, size))])[0])
+    return digest.hexdigest()
+
+
+def _unrecorded(folder: Folder, recorded: set[str]) -> tuple[list[str], list[Damage]]:
     """Files in a bank that nothing records, and links or other things that may not be there at all.
 
-    No reader ever opens an unrecorded file; a build or extension under way leaves them. The log,
-    and names that begin with a dot at the top (locks, version control), are ordinary.
+    No reader ever opens an unrecorded file; a build or extension under way leaves them. The manifest, the log and a README
+    are ordinary.
     """
-    found: list[str] = []
+    unrecorded: list[str] = []
     damage: list[Damage] = []
-    for folder, folders, names in os.walk(root):
-        if Path(folder) == root:
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            names = [name for name in names if not name.startswith(".") and name not in (MANIFEST, LOG, "README.md")]
-        for name in (*names, *folders):
-            path = Path(folder, name)
-            relative = path.relative_to(root).as_posix()
-            mode = path.lstat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                if relative not in recorded:
-                    damage.append(Damage(relative, "not a regular file or folder"))
-            elif stat.S_ISREG(mode) and relative not in recorded:
-                found.append(relative)
-    return sorted(found), damage
+    for name, is_regular in folder.names():
+        if name in recorded or name in (MANIFEST, LOG, "README.md"):
+            continue
+        if is_regular:
+            unrecorded.append(name)
+        else:
+            damage.append(Damage(name, "not a regular file or folder"))
+    return sorted(unrecorded), damage
 
 
-def _against_model(bank: Bank, model: str | os.PathLike[str], progress: ProgressCallback | None) -> Iterator[Damage]:
+def compare_with_model(bank: Bank, model: str | os.PathLike[str], progress: ProgressCallback | None) -> Iterator[Damage]:
     """Hashes of the base's weights, and the residual of each stored basis against its weight."""
     from svdbank.checkpoint import decomposable, open_checkpoint
     from svdbank.solver import residual_check

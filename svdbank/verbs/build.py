@@ -15,7 +15,7 @@ from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import MANIFEST, plan_name
 from svdbank.bank.reading import Bank, open_bank
 from svdbank.bank.writing import clean
-from svdbank.building.checking import verify
+from svdbank.building.checking import examine, rebuild_command
 from svdbank.building.devices import working_device
 from svdbank.building.execution import Execution
 from svdbank.building.fetching import Fetch, FetchReport, checked_fetch, gigabytes
@@ -133,7 +133,7 @@ def build(
             if published is not None:
                 refuse_other_options(root, published.options, options)
                 earlier = open_bank(root)
-                _refuse_damaged(root)
+                _refuse_damaged(earlier)
                 known = _known_weights(checkpoint, earlier, weights)
                 same_bytes = run.check_base(earlier, known)
                 weights = [weight for weight in weights if weight.name not in earlier]
@@ -227,12 +227,13 @@ def _frozen_plan(path: Path, plan: Plan) -> Plan:
     return frozen
 
 
-def _refuse_damaged(root: Path) -> None:
+def _refuse_damaged(bank: Bank) -> None:
     """A published bank is reused or extended only if its files are there, whole by size, with their metadata as published."""
-    report = verify(root)
-    if not report.sound:
-        first = report.damage[0]
-        raise DamageError(f"{root} is damaged: {first.file}: {first.what} ({len(report.damage)} in all)", hint=report.next)
+    if damage := examine(bank).damage:
+        first, path = damage[0], str(bank.path)
+        raise DamageError(
+            f"{path} is damaged: {first.file}: {first.what} ({len(damage)} in all)", hint=rebuild_command(path, bank)
+        )
 
 
 def _refuse_full_disk(root: Path, plan: Plan) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import svdbank
 from svdbank.core import disk
 from svdbank.core.errors import LockedError
+from tests.building.small import write_small_checkpoint
 
 # Adds 1 to a number in a file, in steps that another process inside the lock would spoil, as often as it is told.
 _COUNTING = """
@@ -52,3 +54,28 @@ def test_a_folder_made_anew_by_another_keeps_the_others_lock(tmp_path: Path) -> 
         pass
     second.__exit__(None, None, None)
     assert not list(folder.glob(".lock*"))
+
+
+def test_a_build_that_starts_while_its_folder_is_deleted_keeps_what_it_writes(minilm: Path, tmp_path: Path) -> None:
+    """The old bank leaves its name first: whoever locks the place from then on stands in a folder that stays."""
+    model, place = write_small_checkpoint(tmp_path / "model", minilm), tmp_path / "bank"
+    svdbank.build(model, place, rank=2)
+    moments: list[str] = []
+
+    def begin(operation: str, _: Path) -> None:
+        if operation == "rmtree" and not moments:
+            moments.append(operation)
+            svdbank.build(model, place, rank=3)
+
+    with disk.observe(begin):
+        svdbank.rm(place)
+    assert moments and svdbank.open(place).rank == 3
+    assert svdbank.verify(place, data=True).sound
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bank", "model"]
+
+
+def test_a_bank_that_is_being_written_is_not_deleted(minilm: Path, tmp_path: Path) -> None:
+    bank = svdbank.build(write_small_checkpoint(tmp_path / "model", minilm), tmp_path / "bank", rank=2)
+    with disk.locked(bank.path), pytest.raises(LockedError):
+        svdbank.rm(bank.path)
+    assert svdbank.verify(bank.path, data=True).sound

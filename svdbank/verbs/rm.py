@@ -1,0 +1,21 @@
+"""``rm``: delete a bank."""
+
+from __future__ import annotations
+
+import os
+
+from svdbank import cache
+from svdbank.core.errors import BankNotFoundError
+
+
+def rm(path: str | os.PathLike[str]) -> int:
+    """Delete a bank folder, finished, unfinished or damaged; returns the bytes freed.
+
+    Raises BankNotFoundError for a folder that is no bank or a link to one, LockedError where somebody writes into it; nothing is
+    touched then.
+    """
+    root = cache.named_place(path, "svdbank ls shows the banks there are")
+    if root.is_symlink() or not cache.is_bank(root):
+        why = "a link, which is not followed" if root.is_symlink() else "no bank here"
+        raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")
+    return cache.remove(root.resolve())

@@ -1,0 +1,81 @@
+"""``verify``: is a bank what was published, and does it fit its model?"""
+
+from __future__ import annotations
+
+import os
+
+from svdbank import cache
+from svdbank.bank.layout import MANIFEST
+from svdbank.bank.reading import Bank
+from svdbank.building.checking import Damage, compare_with_model, examine, rebuild_command
+from svdbank.core.errors import DamageError
+from svdbank.core.specs import ProgressCallback, Struct
+
+
+class VerifyReport(Struct, frozen=True):
+    """Outcome of a verification. ``sound`` is the verdict, ``next`` the command that helps when it is not.
+
+    ``unrecorded`` are files that belong to no published part of the bank; no reader opens them.
+    """
+
+    path: str
+    level: str
+    files: int
+    nbytes: int
+    weights: int
+    damage: tuple[Damage, ...]
+    unrecorded: tuple[str, ...]
+    sound: bool
+    next: str | None
+
+
+def verify(
+    source: str | os.PathLike[str],
+    *,
+    data: bool = False,
+    model: str | os.PathLike[str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> VerifyReport:
+    """Check a bank against its own records and, with ``model``, against the weights it was made from.
+
+    The default looks at every file's presence and size and at all metadata. ``data`` hashes every byte. ``model`` reads each
+    weight, compares its hash, and measures the residual of the stored basis (a few products, no SVD).
+
+    Damage is in the report, not an exception; errors are those of :func:`svdbank.open` (a bank without manifest or with an unknown
+    format), of opening the model, and WrongBaseError for a model that the bank was not built from.
+    """
+    level = "source" if model is not None else "data" if data else "structure"
+    try:
+        bank = cache.open(source)
+    except DamageError as error:
+        return _report(os.fspath(source), level, None, damage=(Damage(MANIFEST, str(error)),))
+    examined = examine(bank, data=data, progress=progress)
+    damage = examined.damage
+    if model is not None and not damage:
+        damage = tuple(compare_with_model(bank, model, progress))
+    return _report(
+        str(bank.path), level, bank, damage, files=examined.files, nbytes=examined.nbytes, unrecorded=examined.unrecorded
+    )
+
+
+def _report(
+    path: str,
+    level: str,
+    bank: Bank | None,
+    damage: tuple[Damage, ...],
+    *,
+    files: int = 0,
+    nbytes: int = 0,
+    unrecorded: tuple[str, ...] = (),
+) -> VerifyReport:
+    return VerifyReport(
+        path=path,
+        level=level,
+        files=files,
+        nbytes=nbytes,
+        weights=0 if bank is None else len(bank),
+        damage=damage,
+        unrecorded=unrecorded,
+        sound=not damage,
+        next=rebuild_command(path, bank) if damage else None,
+    )
