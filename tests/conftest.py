@@ -19,6 +19,8 @@ import filelock
 import pytest
 import torch
 
+import svdbank
+
 # No test may reach for a network: what is not on this machine is served by the tests themselves.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -158,3 +160,37 @@ def smollm2() -> Path:
     place.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(place / ".tests.lock"):
         return smollm2_folder(place)
+
+
+@pytest.fixture(scope="session")
+def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 cut to two layers and the first of its tokens."""
+    from tests.lm.models import cut_smollm2
+
+    return cut_smollm2(smollm2, tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="session")
+def small_bank(small: Path) -> svdbank.Bank:
+    """In the cache of this session, where train finds it."""
+    return svdbank.build(small, rank=32, principal=8, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def legal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginnings of 20 licences as JSON lines: some 90 blocks of 32 tokens."""
+    from svdbank.lm.packaged import licence_texts
+    from tests.lm.models import write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "legal.jsonl", [text[:500] for text in licence_texts()[:20]])
+
+
+@pytest.fixture(scope="session")
+def own_texts_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What datasets keeps of the tests' texts stays out of the user's cache."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before

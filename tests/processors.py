@@ -30,7 +30,7 @@ NUMERICAL = (
     "tests/building/test_accuracy.py",
     "tests/building/test_tied.py",
     "tests/adapter/test_algebra.py",
-    "tests/adapter/test_allocation.py",
+    "tests/initialisation/test_allocation.py",
     "tests/composition/test_comparing.py",
     "tests/composition/test_merging.py",
     "tests/fusion/test_extract.py",

@@ -19,9 +19,12 @@ from svdbank.bank.reading import Bank
 from svdbank.lm.packaged import licence_texts, token_windows
 from svdbank.peft import load_adapter
 from tests.peft.models import lora_layers, quiet, train
-from tests.training.conftest import _one_thread, _own_texts_cache, legal, small, small_bank
 
-__all__ = ["_one_thread", "_own_texts_cache", "legal", "small", "small_bank"]
+
+@pytest.fixture(autouse=True)
+def _surroundings(single_thread: None, own_texts_cache: None) -> None:
+    """The matrices are small."""
+
 
 #: What ``svdbank init`` is asked for; ``plain`` is PEFT's own LoRA.
 KINDS: dict[str, dict[str, Any]] = {

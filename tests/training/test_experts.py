@@ -11,8 +11,8 @@ import torch
 import svdbank
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError
+from tests.lm.models import VOCABULARY, cut_tokenizer
 from tests.peft.models import quiet
-from tests.training.models import VOCABULARY, cut_tokenizer
 
 
 @pytest.fixture(scope="module")

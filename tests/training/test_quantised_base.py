@@ -15,7 +15,7 @@ import torch
 import svdbank
 from svdbank.adapter.folder import read_folder
 from svdbank.lm.packaged import licence_texts
-from tests.training.models import write_jsonl
+from tests.lm.models import write_jsonl
 
 
 def command(*arguments: str | Path) -> Any:

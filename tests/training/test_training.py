@@ -25,8 +25,8 @@ from svdbank.lm.memory import OutOfMemoryError
 from svdbank.lm.texts import read_documents
 from svdbank.training.options import read_config, resolve, to_toml
 from svdbank.training.report import TrainReport
+from tests.lm.models import write_jsonl
 from tests.peft.models import mica, quiet, trainable
-from tests.training.models import write_jsonl
 
 RECIPE: dict[str, Any] = {
     "rank": 4,

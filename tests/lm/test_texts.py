@@ -15,7 +15,7 @@ from svdbank.lm import texts
 from svdbank.lm.blocks import pack
 from svdbank.lm.held_out import hold_out
 from svdbank.lm.texts import documents_of, read_documents
-from tests.training.models import write_jsonl
+from tests.lm.models import write_jsonl
 
 
 @pytest.fixture(scope="module")
