@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from svdbank.adapter.documents import Documents
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
@@ -18,7 +19,6 @@ from svdbank.core import disk
 from svdbank.core.errors import (
     BankError,
     BankNotFoundError,
-    CheckpointError,
     DamageError,
     OptionError,
     SvdbankError,
@@ -135,40 +135,25 @@ def opened(bank: Bank | str | os.PathLike[str] | None) -> Bank | None:
     return bank if bank is None or isinstance(bank, Bank) else open(bank)
 
 
-def recorded_bank(source: Path, kind: str) -> Bank:
+def recorded_bank(adapter: Documents, kind: str) -> Bank:
     """The cached bank of the base that an adapter folder, PEFT's or a slim one, records; ``kind`` is what needs it.
 
     Raises :class:`BankError` where there is none, :class:`WrongBaseError` where it is of other weights than the adapter says.
     """
-    from svdbank.adapter.folder import check_there
-    from svdbank.adapter.methods import RESIDUAL_METHODS
-    from svdbank.adapter.settings import CACHE, CONFIG, SLIM, AdapterCache, LoraSettings
-
-    check_there(source, slim=True)
-    folder = source / "files" if (source / SLIM).is_file() else source
-    settings, cache = None, None
-    if (folder / CONFIG).is_file():
-        settings = from_json((folder / CONFIG).read_bytes(), LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
-    if (folder / CACHE).is_file():
-        cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=CheckpointError)
-    named = settings.base_model_name_or_path if settings is not None else None
-    if named and settings is not None and settings.revision and not Path(named).is_dir():
-        named = f"{named}@{settings.revision}"
-    # A residual method's config may name the base without its start.
-    own = cache.base if cache is not None else None
-    bases = [base for base in ((own, named) if kind in RESIDUAL_METHODS else (named, own)) if base]
+    source, recorded = adapter.path, adapter.base
     needs = f"{source}: {kind} needs the bank of the adapter's base"
+    bases = adapter.base_names(kind)
     if not bases:
         raise BankError(f"{needs}, which it does not record", hint="--bank BANK, or the model's name if it is cached")
     failed: SvdbankError | None = None
-    for base in dict.fromkeys(bases):
+    for base in bases:
         try:
             bank = open(base)
         except SvdbankError as cause:
             failed = failed or cause
             continue
-        known = cache is not None and cache.weights and all(name in bank for name in cache.weights)
-        if known and cache is not None and bank.base_digest(cache.weights) != cache.base_digest:
+        known = recorded.weights and all(name in bank for name in recorded.weights)
+        if known and bank.base_digest(recorded.weights) != recorded.digest:
             raise WrongBaseError(
                 f"{source}: its base is {base}, whose cached bank {bank.path} is of other weights",
                 hint="--bank BANK of its base",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdbank.adapter.components import Band, Component, Free, InBank, bands_of, indices_of
+from svdbank.adapter.components import Band, Component, Free, InBank, bands_of, indices_of, squared_norm_of
 
 #: ``‖B − U Uᵀ B‖ / ‖B‖`` up to which B counts as standing on the bank's directions. It bounds what a sum loses against the factors in
 #: the files, whose promise is 1e-6; rounding B to float32 costs 6e-8 of it.
@@ -65,11 +65,9 @@ def free(A: Tensor, B: Tensor, scale: float) -> Free:
 
 def share_in(left: Tensor, component: Component) -> float:
     """Share of ``‖ΔW‖²`` that lies in the span of the rows of ``left`` (R, out); 1 for a component that is zero."""
-    A, B = (factor.double() for factor in component.factors)
-    M = left.double() @ B
-    gram = A @ A.mT
-    whole = float(((B.mT @ B) * gram).sum())
-    return float(((M.mT @ M) * gram).sum()) / whole if whole > 0 else 1.0
+    A, B = component.factors
+    whole = squared_norm_of(A, B)
+    return squared_norm_of(A, left.double() @ B.double()) / whole if whole > 0 else 1.0
 
 
 def projected(component: Component, left: Tensor, minimum_share: float) -> InBank:

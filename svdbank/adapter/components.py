@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from svdbank.core.errors import OptionError
+
+#: What a weight is: in its model, a matrix or a table of vectors; of experts that a model keeps in one parameter, one of them.
+Kind = Literal["linear", "embedding", "expert"]
 
 #: A half-open interval [start, stop) of minor indices, 0 = the most minor direction.
 Band = tuple[int, int]
@@ -181,6 +185,19 @@ def inner(one: Component, other: Component) -> float:
     return float(((B1.double().mT @ B2.double()) * (A1.double() @ A2.double().mT)).sum())
 
 
+def squared_norm(component: Component) -> float:
+    """``‖ΔW‖²`` (Frobenius) in float64: ``‖C‖²`` on the bank's own directions, else from Gram matrices."""
+    if isinstance(component, InBank) and component.orthonormal:
+        return float(torch.linalg.vector_norm(component.C.double())) ** 2
+    return squared_norm_of(*component.factors)
+
+
+def squared_norm_of(A: Tensor, B: Tensor) -> float:
+    """``‖B A‖²`` (Frobenius) from the Gram matrices of ``A`` (k, in) and ``B`` (out, k) in float64; never below 0."""
+    A, B = A.double(), B.double()
+    return max(0.0, float(((B.mT @ B) * (A @ A.mT)).sum()))
+
+
 def _inner_of_coefficients(one: InBank, other: InBank) -> float:
     if one.bands == other.bands:
         return float(torch.dot(one.C.double().flatten(), other.C.double().flatten()))
@@ -250,3 +267,9 @@ def compact(component: Component) -> tuple[Tensor, Tensor]:
     left, sigma, right = _thin_svd(A.double())
     k = component.max_rank
     return (sigma[:k, None] * right[:k]).float(), (B.double() @ left[:, :k]).float()
+
+
+def off_orthonormal(B: Tensor) -> float:
+    """``max |BᵀB − I|`` of the columns of B (out, k), in float64."""
+    gram = B.double().mT @ B.double()
+    return float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max())

@@ -1,19 +1,18 @@
-"""A PEFT adapter folder, written and read without PEFT: ``adapter_config.json``, ``adapter_model.safetensors`` and our cache.
+"""A PEFT adapter folder, written and read without PEFT: ``adapter_config.json``, ``adapter_model.safetensors`` and our record.
 
 ``svdbank.json`` beside them is a cache: PEFT's ``save_pretrained`` drops it, and nothing in the folder depends on it.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -21,19 +20,12 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.card import card
-from svdbank.adapter.settings import (
-    CACHE,
-    CONFIG,
-    OURS,
-    SLIM,
-    WEIGHTS,
-    AdapterCache,
-    LoraSettings,
-)
+from svdbank.adapter.documents import Documents, read_documents
+from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.folders import appearing
-from svdbank.core.specs import from_json, to_json
+from svdbank.core.specs import to_json
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
 _ROOT = "base_model.model."
@@ -51,34 +43,21 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
-    """A folder read and checked. ``factors`` maps module paths of the model to their factors."""
+class AdapterFolder(Documents):
+    """A folder read and checked: its documents, and by module path of the model the factors.
 
-    path: Path
-    settings: LoraSettings
-    factors: dict[str, Factors]
-    cache: AdapterCache | None
+    ``others`` are the keys of what lies beside the factors: whole modules, copies of embeddings, what other kinds of training left.
+    """
 
-    def rank(self, module: str) -> int:
-        """The rank that the config gives a module, with PEFT's patterns applied."""
-        return int(_by_pattern(self.settings.rank_pattern, module, self.settings.r))
-
-    def alpha(self, module: str) -> float:
-        """The α that the config gives a module, with PEFT's patterns applied."""
-        return _by_pattern(self.settings.alpha_pattern, module, self.settings.lora_alpha)
-
-    def scale(self, module: str) -> float:
-        """α/r, or α/√r with rsLoRA, with PEFT's per-module patterns applied."""
-        rank, alpha = self.rank(module), self.alpha(module)
-        return alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank
+    factors: dict[str, Factors] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
-    """PEFT's rule (``get_pattern_key``): the first pattern that matches the end of the path, at a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return default
+@dataclass(frozen=True)
+class SavedModules:
+    """``tensors``: whole tensors that replace the model's, by their name in the loaded model."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_folder(
@@ -91,14 +70,13 @@ def write_folder(
     extra: Mapping[str, bytes] = MappingProxyType({}),
     force: bool = False,
 ) -> None:
-    """Write an adapter folder so that it appears whole or not at all (:func:`svdbank.core.folders.appearing`).
+    """Write an adapter folder so that it appears whole or not at all.
 
     ``readme`` is the model card, by default that of a fresh MiCA adapter; ``extra`` holds further files by name, for svdbank alone.
     Raises :class:`OptionError` where ``output`` exists and is not an empty folder, unless ``force``, which replaces an adapter folder
     (and nothing else).
     """
-    check_output(output, force=force)
-    with appearing(output, replacing=force, check=lambda: check_output(output, force=force)) as folder:
+    with new_folder(output, force=force) as folder:
         tensors = {key: value for module, pair in factors.items() for key, value in _tensors(module, pair)}
         disk.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         disk.write_new(folder / CONFIG, to_json(settings, indent=2))
@@ -107,6 +85,12 @@ def write_folder(
         for name, data in extra.items():
             disk.write_new(folder / name, data)
         disk.fsync_dir(folder)
+
+
+def new_folder(output: Path, *, force: bool) -> AbstractContextManager[Path]:
+    """A folder to fill that becomes ``output`` at the end (:func:`svdbank.core.folders.appearing`), where that is not in use."""
+    check_output(output, force=force)
+    return appearing(output, replacing=force, check=lambda: check_output(output, force=force))
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -150,12 +134,9 @@ def read_folder(path: str | Path) -> AdapterFolder:
 
     Raises :class:`CheckpointError` for a folder that is no adapter, for pickled weights, and for tensors that do not fit together.
     """
-    folder = Path(path)
-    settings = read_settings(folder)
-    cache = None
-    if (folder / CACHE).is_file():
-        cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=CheckpointError)
-    return AdapterFolder(folder, settings, _read_factors(folder, settings), cache)
+    said = read_documents(path)
+    factors, others = _read_factors(said)
+    return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, others)
 
 
 def _is_stacked(module: str, settings: LoraSettings) -> bool:
@@ -170,61 +151,23 @@ def bare(module: str) -> str:
     return ".".join(part for part in module.split(".") if part != "base_layer")
 
 
-def check_there(folder: Path, *, slim: bool = False) -> None:
-    """Raise :class:`CheckpointError` for a folder that is no PEFT adapter, nor, with ``slim``, a slim one."""
-    if (folder / CONFIG).is_file() or (slim and (folder / SLIM).is_file()):
-        return
-    if (folder / SLIM).is_file():
-        raise CheckpointError(
-            f"{folder}: a slim adapter, whose B is in its bank",
-            hint=f"svdbank export {folder} --to peft --bank BANK -o FOLDER",
-        )
-    making = "svdbank init MODEL -o FOLDER"
-    if folder.exists():
-        raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint=making)
-    meant = _alike(folder)
-    raise CheckpointError(f"{folder}: no such folder", hint=making if meant is None else f"did you mean {meant}?")
-
-
-def _alike(folder: Path) -> Path | None:
-    """The adapter beside a folder that is not there whose name is nearest to its own; None where none is near."""
-    try:
-        adapters = [path.name for path in folder.parent.iterdir() if (path / CONFIG).is_file() or (path / SLIM).is_file()]
-    except OSError:
-        return None
-    near = difflib.get_close_matches(folder.name, sorted(adapters), n=1)
-    return folder.parent / near[0] if near else None
-
-
-def read_settings(folder: Path) -> LoraSettings:
-    """``adapter_config.json`` alone. Raises :class:`CheckpointError`."""
-    check_there(folder)
-    settings = from_json((folder / CONFIG).read_bytes(), LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
-    if not (folder / WEIGHTS).is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise CheckpointError(
-                f"{folder}: adapter_model.bin is a pickle, which can run code, and is not read",
-                hint="load it where you trust it and save it again with save_pretrained(…): that writes safetensors",
-            )
-        raise CheckpointError(f"{folder}: {WEIGHTS} is missing")
-    return settings
-
-
 def _finite(tensor: Tensor) -> bool:
     """No NaN and no infinity: their sum would be one. Only where a sum of large values overflows is every entry looked at."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _read_factors(folder: Path, settings: LoraSettings) -> dict[str, Factors]:
+def _read_factors(said: Documents) -> tuple[dict[str, Factors], tuple[str, ...]]:
+    folder, settings = said.path, said.settings
     halves: dict[str, dict[str, Tensor]] = {}
-    embeddings = set()
+    embeddings, others = set(), []
     try:
         with safetensors.safe_open(str(folder / WEIGHTS), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 linear, embedding = _KEY.match(key), _EMBEDDING_KEY.match(key)
                 found = linear or embedding
                 if found is None:
-                    continue  # base_layer copies of embeddings, modules_to_save: not factors
+                    others.append(key)  # base_layer copies of embeddings, modules_to_save: not factors
+                    continue
                 halves.setdefault(found["module"], {})[found["factor"][-1]] = file.get_tensor(key)
                 if embedding:
                     embeddings.add(found["module"])
@@ -237,14 +180,59 @@ def _read_factors(folder: Path, settings: LoraSettings) -> dict[str, Factors]:
         if set(pair) != {"A", "B"}:
             raise CheckpointError(f"{folder / WEIGHTS}: {module} has only its {', '.join(pair)} factor")
         A, B = pair["A"], pair["B"]
-        rank = _by_pattern(settings.rank_pattern, module, settings.r)
+        rank = said.rank(module)
         if settings.target_parameters and A.ndim == 2 and _is_stacked(module, settings):
             rank = A.shape[0]  # experts times a rank whose pattern names the parameter: split_experts looks at it
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not rank {rank:g} as {CONFIG} says"
+                f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not rank {rank} as {CONFIG} says"
             )
         if not (_finite(A) and _finite(B)):
             raise CheckpointError(f"{folder / WEIGHTS}: {module} holds NaN or infinity")
         factors[module] = Factors(A, B, embedding=module in embeddings)
-    return factors
+    return factors, tuple(others)
+
+
+_FACTOR = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")
+
+#: Ends of keys → what was trained; none of it is a sum s·B·A.
+_OTHER = {
+    r"lora_magnitude_vector(\.weight)?$": "DoRA magnitudes",
+    r"lora_B\.bias$": "biases of LoRA's own (lora_bias)",
+    r"(token_adapter\.|trainable_tokens_).*": "trained tokens (trainable_token_indices)",
+}
+
+
+def saved_modules(folder: AdapterFolder) -> SavedModules:
+    """Read the whole modules beside the factors (``modules_to_save``).
+
+    Raises :class:`CheckpointError` for kinds of training that are no LoRA, and for what is neither a factor nor a whole tensor. PEFT
+    saves the layer under an adapted embedding too (``base_layer``); that copy of the base is left alone.
+    """
+    if folder.beyond is not None:
+        raise _refused(folder.path, folder.beyond)
+    keys: dict[str, str] = {}
+    for key in folder.others:
+        if _FACTOR.search(key) or key.endswith(".base_layer.weight"):
+            continue
+        name = key.removeprefix(_ROOT)
+        for pattern, what in _OTHER.items():
+            if re.search(pattern, name):
+                raise _refused(folder.path, what)
+        if name == key or "lora_" in name:
+            raise CheckpointError(f"{folder.path / WEIGHTS}: {key!r} is neither a LoRA factor nor a module of the model")
+        keys[key] = name.replace(".modules_to_save.", ".")
+    if not keys:
+        return SavedModules()
+    with safetensors.safe_open(str(folder.path / WEIGHTS), framework="pt") as file:
+        tensors = {name: file.get_tensor(key) for key, name in keys.items()}
+    for name, values in tensors.items():
+        if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{folder.path / WEIGHTS}: {name} is no tensor of finite numbers")
+    return SavedModules(tensors)
+
+
+def _refused(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: {what} is not a sum ΔW = s·B·A of low rank", hint="merge it into its base with PEFT's merge_and_unload()"
+    )

@@ -17,18 +17,18 @@ MiCA: arXiv 2604.01694. MiLoRA: Wang et al., NAACL 2025, arXiv 2406.09044. PiSSA
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from svdbank.core.errors import OptionError
 
-Method = Literal["mica", "milora", "pissa"]
-METHODS: tuple[Method, ...] = get_args(Method)
+if TYPE_CHECKING:  # names of methods are needed where torch is not
+    from torch import Tensor
+
+InitialisationMethod = Literal["mica", "milora", "pissa"]
+METHODS: tuple[InitialisationMethod, ...] = get_args(InitialisationMethod)
 
 #: Methods that move part of the base into the adapter, so that the adapter belongs to ``W − s B₀ A₀``.
-RESIDUAL_METHODS: tuple[Method, ...] = ("milora", "pissa")
+RESIDUAL_METHODS: tuple[InitialisationMethod, ...] = ("milora", "pissa")
 
 #: Smallest σ that MiLoRA and PiSSA work with, as a share of σ_max. Where σ = 0, B and A would both be zero, which is a saddle: no
 #: gradient ever reaches them. 1e-6 is below the smallest singular values of trained weights, so their formulas are the papers', and
@@ -43,7 +43,7 @@ def lora_scale(rank: int, alpha: float, *, rslora: bool = False) -> float:
 
 
 def initial_factors(
-    method: Method, left: Tensor, sigma: Tensor | None, right: Tensor | None, scale: float, *, sigma_max: float
+    method: InitialisationMethod, left: Tensor, sigma: Tensor | None, right: Tensor | None, scale: float, *, sigma_max: float
 ) -> tuple[Tensor, Tensor]:
     """The factors ``A`` (rank, in) and ``B`` (out, rank) of MiLoRA or PiSSA, float32, in that order.
 
@@ -66,6 +66,8 @@ def initial_factors(
 
 def mica_factors(left: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     """MiCA's ``A = 0`` (rank, in) and ``B = left`` (out, rank), float32, in that order."""
+    import torch
+
     return torch.zeros(left.shape[1], in_features, dtype=torch.float32, device=left.device), left.float().contiguous()
 
 
@@ -93,6 +95,8 @@ def residual(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 def added(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``W + s B A`` of shape (out, in), summed in float32 (float64 for a float64 weight) and rounded once to the weight's dtype."""
+    import torch
+
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     total = weight.to(wide, copy=True)  # the one wide copy: weights can be gigabytes
     return total.addmm_(B.to(total), A.to(total), alpha=scale).to(weight.dtype)
@@ -104,6 +108,8 @@ def restored(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tens
     With the same scale s: ``W − s B₀A₀ + s B A = W + s [B, −B₀] [A; A₀]``. Doubling the rank keeps s when α becomes 2α, or √2·α with
     rsLoRA: see :func:`restored_alpha`.
     """
+    import torch
+
     return torch.cat([A, A0.to(A)], dim=0), torch.cat([B, -B0.to(B)], dim=1)
 
 

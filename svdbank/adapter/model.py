@@ -1,7 +1,7 @@
 """The adapter as a value: named components for each weight, with exact algebra.
 
-Everything a component says is in :mod:`svdbank.adapter.components`; this module carries the arithmetic over all weights of a model and
-keeps the bases apart.
+Everything a component says is in :mod:`svdbank.adapter.components`, everything a weight says in :mod:`svdbank.adapter.weights`; this
+module carries the arithmetic over all weights of a model and keeps the bases apart.
 """
 
 from __future__ import annotations
@@ -10,63 +10,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
 
 from torch import Tensor
 
-from svdbank.adapter.bands import projected, share_in
 from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled, singular_values, truncated
-from svdbank.adapter.naming import bank_names, missing_prefix
+from svdbank.adapter.documents import BaseIdentity
+from svdbank.adapter.naming import missing_prefix
 from svdbank.adapter.settings import LoraSettings
+from svdbank.adapter.weights import AdaptedWeight, check_bases, rebased, shares_in
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, OptionError, WrongBaseError
-
-Kind = Literal["linear", "embedding", "expert"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A weight of the base: its name in the bank, and the sha256 of its stored bytes."""
-
-    name: str
-    sha256: str
-
-
-@dataclass(frozen=True, eq=False)
-class AdaptedWeight:
-    """What an adapter adds to one weight (out, in): its components by name.
-
-    ``source`` identifies the base's weight where that is known. ``experts`` is how many experts the parameter has of which this is one.
-    """
-
-    out_features: int
-    in_features: int
-    components: Mapping[str, Component]
-    kind: Kind = "linear"
-    source: Source | None = None
-    experts: int = 0
-
-    def total(self) -> Component:
-        """The sum of the components, as one: what PEFT sees."""
-        return combined([(1.0, component) for component in self.components.values()])
-
-    def delta(self) -> Tensor:
-        """``ΔW`` (out, in), float32, from a product in float64."""
-        A, B = self.total().factors
-        return (B.double() @ A.double()).float()
-
-    @property
-    def in_bank(self) -> bool:
-        """True when every component stands on directions of a bank."""
-        return all(isinstance(component, InBank) for component in self.components.values())
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """Which model an adapter belongs to: ``name`` and ``revision`` are for people; None where the folder does not say."""
-
-    name: str | None = None
-    revision: str | None = None
+from svdbank.core.errors import OptionError
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +31,7 @@ class Adapter:
     weights
         By the module's path in the model; an expert's weight is ``<path of the parameter>.<number>``.
     base
-        The base model.
+        The base model, with the digest that a folder records of it. What touches other weights than the folder carries none.
     method
         What the adapter was made as: ``mica``, ``milora``, ``pissa`` or ``lora``.
     settings
@@ -88,7 +41,7 @@ class Adapter:
     """
 
     weights: Mapping[str, AdaptedWeight]
-    base: BaseIdentity = BaseIdentity()
+    base: BaseIdentity = field(default_factory=BaseIdentity)
     method: str = "lora"
     settings: LoraSettings = field(default_factory=lambda: LoraSettings(r=1, lora_alpha=1))
     notes: tuple[str, ...] = ()
@@ -175,7 +128,7 @@ class Adapter:
     def inner(self, other: Adapter) -> float:
         """``⟨ΔW₁, ΔW₂⟩`` summed over the weights that both touch, from coefficients or factors alone."""
         one, two = aligned([self, other])
-        _check_bases([one, two])
+        check_bases([one.weights, two.weights])
         shared = [key for key in one.weights if key in two.weights]
         return math.fsum(inner(one.weights[key].total(), two.weights[key].total()) for key in shared)
 
@@ -213,8 +166,7 @@ class Adapter:
 
         Raises :class:`BankError` for weights that the bank lacks.
         """
-        lefts = _directions(bank, self.weights)
-        return {key: share_in(left, self.weights[key].total()) for key, left in lefts.items()}
+        return shares_in(bank, self.weights)
 
     def rebase(self, bank: Bank, *, minimum_share: float = 1 - 1e-6, force: bool = False) -> Adapter:
         """Carried over to the directions of another bank, ``C' = U'ᵀ ΔW``: of another machine, or of a changed base.
@@ -223,25 +175,9 @@ class Adapter:
         stores. The share kept is in the notes. Raises :class:`OptionError` where a weight keeps less than ``minimum_share``, unless
         ``force``; :class:`BankError` for weights that the bank lacks.
         """
-        names = bank_names(bank, list(self.weights))
-        lefts = _directions(bank, self.weights)
-        shares = {key: share_in(left, self.weights[key].total()) for key, left in lefts.items()}
-        worst = min(shares, key=shares.__getitem__)
-        if shares[worst] < minimum_share and not force:
-            raise OptionError(
-                f"{bank.path}: its directions hold {shares[worst]:.6f} of what it does to {worst}, below {minimum_share:.6f}",
-                hint="build that bank with a larger --rank, or force it and lose the rest",
-            )
-        weights = {
-            key: replace(
-                weight,
-                components={name: projected(c, lefts[key], minimum_share) for name, c in weight.components.items()},
-                source=Source(names[key], bank[names[key]].source_sha256),
-            )
-            for key, weight in self.weights.items()
-        }
-        note = f"carried over to {bank.path.name}: the least share kept is {shares[worst]:.6f}, of {worst}"
-        base = BaseIdentity(bank.manifest.base.name, bank.manifest.base.revision)
+        weights, note = rebased(bank, self.weights, minimum_share, force=force)
+        names = tuple(weight.source.name for weight in weights.values() if weight.source is not None)
+        base = BaseIdentity(bank.manifest.base.name, bank.manifest.base.revision, bank.base_digest(names), names)
         return replace(self, weights=weights, base=base, notes=(*self.notes, note))
 
     def bands(self, module: str) -> tuple[tuple[int, int], ...]:
@@ -269,30 +205,10 @@ class Adapter:
             components = {name: c for name, c in weight.components.items() if wanted(name)}
             if components:
                 chosen[key] = replace(weight, components=components)
-        return self._weights(chosen)
+        return replace(self._weights(chosen), base=self.base.alone())
 
     def _weights(self, weights: Mapping[str, AdaptedWeight]) -> Adapter:
         return replace(self, weights=weights)
-
-
-def _directions(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
-    """All left vectors (R, out) that a bank stores of each weight, most minor first."""
-    names = bank_names(bank, list(weights))
-    missing = [key for key in weights if key not in names]
-    if missing:
-        raise BankError(
-            f"{bank.path}: the bank lacks {len(missing)} weights of the adapter, first {missing[0]}",
-            hint="svdbank build MODEL --targets … adds them",
-        )
-    for key, weight in weights.items():
-        basis = bank[names[key]]
-        if (basis.out_features, basis.in_features) != (weight.out_features, weight.in_features):
-            raise WrongBaseError(f"{bank.path}: {names[key]} has another shape than {key} of the adapter")
-    lefts = {}
-    for rank in {bank[name].rank for name in names.values()}:
-        read = bank.left([name for name in names.values() if bank[name].rank == rank], rank)
-        lefts.update({key: read[name].mT.flip(0) for key, name in names.items() if name in read})
-    return lefts
 
 
 def combination(terms: Sequence[tuple[float, Adapter]], *, name: str | None = None) -> Adapter:
@@ -324,7 +240,7 @@ def joined(
     if not adapters:
         raise OptionError("a combination of no adapters")
     adapters = aligned(adapters)
-    _check_bases(adapters)
+    check_bases([adapter.weights for adapter in adapters])
     weights = {}
     for key in dict.fromkeys(key for adapter in adapters for key in adapter.weights):
         parts = {number: adapter.weights[key] for number, adapter in enumerate(adapters) if key in adapter.weights}
@@ -333,7 +249,10 @@ def joined(
         weights[key] = replace(first, components=components_of(key, parts), source=source)
     methods = {adapter.method for adapter in adapters}
     notes = tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
-    return replace(adapters[0], weights=weights, notes=notes, method=adapters[0].method if len(methods) == 1 else "lora")
+    base = adapters[0].base.alone()
+    return replace(
+        adapters[0], weights=weights, base=base, notes=notes, method=adapters[0].method if len(methods) == 1 else "lora"
+    )
 
 
 def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -351,23 +270,3 @@ def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
             adapter = replace(adapter, weights=weights, notes=(*adapter.notes, note))
         found.append(adapter)
     return found
-
-
-def _check_bases(adapters: Sequence[Adapter]) -> None:
-    """Raise :class:`WrongBaseError` where one weight has two shapes or two hashes."""
-    seen: dict[str, AdaptedWeight] = {}
-    for adapter in adapters:
-        for key, weight in adapter.weights.items():
-            other = seen.setdefault(key, weight)
-            if (weight.out_features, weight.in_features) != (other.out_features, other.in_features):
-                raise WrongBaseError(
-                    f"{key} is ({weight.out_features}, {weight.in_features}) in one adapter and "
-                    f"({other.out_features}, {other.in_features}) in another: they belong to different models"
-                )
-            if weight.source and other.source and weight.source.sha256 != other.source.sha256:
-                raise WrongBaseError(
-                    f"these adapters were made on different bases: {key} had other bytes",
-                    hint="adapter.rebase(bank) carries one over",
-                )
-            if weight.source and not other.source:
-                seen[key] = weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -15,8 +17,8 @@ CACHE = "svdbank.json"
 #: Coefficients of each named component, for ``scale`` and ``drop``; PEFT does not know it.
 COMPONENTS = "components.safetensors"
 
-#: What a slim folder, one without B, has in place of a config.
-SLIM = "slim.json"
+#: What a slim folder, one without B, has in place of a config; everything but B and the other files as they were.
+SLIM, COEFFICIENTS, FILES = "slim.json", "coefficients.safetensors", "files"
 
 #: What ``train`` leaves beside an adapter: its options and its figures.
 TRAINING_CONFIG, TRAINING_FIGURES = "training.toml", "training.json"
@@ -27,8 +29,8 @@ OURS = frozenset(
         CACHE,
         COMPONENTS,
         SLIM,
-        "coefficients.safetensors",
-        "files",
+        COEFFICIENTS,
+        FILES,
         "README.md",
         TRAINING_CONFIG,
         TRAINING_FIGURES,
@@ -91,3 +93,8 @@ class AdapterCache(Struct, frozen=True):
     weights: tuple[str, ...]
     sources: dict[str, tuple[str, str]] = msgspec.field(default_factory=dict)
     components: dict[str, dict[str, tuple[tuple[int, int], ...]]] = msgspec.field(default_factory=dict)
+
+
+def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's rule (``get_pattern_key``): the first pattern that matches the end of the path, at a dot."""
+    return next((value for own, value in patterns.items() if re.match(rf"(.*\.)?({own})$", module)), default)

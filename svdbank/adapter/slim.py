@@ -18,18 +18,14 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import AdapterFolder, check_output, read_folder
+from svdbank.adapter.folder import AdapterFolder, check_output, new_folder
 from svdbank.adapter.naming import bank_names
-from svdbank.adapter.settings import SLIM, WEIGHTS
+from svdbank.adapter.settings import COEFFICIENTS, FILES, SLIM, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
 from svdbank.core import disk
 from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
-from svdbank.core.folders import appearing
 from svdbank.core.specs import Struct, from_json, to_json
-
-COEFFICIENTS = "coefficients.safetensors"
-FILES = "files"
 
 #: What to do about a slim folder that is not as it was written.
 _AGAIN = "copy the folder again, or write it anew: svdbank export ADAPTER --to slim"
@@ -72,10 +68,10 @@ class SlimRecord(Struct, frozen=True):
     files: tuple[str, ...]
 
 
-def write_slim(source: Path, output: Path, bank: Bank, *, force: bool = False) -> SlimRecord:
-    """Write the adapter folder ``source`` as a slim one. Raises :class:`OptionError` where no B is the bank's to the bit."""
+def write_slim(folder: AdapterFolder, output: Path, bank: Bank, *, force: bool = False) -> SlimRecord:
+    """Write an adapter folder as a slim one. Raises :class:`OptionError` where no B is the bank's to the bit."""
     check_output(output, force=force)
-    folder = read_folder(source)
+    source = folder.path
     raw = (source / WEIGHTS).read_bytes()
     header = raw[PREFIX : PREFIX + header_length(raw[:PREFIX], size=len(raw), where=str(source / WEIGHTS))]
     tensors = safetensors.torch.load(raw)
@@ -257,7 +253,7 @@ def _sha256(value: Tensor) -> str:
 
 
 def _write(output: Path, contents: Mapping[str, bytes], *, force: bool) -> None:
-    with appearing(output, replacing=force, check=lambda: check_output(output, force=force)) as folder:
+    with new_folder(output, force=force) as folder:
         for name, data in contents.items():
             disk.make_dirs((folder / name).parent)
             disk.write_new(folder / name, data)

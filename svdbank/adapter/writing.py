@@ -8,14 +8,15 @@ from pathlib import Path
 
 import msgspec
 import safetensors.torch
-from torch import Tensor
 
 from svdbank.adapter.card import composed_card
-from svdbank.adapter.components import InBank, compact, indices_of
-from svdbank.adapter.experts import join, wrapper_paths
+from svdbank.adapter.components import Band, InBank, compact
+from svdbank.adapter.entries import by_module
 from svdbank.adapter.folder import Factors, write_folder
-from svdbank.adapter.model import AdaptedWeight, Adapter
+from svdbank.adapter.model import Adapter
+from svdbank.adapter.parts import parts_of
 from svdbank.adapter.settings import COMPONENTS, AdapterCache, LoraSettings
+from svdbank.adapter.weights import AdaptedWeight
 from svdbank.bank.index import base_digest
 from svdbank.core.errors import OptionError
 
@@ -38,7 +39,7 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
     factors, ranks = peft_factors(adapter.weights)
     settings = peft_settings(adapter, ranks, init="mica" if trainable else True)
     cache = cache_of(adapter)
-    extra = {} if len(adapter.names) < 2 else {COMPONENTS: safetensors.torch.save(_parts(adapter), metadata={"format": "pt"})}
+    extra = {} if len(adapter.names) < 2 else {COMPONENTS: safetensors.torch.save(parts_of(adapter), metadata={"format": "pt"})}
     readme = composed_card(settings, cache, adapter.names)
     write_folder(path, settings, factors, cache, readme=readme, extra=extra, force=force)
     return path
@@ -46,27 +47,17 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
 
 def peft_factors(weights: Mapping[str, AdaptedWeight]) -> tuple[dict[str, Factors], dict[str, int]]:
     """Factors by PEFT's module path, experts stacked; and the rank of each module or parameter as PEFT's patterns name it."""
-    factors: dict[str, Factors] = {}
-    ranks: dict[str, int] = {}
-    experts: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-    counts: dict[str, int] = {}
-    for key, weight in weights.items():
-        A, B = compact(weight.total())
-        if weight.kind != "expert":
-            factors[key] = Factors(A, B, embedding=weight.kind == "embedding")
-            ranks[key] = A.shape[0]
-            continue
-        parameter, _, number = key.rpartition(".")
-        experts.setdefault(parameter, {})[int(number)] = (A, B)
-        counts[parameter] = weight.experts
-    paths = wrapper_paths(list(experts))
-    for parameter, pairs in experts.items():
-        A, B = next(iter(pairs.values()))
-        nothing = (A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1))
-        every = [pairs.get(e, nothing) for e in range(max(counts[parameter], max(pairs) + 1))]
-        factors[paths[parameter]] = Factors(*join(every))
-        ranks[parameter] = factors[paths[parameter]].A.shape[0] // len(every)
-    return factors, ranks
+    pairs = {key: compact(weight.total()) for key, weight in weights.items()}
+    kinds = {key: weight.kind for key, weight in weights.items()}
+    counts = {key.rpartition(".")[0]: weight.experts for key, weight in weights.items() if weight.kind == "expert"}
+    factors = by_module(pairs, kinds, counts)
+    ranks = {key: A.shape[0] for key, (A, _) in pairs.items() if kinds[key] != "expert"}
+    of_parameter: dict[str, list[int]] = {}
+    for key, (A, _) in pairs.items():
+        if kinds[key] == "expert":
+            of_parameter.setdefault(key.rpartition(".")[0], []).append(A.shape[0])
+    # PEFT keeps all experts of a parameter at one rank, the largest.
+    return factors, ranks | {parameter: max(own) for parameter, own in of_parameter.items()}
 
 
 def peft_settings(adapter: Adapter, ranks: Mapping[str, int], *, init: bool | str) -> LoraSettings:
@@ -97,36 +88,48 @@ def peft_settings(adapter: Adapter, ranks: Mapping[str, int], *, init: bool | st
 
 def cache_of(adapter: Adapter) -> AdapterCache:
     """What ``svdbank.json`` says of an adapter."""
-    components: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {name: {} for name in adapter.names}
+    components: dict[str, dict[str, tuple[Band, ...]]] = {name: {} for name in adapter.names}
     for key, weight in adapter.weights.items():
         for name, component in weight.components.items():
             components[name][key] = component.bands if isinstance(component, InBank) else ()
-    used = [index for weights in components.values() for bands in weights.values() for index in indices_of(bands)]
     sources = {key: weight.source for key, weight in adapter.weights.items() if weight.source is not None}
-    known = len(sources) == len(adapter.weights)
-    return AdapterCache(
-        format=1,
-        method=adapter.method if adapter.method not in ("milora", "pissa") else "lora",
-        band=(min(used), max(used) + 1) if used else (0, 0),
+    return recorded(
+        adapter.method if adapter.method not in ("milora", "pissa") else "lora",
+        adapter.base.name or "",
+        {key: (source.name, source.sha256) for key, source in sources.items()},
+        components,
         rank=adapter.rank,
-        base=adapter.base.name or "",
-        base_digest=base_digest({source.name: source.sha256 for source in sources.values()} if known else {}),
-        bank_format=1,
-        weights=tuple(source.name for source in sources.values()) if known else (),
-        sources={key: (source.name, source.sha256) for key, source in sources.items()},
-        components=components,
+        known=len(sources) == len(adapter.weights),
     )
 
 
-def _parts(adapter: Adapter) -> dict[str, Tensor]:
-    """Each component's own factors; the directions only where the sum beside them does not hold them as columns."""
-    tensors: dict[str, Tensor] = {}
-    for key, weight in adapter.weights.items():
-        total = weight.total()
-        plain = isinstance(total, InBank) and total.max_rank == len(total.indices)
-        for name, component in weight.components.items():
-            A, B = component.factors
-            tensors[f"{name}/{key}/A"] = A.contiguous()
-            if not plain:
-                tensors[f"{name}/{key}/B"] = B.contiguous()
-    return tensors
+def recorded(
+    method: str,
+    base: str,
+    sources: Mapping[str, tuple[str, str]],
+    components: Mapping[str, Mapping[str, tuple[Band, ...]]],
+    *,
+    rank: int,
+    band: Band | None = None,
+    known: bool = True,
+    bank_format: int = 1,
+) -> AdapterCache:
+    """``svdbank.json`` of an adapter on the weights of ``sources``: by the adapter's key, name in the bank and sha256.
+
+    ``components`` are the bands of each, by name and key; ``band`` is their hull where nothing else is said. Where ``sources`` are not
+    all that it touches (``known`` is False), it names no weights and no digest of theirs.
+    """
+    used = [edge for weights in components.values() for bands in weights.values() for own in bands for edge in own]
+    hull = (min(used), max(used)) if used else (0, 0)
+    return AdapterCache(
+        format=1,
+        method=method,
+        band=hull if band is None else band,
+        rank=rank,
+        base=base,
+        base_digest=base_digest(dict(sources.values()) if known else {}),
+        bank_format=bank_format,
+        weights=tuple(name for name, _ in sources.values()) if known else (),
+        sources=dict(sources),
+        components={name: dict(weights) for name, weights in components.items()},
+    )

@@ -83,10 +83,8 @@ def _share(adapter: Adapter, bank: Bank) -> float:
     inside = whole = 0.0
     for key, weight in adapter.weights.items():
         left = bank.left([names[key]], bank[names[key]].rank)[names[key]].mT
-        A, B = (factor.double() for factor in weight.total().factors)
-        square = max(0.0, float(((B.mT @ B) * (A @ A.mT)).sum()))
-        whole += square
-        inside += square * share_in(left, weight.total())
+        whole += weight.squared_norm
+        inside += weight.squared_norm * share_in(left, weight.total())
     return inside / whole if whole else 1.0
 
 

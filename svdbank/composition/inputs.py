@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdbank import cache
+from svdbank.adapter.folder import read_folder
 from svdbank.adapter.model import Adapter, aligned
 from svdbank.adapter.naming import bank_names
-from svdbank.adapter.reading import read_adapter
-from svdbank.adapter.settings import CACHE, AdapterCache
+from svdbank.adapter.reading import adapter_of, read_adapter
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.places import named_place
-from svdbank.core.specs import from_json
 
 #: Adapters to put together: folders, folders written as ``NAME=DIR``, or folders by name.
 Places = Sequence[str | Path] | Mapping[str, str | Path]
@@ -79,7 +78,7 @@ def read_inputs(
             adapter = read_adapter(path, bank=opened, name=name)
         adapters[name] = adapter if len(adapter.names) > 1 and not asked else adapter.named(name)
     if rebase is None:
-        _check_digests({name: path for name, (path, _) in named.items()})
+        _check_digests(adapters)
     adapters = dict(zip(adapters, aligned(list(adapters.values())), strict=True))
     _check_bases(adapters)
     return adapters
@@ -103,39 +102,32 @@ def domains_of(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:
     """On the bank's base: as it is where it was made there or does not say, else projected on the bank's directions."""
-    adapter = read_adapter(path, name=name)
+    folder = read_folder(path)
+    adapter = adapter_of(folder, name=name)
     known = bank_names(bank, list(adapter.weights))
-    cache = _cache(path)
-    other_digest = cache is not None and cache.base_digest not in ("", _digest(bank, cache))
-    made_elsewhere = other_digest or any(
+    made_elsewhere = adapter.base.digest not in ("", _digest(bank, adapter.base.weights)) or any(
         weight.source is not None and key in known and weight.source.sha256 != bank[known[key]].source_sha256
         for key, weight in adapter.weights.items()
     )
     if not made_elsewhere:
-        return read_adapter(path, bank=bank, name=name)
+        return adapter_of(folder, bank=bank, name=name)
     moved = adapter.rebase(bank, force=True)
     return replace(moved, notes=tuple(f"{name}: {note}" for note in moved.notes))
 
 
-def _cache(folder: Path) -> AdapterCache | None:
-    path = folder / CACHE
-    return from_json(path.read_bytes(), AdapterCache, where=str(path), error=CheckpointError) if path.is_file() else None
-
-
-def _digest(bank: Bank, cache: AdapterCache) -> str:
+def _digest(bank: Bank, weights: Sequence[str]) -> str:
     """The bank's digest over an adapter's weights; empty where it lacks some."""
-    return bank.base_digest(cache.weights) if all(name in bank for name in cache.weights) else ""
+    return bank.base_digest(weights) if all(name in bank for name in weights) else ""
 
 
-def _check_digests(folders: Mapping[str, Path]) -> None:
+def _check_digests(adapters: Mapping[str, Adapter]) -> None:
     """Compare adapters that record the base as one digest, over the same weights."""
     seen: dict[tuple[str, ...], tuple[str, str]] = {}
-    for name, path in folders.items():
-        cache = _cache(path)
-        if cache is None or not cache.base_digest:
+    for name, adapter in adapters.items():
+        if not adapter.base.digest:
             continue
-        other, digest = seen.setdefault(tuple(sorted(cache.weights)), (name, cache.base_digest))
-        if digest != cache.base_digest:
+        other, digest = seen.setdefault(tuple(sorted(adapter.base.weights)), (name, adapter.base.digest))
+        if digest != adapter.base.digest:
             raise WrongBaseError(f"{other} and {name} were made on different bases: their base digests differ", hint=_REBASE)
 
 

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from svdbank.adapter.components import Component, InBank, singular_values, truncated
-from svdbank.adapter.model import AdaptedWeight, Adapter, combination, joined
+from svdbank.adapter.components import Component, singular_values, truncated
+from svdbank.adapter.model import Adapter, combination, joined
+from svdbank.adapter.weights import AdaptedWeight
 from svdbank.composition.coordinates import common_coordinates
 from svdbank.composition.sparsification import dropped, elected, summed, trimmed
 
@@ -105,7 +106,7 @@ class Sizes:
 
 def sizes_of(result: Cut) -> Sizes:
     """What was kept and what was lost, over all weights and in the worst one."""
-    kept = {key: _squared_norm(weight.total()) for key, weight in result.adapter.weights.items()}
+    kept = {key: weight.squared_norm for key, weight in result.adapter.weights.items()}
     lost = {key: loss**2 for key, loss in result.lost.items()}
     whole = math.fsum(kept.values()) + math.fsum(lost.values())
     shares = {key: result.lost[key] / math.sqrt(kept[key] + square) for key, square in lost.items() if kept[key] + square > 0}
@@ -115,10 +116,3 @@ def sizes_of(result: Cut) -> Sizes:
         error=math.sqrt(math.fsum(lost.values()) / whole) if whole else 0.0,
         worst=None if worst is None else (worst, shares[worst]),
     )
-
-
-def _squared_norm(component: Component) -> float:
-    if isinstance(component, InBank) and component.orthonormal:
-        return float(torch.linalg.vector_norm(component.C.double())) ** 2
-    A, B = (factor.double() for factor in component.factors)
-    return max(0.0, float(((B.mT @ B) * (A @ A.mT)).sum()))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svdbank.adapter.components import squared_norm_of
 from svdbank.adapter.model import Adapter
 from svdbank.core.errors import NotFiniteError, OptionError
 from svdbank.core.specs import WeightSpec
@@ -79,8 +80,7 @@ class Addition:
 
     def intended(self, name: str) -> float:
         """``‖ΔW‖²`` of one weight, from the Gram matrices of its factors in float64."""
-        A, B = (factor.double() for factor in self._factors[name])
-        return max(0.0, float(((B.mT @ B) * (A @ A.mT)).sum()))
+        return squared_norm_of(*self._factors[name])
 
     def dtypes(self, specs: Sequence[WeightSpec]) -> tuple[str, ...]:
         """What those weights are stored in now, each name once."""

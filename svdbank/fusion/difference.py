@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdbank.adapter.components import Free
+from svdbank.adapter.components import Free, Kind
+from svdbank.adapter.documents import BaseIdentity
 from svdbank.adapter.folder import check_apart, check_output
-from svdbank.adapter.model import AdaptedWeight, Adapter, BaseIdentity, Kind, Source
+from svdbank.adapter.model import Adapter
 from svdbank.adapter.settings import LoraSettings
+from svdbank.adapter.weights import AdaptedWeight, BaseWeight
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.building.planning import available_cpus
@@ -193,7 +195,7 @@ def extract(
                 in_features=spec.in_features,
                 components={"extracted": Free(best.A, best.B)},
                 kind=_kind(spec),
-                source=Source(spec.name, result.sha256),
+                source=BaseWeight(spec.name, result.sha256),
                 experts=experts[spec.module] if spec.stacked else 0,
             )
         if not weights:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from svdbank.adapter.model import AdaptedWeight, Adapter
+from svdbank.adapter.folder import SavedModules
+from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
-from svdbank.adapter.saved import SavedModules
-from svdbank.adapter.settings import AdapterCache
+from svdbank.adapter.weights import AdaptedWeight
 from svdbank.bank.index import base_digest
 from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.naming.correspondence import Parameter, correspondence
@@ -92,18 +92,17 @@ def check_kinds(
             raise OptionError(f"{other.name}: {theirs.name} is not what {mine.name} is in {one.name}")
 
 
-def check_base(
-    adapter: Adapter, cache: AdapterCache | None, matrices: Sequence[tuple[WeightSpec, AdaptedWeight]], base: Checkpoint
-) -> dict[str, str]:
+def check_base(adapter: Adapter, matrices: Sequence[tuple[WeightSpec, AdaptedWeight]], base: Checkpoint) -> dict[str, str]:
     """sha256 that each weight must have, by name; raises :class:`WrongBaseError` before the work where the smallest has another."""
     expected = {spec.name: weight.source.sha256 for spec, weight in matrices if weight.source is not None}
     if expected:
         smallest = min((spec for spec, _ in matrices if spec.name in expected), key=lambda spec: spec.nbytes)
         wrong = base.read_hashed(smallest)[1] != expected[smallest.name]
-    elif cache is not None and cache.base_digest and cache.weights:
+    elif adapter.base.digest and adapter.base.weights:
         specs = {spec.name: spec for spec, _ in matrices}
-        known = all(name in specs for name in cache.weights)
-        wrong = not known or base_digest({n: base.read_hashed(specs[n])[1] for n in cache.weights}) != cache.base_digest
+        names = adapter.base.weights
+        known = all(name in specs for name in names)
+        wrong = not known or base_digest({n: base.read_hashed(specs[n])[1] for n in names}) != adapter.base.digest
     else:
         return {}
     if wrong:

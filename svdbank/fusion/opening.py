@@ -6,37 +6,31 @@ import os
 from pathlib import Path
 
 from svdbank.adapter.fetching import located
-from svdbank.adapter.folder import check_there, read_settings
+from svdbank.adapter.folder import SavedModules, read_folder, saved_modules
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.adapter.model import Adapter
-from svdbank.adapter.reading import initialised_as, read_adapter
-from svdbank.adapter.saved import SavedModules, saved_modules
-from svdbank.adapter.settings import CACHE, AdapterCache
+from svdbank.adapter.reading import adapter_of
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError
-from svdbank.core.specs import from_json
 
 
 def open_adapter(
     adapter: str | Path | Adapter, bank: Bank | None, model: str | os.PathLike[str]
-) -> tuple[Adapter, SavedModules, AdapterCache | None, str]:
-    """The adapter, what its folder holds beside its factors, what svdbank recorded in it, and its name for a report."""
+) -> tuple[Adapter, SavedModules, str]:
+    """The adapter, what its folder holds beside its factors, and its name for a report."""
     if isinstance(adapter, Adapter):
-        return _not_zero(adapter, SavedModules()), SavedModules(), None, repr(adapter)
-    folder, shown = located(adapter)
-    check_there(folder)
-    cache = None
-    if (folder / CACHE).is_file():
-        cache = from_json((folder / CACHE).read_bytes(), AdapterCache, where=str(folder / CACHE), error=OptionError)
+        return _not_zero(adapter, SavedModules()), SavedModules(), repr(adapter)
+    place, shown = located(adapter)
+    folder = read_folder(place)
     saved = saved_modules(folder)
-    method = initialised_as(folder, read_settings(folder), cache)
+    method = folder.made_as()
     residual = method in RESIDUAL_METHODS
     if residual and bank is None:
-        bank = _cached_bank(model, folder, method)
+        bank = _cached_bank(model, place, method)
     # Without a need for it the bank is not asked: it would only be compared.
     name = shown.partition("@")[0].rpartition("/")[2] if shown != str(adapter) else None
-    opened = read_adapter(folder, bank=bank if residual else None, name=name, method=method if residual else None)
-    return _not_zero(opened, saved), saved, cache, shown
+    opened = adapter_of(folder, bank=bank if residual else None, name=name)
+    return _not_zero(opened, saved), saved, shown
 
 
 def _cached_bank(model: str | os.PathLike[str], folder: Path, method: str) -> Bank:

@@ -6,9 +6,9 @@ import dataclasses
 
 import msgspec
 
+from svdbank.adapter.folder import SavedModules
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
-from svdbank.adapter.saved import SavedModules
 from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.naming.correspondence import architecture_of, is_listed
 from svdbank.checkpoint.naming.selection import decomposable

@@ -3,18 +3,82 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from svdbank.adapter.components import Band, bands_of, indices_of
-from svdbank.adapter.methods import RESIDUAL_METHODS, Method
+from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import bank_names
+from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.starting import check_rank
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError
+from svdbank.initialisation.configuration import ranks_by_pattern
+
+#: Rank where none is asked for.
+RANK = 16
+
+
+def allocate(
+    bank: Bank,
+    names: Sequence[str],
+    method: InitialisationMethod,
+    *,
+    rank: int | None = None,
+    pattern: Mapping[str, int] | None = None,
+    params: int | None = None,
+    band: Band | str | None = None,
+    beside: Sequence[str | Path | Adapter] = (),
+) -> dict[str, Band]:
+    """The half-open band of minor indices of each weight; for ``pissa`` [0, rank) counts from the largest.
+
+    ``rank`` (16 by default) and its ``pattern`` by module, or a budget of ``params``; at ``band``, or next to the adapters ``beside``.
+    Raises :class:`OptionError` for options that contradict each other, :class:`BankError` for more than the bank stores.
+    """
+    if params is not None and (rank is not None or pattern):
+        raise OptionError("params chooses the ranks; a rank or a rank pattern beside it cannot be meant", hint="leave one out")
+    automatic = band == "auto" or (band is None and bool(beside))
+    if method in RESIDUAL_METHODS and (automatic or band is not None):
+        raise OptionError(
+            f"{method} trains both factors and keeps to no band; bands are MiCA's", hint="leave --band and --beside out"
+        )
+    fixed = None if automatic or band is None else _parsed(band)
+    if fixed is not None and beside:
+        raise OptionError("a band given and adapters to stay beside contradict each other", hint="--band auto")
+    if fixed is not None and rank is not None and rank != fixed[1] - fixed[0]:
+        raise OptionError(f"rank {rank} and band {fixed[0]}:{fixed[1]} contradict each other", hint="leave --rank out")
+    others = [other if isinstance(other, Adapter) else read_adapter(other, bank=bank) for other in beside]
+    if params is not None:
+        starts = dict.fromkeys(names, fixed[0]) if fixed is not None else {}
+        if automatic:
+            starts = {name: start for name, (start, _) in next_bands(bank, dict.fromkeys(names, 1), others).items()}
+        ranks = ranks_within(bank, names, params, method, starts)
+    else:
+        common = RANK if rank is None else rank
+        ranks = ranks_by_pattern(bank, names, fixed[1] - fixed[0] if fixed is not None else common, pattern or {})
+    start = fixed[0] if fixed is not None else 0
+    for name, own in ranks.items():
+        check_rank(bank, name, start + own, method=method)
+    if automatic:
+        return next_bands(bank, ranks, others)
+    return {name: (start, start + own) for name, own in ranks.items()}
+
+
+def _parsed(band: Band | str) -> Band:
+    if isinstance(band, str):
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", band)
+        if match is None:
+            raise OptionError(f"{band!r} is no band", hint="--band 16:32 for minor directions 16 to 31, or --band auto")
+        band = (int(match[1]), int(match[2]))
+    if not 0 <= band[0] < band[1]:
+        raise OptionError(f"band {band[0]}:{band[1]} is empty", hint="--band 16:32 for minor directions 16 to 31")
+    return band
 
 
 def ranks_within(
-    bank: Bank, names: Sequence[str], params: int, method: Method, starts: Mapping[str, int] | None = None
+    bank: Bank, names: Sequence[str], params: int, method: InitialisationMethod, starts: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """A rank for each weight so that at most ``params`` parameters train.
 
@@ -56,7 +120,9 @@ def ranks_within(
     return {member: taken[group] for group, members in groups.items() for member in members}
 
 
-def _levels(bank: Bank, names: Sequence[str], method: Method, starts: Mapping[str, int]) -> dict[str, list[float]]:
+def _levels(
+    bank: Bank, names: Sequence[str], method: InitialisationMethod, starts: Mapping[str, int]
+) -> dict[str, list[float]]:
     """``σ_k / σ_max`` of each weight in the order in which its directions are taken; negative for ``pissa``, so that it ascends too."""
     levels = {}
     for name in names:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from svdbank.adapter.methods import METHODS, Method
+from svdbank.adapter.methods import METHODS, InitialisationMethod
 from svdbank.core.errors import OptionError
 
 
-def method_of(config: Any) -> Method | None:
+def method_of(config: Any) -> InitialisationMethod | None:
     """The method that ``init_lora_weights`` names, in any capitalisation, or None for one that takes nothing from a bank."""
     value = getattr(config, "init_lora_weights", None)
     if not isinstance(value, str) or str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdbank.adapter.folder import Factors
-from svdbank.adapter.methods import RESIDUAL_METHODS, Method
+from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
 from svdbank.core.probe import lies_in
@@ -26,7 +26,7 @@ _RECORD = "svdbank_attachments"
 
 
 @dataclass(frozen=True)
-class Source:
+class FactorSource:
     """Where factors come from in one block. Without a bank they are left zero: saved ones will be loaded over them.
 
     ``saved`` are the factors of ``folder`` by layer, where one is being loaded: a targeted layer that is not among them would keep
@@ -45,7 +45,9 @@ def attachments(model: nn.Module) -> dict[str, Attachment]:
     return found
 
 
-def inject(source: Source, original: Callable[..., Any], tuner: Any, model: Any, adapter_name: str, state_dict: Any) -> None:
+def inject(
+    source: FactorSource, original: Callable[..., Any], tuner: Any, model: Any, adapter_name: str, state_dict: Any
+) -> None:
     """PEFT's ``inject_adapter``, with factors from ``source``. On any error the model is as it was."""
     config = tuner.peft_config[adapter_name]
     method = method_of(config)
@@ -75,7 +77,7 @@ def inject(source: Source, original: Callable[..., Any], tuner: Any, model: Any,
         quantised.keep_gradients(root)
 
 
-def check_reload(source: Source, root: nn.Module, adapter_name: str) -> None:
+def check_reload(source: FactorSource, root: nn.Module, adapter_name: str) -> None:
     """The checks of :func:`inject` for a MiCA folder that will be loaded over an adapter which is already there."""
     layers = slots(root, adapter_name)
     _check_saved(source, layers)
@@ -85,7 +87,7 @@ def check_reload(source: Source, root: nn.Module, adapter_name: str) -> None:
         _check_saved_bases(source, source.bank, layers, found)
 
 
-def _check_company(root: nn.Module, adapter_name: str, method: Method) -> None:
+def _check_company(root: nn.Module, adapter_name: str, method: InitialisationMethod) -> None:
     """The base is one for all adapters of a model, so a method that changes it cannot share it."""
     from peft.tuners.lora import LoraLayer
 
@@ -105,7 +107,9 @@ def _check_company(root: nn.Module, adapter_name: str, method: Method) -> None:
             )
 
 
-def _fill(source: Source, root: nn.Module, adapter_name: str, method: Method, layers: list[Slot], surgery: float) -> None:
+def _fill(
+    source: FactorSource, root: nn.Module, adapter_name: str, method: InitialisationMethod, layers: list[Slot], surgery: float
+) -> None:
     """Check everything, then put factors into every layer; B of MiCA is registered as frozen also where PEFT does not (4-bit, experts)."""
     targets = [target for layer in layers for target in layer.targets]
     _check_saved(source, layers)
@@ -168,7 +172,7 @@ def _freeze(slot: Slot) -> None:
     slot.factors[1].requires_grad_(False)
 
 
-def _check_saved(source: Source, layers: Sequence[Slot]) -> None:
+def _check_saved(source: FactorSource, layers: Sequence[Slot]) -> None:
     if source.saved is None:
         return
     bare = [layer.saved for layer in layers if layer.saved not in source.saved]
@@ -176,7 +180,7 @@ def _check_saved(source: Source, layers: Sequence[Slot]) -> None:
         raise CheckpointError(f"the adapter folder holds no factors for {len(bare)} modules that it targets, first {bare[0]}")
 
 
-def _check_saved_bases(source: Source, bank: Bank, layers: Sequence[Slot], found: Lookup) -> None:
+def _check_saved_bases(source: FactorSource, bank: Bank, layers: Sequence[Slot], found: Lookup) -> None:
     """A folder's B must be bank directions: the very ones, or an orthonormal mix of a band of them (another machine's bank)."""
     if source.saved is None:
         return

@@ -110,7 +110,7 @@ def slots(root: nn.Module, adapter: str) -> list[Slot]:
 def _slot(layer: Any, name: str, adapter: str) -> Slot:
     from peft.tuners.lora.layer import ParamWrapper
 
-    base, module = layer.get_base_layer(), plain(name)
+    base, module = layer.get_base_layer(), unwrapped(name)
     saved = ".".join(part for part in name.split(".") if part != "_orig_mod")
     if isinstance(layer, ParamWrapper):
         return Slot(layer, adapter, saved, "experts", tuple(_parameter_targets(layer, module, adapter)))
@@ -158,6 +158,6 @@ def _parameter_targets(layer: Any, module: str, adapter: str) -> Iterator[Target
         )
 
 
-def plain(name: str) -> str:
+def unwrapped(name: str) -> str:
     """Module path without the wrappers of torch.compile, of an earlier PEFT adapter, and of activation checkpointing."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

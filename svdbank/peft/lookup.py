@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
-from svdbank.adapter.methods import RESIDUAL_METHODS, Method, count_floored, initial_factors, mica_factors
+from svdbank.adapter.methods import InitialisationMethod
+from svdbank.adapter.starting import Start, check_rank, check_sides, starting_factors
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.errors import BankError, WrongBaseError
 from svdbank.core.probe import differing, is_readable, sample
 from svdbank.core.specs import Struct
 
@@ -83,7 +84,7 @@ class Attachment(Struct, frozen=True):
     weights: tuple[str, ...]
     unverified: tuple[str, ...]
     seconds: dict[str, float]
-    method: Method = "mica"
+    method: InitialisationMethod = "mica"
     rounding: float = 0.0
     floored: int = 0
 
@@ -104,7 +105,7 @@ class Lookup:
     seconds: dict[str, float]
 
 
-def look_up(bank: Bank, targets: Sequence[Target], *, method: Method = "mica", prefix: str = "") -> Lookup:
+def look_up(bank: Bank, targets: Sequence[Target], *, method: InitialisationMethod = "mica", prefix: str = "") -> Lookup:
     """Find, recognise and read what ``method`` starts ``targets`` from; nothing is read before every check has passed.
 
     ``prefix`` is the model's ``base_model_prefix``: a name is looked up as it is, else with the prefix added or removed, because a
@@ -121,7 +122,8 @@ def look_up(bank: Bank, targets: Sequence[Target], *, method: Method = "mica", p
         check_rank(bank, name, target.rank, method=method)
     unverified = recognise(bank, names, targets)
     recognised = time.perf_counter()
-    factors, floored = read_factors(bank, names, targets, method)
+    starts = [Start(name, (0, target.rank), target.scale) for name, target in zip(names, targets, strict=True)]
+    factors, floored = starting_factors(bank, starts, method)
     done = time.perf_counter()
     return Lookup(names, factors, unverified, floored, {"recognise": recognised - begun, "read": done - recognised})
 
@@ -134,7 +136,7 @@ def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[s
     if missing:
         leaves = sorted({label.partition("[")[0].rpartition(".")[2] for label in missing})
         raise BankError(
-            f"{bank.path}: the bank holds no basis for {_some(missing)}",
+            f"{bank.path}: the bank holds no basis for {_listed(missing)}",
             hint="svdbank build MODEL "
             + " ".join(f"--targets {leaf}" for leaf in leaves)
             + " adds them to the bank"
@@ -161,20 +163,6 @@ def _find(bank: Bank, held: Mapping[str, Sequence[str]], target: Target, prefix:
     return next((name for name in names if bank[name].record.expert == target.expert), None)
 
 
-def check_sides(bank: Bank, method: Method) -> None:
-    """Raise :class:`BankError` where the bank stores less than ``method`` needs."""
-    if method in RESIDUAL_METHODS and bank.side != "both":
-        raise BankError(
-            f"{bank.path}: {method} needs left and right vectors, and this bank holds left ones only",
-            hint="svdbank build MODEL --side both",
-        )
-    if method == "pissa" and not bank.manifest.options.principal:
-        raise BankError(
-            f"{bank.path}: pissa starts from the largest singular values, and this bank holds the smallest only",
-            hint="svdbank build MODEL --side both --principal RANK",
-        )
-
-
 def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> None:
     wrong = [
         f"{name}: ({target.out_features}, {target.in_features}) in the model, "
@@ -190,31 +178,11 @@ def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -
     ):
         raise BankError(
             f"{bank.path}: PEFT takes in and out of these experts the other way round, so their bases do not fit its layers "
-            f"(Llama-4's are such); {_some(wrong)}",
+            f"(Llama-4's are such); {_listed(wrong)}",
             hint="leave these parameters out of target_parameters: adapters on them are not supported",
         )
     if wrong:
-        raise WrongBaseError(f"{bank.path}: this bank describes another model; {_some(wrong)}", hint=_REBUILD)
-
-
-def check_rank(bank: Bank, name: str, rank: int, *, method: Method = "mica") -> None:
-    """Raise where ``rank`` is above what the weight allows (:class:`OptionError`) or the bank stores (:class:`BankError`)."""
-    basis = bank[name]
-    full = min(basis.out_features, basis.in_features)
-    stored, end, option = basis.rank, "", "--rank"
-    if method == "pissa":
-        stored, end, option = basis.family.principal, "largest ", "--side both --principal"
-    if not 1 <= rank <= full:
-        more = f": the bank stores no more of it; svdbank build MODEL {option} {full} stores all" if stored < full else ""
-        raise OptionError(
-            f"rank {rank} is outside 1..{full}, what {name} of shape ({basis.out_features}, {basis.in_features}) allows",
-            hint=f"ask for rank {min(stored, full)} or less, or give this module its own rank{more}",
-        )
-    if rank > stored:
-        raise BankError(
-            f"{bank.path}: rank {rank} was asked for, but the bank stores {stored} of the {full} {end}triplets of {name}",
-            hint=f"ask for rank {stored} or less, or svdbank build MODEL {option} {rank}",
-        )
+        raise WrongBaseError(f"{bank.path}: this bank describes another model; {_listed(wrong)}", hint=_REBUILD)
 
 
 def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tuple[str, ...]:
@@ -231,7 +199,7 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
             different = [names[readable[i]] for i in wrong]
             raise WrongBaseError(
                 f"{bank.path}: {len(different)} of {len(readable)} weights of this model are not those the bank was built from: "
-                f"{_some(different)}",
+                f"{_listed(different)}",
                 hint=_REBUILD,
             )
     known = set(readable)
@@ -243,44 +211,9 @@ def _transpose(target: Target) -> Target:
     return replace(target, transposed=not target.transposed, out_features=target.in_features, in_features=target.out_features)
 
 
-def read_factors(
-    bank: Bank, names: Sequence[str], targets: Sequence[Target], method: Method
-) -> tuple[tuple[tuple[Tensor, Tensor], ...], int]:
-    """What ``method`` puts into A (rank, in) and B (out, rank) of each target, float32; and how many singular values were floored."""
-    ranks = [target.rank for target in targets]
-    if method == "mica":
-        lefts = read_left(bank, names, ranks)
-        return tuple(mica_factors(left, target.in_features) for left, target in zip(lefts, targets, strict=True)), 0
-    pissa = method == "pissa"
-    lefts = _read(bank.principal_left if pissa else bank.left, names, ranks)
-    rights = _read(bank.principal_right if pissa else bank.right, names, ranks)
-    sigmas = _read(bank.principal_sigma if pissa else bank.sigma, names, ranks)
-    factors, floored = [], 0
-    for name, target, left, sigma, right in zip(names, targets, lefts, sigmas, rights, strict=True):
-        largest = bank[name].certificate.sigma_max
-        factors.append(initial_factors(method, left, sigma, right, target.scale, sigma_max=largest))
-        floored += count_floored(sigma, largest)
-    return tuple(factors), floored
-
-
-def read_left(bank: Bank, names: Sequence[str], ranks: Sequence[int]) -> tuple[Tensor, ...]:
-    """Left bases (out, rank) in the order of ``names``, with one bulk read for each distinct rank."""
-    return _read(bank.left, names, ranks)
-
-
-def _read(
-    array: Callable[[Iterable[str], int], Mapping[str, Tensor]], names: Sequence[str], ranks: Sequence[int]
-) -> tuple[Tensor, ...]:
-    by_rank: dict[int, list[str]] = defaultdict(list)
-    for name, rank in zip(names, ranks, strict=True):
-        by_rank[rank].append(name)
-    read = {rank: array(list(dict.fromkeys(group)), rank) for rank, group in by_rank.items()}
-    return tuple(read[rank][name] for name, rank in zip(names, ranks, strict=True))
-
-
 _REBUILD = "load the model the bank was built from, or run svdbank build for this one"
 
 
-def _some(items: Sequence[str]) -> str:
+def _listed(items: Sequence[str]) -> str:
     rest = len(items) - _NAMED
     return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

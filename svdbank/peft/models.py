@@ -14,8 +14,8 @@ from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_extra
 from svdbank.peft.configuration import method_of, normalise
-from svdbank.peft.injection import Source, attachments, check_reload
-from svdbank.peft.layers import plain
+from svdbank.peft.injection import FactorSource, attachments, check_reload
+from svdbank.peft.layers import unwrapped
 from svdbank.peft.lookup import Attachment
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
@@ -95,7 +95,7 @@ def load_adapter(
     added = _added_prefix(model, saved.factors)
     if added:
         options.setdefault("key_mapping", {"^": added})
-    source = Source(opened, saved={added + module: pair for module, pair in saved.factors.items()}, folder=str(folder))
+    source = FactorSource(opened, saved={added + module: pair for module, pair in saved.factors.items()}, folder=str(folder))
     with reroute(source):
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:
@@ -148,8 +148,8 @@ def _added_prefix(model: nn.Module, saved: Iterable[str]) -> str:
     wrapped: Any = model
     root: nn.Module = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     prefix = str(getattr(root, "base_model_prefix", "") or "")
-    paths = {plain(name) for name, _ in root.named_modules()}
-    modules = [plain(module) for module in saved]
+    paths = {unwrapped(name) for name, _ in root.named_modules()}
+    modules = [unwrapped(module) for module in saved]
     if prefix and not any(module in paths for module in modules) and all(f"{prefix}.{module}" in paths for module in modules):
         return f"{prefix}."
     return ""

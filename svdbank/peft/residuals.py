@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svdbank.adapter.methods import Method, residual
+from svdbank.adapter.methods import InitialisationMethod, residual
 from svdbank.core.errors import OptionError
 from svdbank.core.probe import is_readable
 from svdbank.peft import sharding
@@ -19,7 +19,7 @@ from svdbank.peft.lookup import Target
 _ROWS = 64
 
 
-def check(root: nn.Module, layers: Sequence[Slot], method: Method) -> None:
+def check(root: nn.Module, layers: Sequence[Slot], method: InitialisationMethod) -> None:
     """Refuse (:class:`OptionError`) weights whose values are not here to be changed, and those that another module uses too."""
     targets = [target for layer in layers for target in layer.targets]
     absent = [target.label for target in targets if not (is_readable(target) or sharding.is_sharded(target.weight))]
@@ -57,9 +57,9 @@ def _subtract(target: Target, A: Tensor, B: Tensor) -> Tensor:
     local, rows, columns = sharding.local_part(stored, transposed=target.transposed)
     weight = local.mT if target.transposed else local  # (out, in)
     A, B = A[:, columns].to(weight.device), B[rows].to(weight.device)
-    some = slice(None, None, max(1, weight.shape[0] // _ROWS))
-    before = weight[some].double()
+    sampled = slice(None, None, max(1, weight.shape[0] // _ROWS))
+    before = weight[sampled].double()
     weight.copy_(residual(weight, A, B, target.scale))
-    exact = torch.addmm(before, B[some].double(), A.double(), alpha=-target.scale)
-    size, error = torch.linalg.vector_norm(before), torch.linalg.vector_norm(weight[some].double() - exact)
+    exact = torch.addmm(before, B[sampled].double(), A.double(), alpha=-target.scale)
+    size, error = torch.linalg.vector_norm(before), torch.linalg.vector_norm(weight[sampled].double() - exact)
     return torch.where(size > 0, error / size, 0.0)

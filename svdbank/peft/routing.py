@@ -21,7 +21,7 @@ from svdbank import cache
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, missing_extra
 from svdbank.peft.configuration import method_of
-from svdbank.peft.injection import Source, inject
+from svdbank.peft.injection import FactorSource, inject
 from svdbank.peft.layers import slots
 
 
@@ -34,18 +34,18 @@ def use_bank(bank: Bank | str | Path) -> Iterator[Bank]:
     ``init_lora_weights`` "mica", "milora" or "pissa". Others are not touched. See the module's text for threads. Yields the opened bank.
     """
     opened = cache.opened(bank)
-    with reroute(Source(opened)):
+    with reroute(FactorSource(opened)):
         yield opened
 
 
-_source: ContextVar[Source | None] = ContextVar("svdbank_source", default=None)
+_source: ContextVar[FactorSource | None] = ContextVar("svdbank_source", default=None)
 _lock = threading.Lock()
 _open_blocks = 0
 _undo: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
-def reroute(source: Source) -> Iterator[None]:
+def reroute(source: FactorSource) -> Iterator[None]:
     """Take values from ``source`` inside this block and this thread."""
     global _open_blocks
     with _lock:
@@ -100,12 +100,12 @@ def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
     _undo.append(undo)
 
 
-def _mica_init(source: Source, original: Callable[..., Any], layer: Any, adapter_name: str) -> None:
+def _mica_init(source: FactorSource, original: Callable[..., Any], layer: Any, adapter_name: str) -> None:
     raise BankError("a MiCA layer is being created outside a model, so its weight has no name to look up in the bank")
 
 
 def _inject_adapter(
-    source: Source,
+    source: FactorSource,
     original: Callable[..., Any],
     tuner: Any,
     model: Any,
@@ -121,7 +121,7 @@ def _inject_adapter(
 
 
 def _cast_adapter_dtype(
-    source: Source, original: Callable[..., Any], tuner: Any, adapter_name: str, autocast_adapter_dtype: bool = True
+    source: FactorSource, original: Callable[..., Any], tuner: Any, adapter_name: str, autocast_adapter_dtype: bool = True
 ) -> None:
     """PEFT makes factors in the base's dtype and widens them; ours are made wide, so that no digit of the bank's is lost."""
     original(tuner, adapter_name, autocast_adapter_dtype)
@@ -134,9 +134,9 @@ def _narrow(root: nn.Module, adapter_name: str) -> None:
         slot.narrow()
 
 
-def _add_weighted_adapter(source: Source, original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
+def _add_weighted_adapter(source: FactorSource, original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
     """PEFT overwrites the combined adapter's factors straight away, so nothing needs to be looked up, at whatever rank."""
-    token = _source.set(Source(None, overwritten=True))
+    token = _source.set(FactorSource(None, overwritten=True))
     try:
         return original(tuner, *args, **kwargs)
     finally:
@@ -144,7 +144,7 @@ def _add_weighted_adapter(source: Source, original: Callable[..., Any], tuner: A
 
 
 def _transformers_add_adapter(
-    source: Source, original: Callable[..., Any], model: Any, adapter_config: Any, adapter_name: str | None = None
+    source: FactorSource, original: Callable[..., Any], model: Any, adapter_config: Any, adapter_name: str | None = None
 ) -> Any:
     with _as_it_was(model):
         result = original(model, adapter_config, adapter_name)
@@ -153,7 +153,9 @@ def _transformers_add_adapter(
     return result
 
 
-def _transformers_load_adapter(source: Source, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def _transformers_load_adapter(
+    source: FactorSource, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Transformers puts new parameters in place of PEFT's, and those train; PEFT's layers still know which ones must not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

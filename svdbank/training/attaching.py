@@ -19,6 +19,7 @@ from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
 from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS, AdapterCache
+from svdbank.adapter.writing import recorded
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
 from svdbank.core import disk
@@ -173,20 +174,13 @@ def _record(folder: Path, options: TrainOptions, bank: Bank) -> AdapterCache:
     """What ``svdbank.json`` says: the base's weights and the directions of the bank, as they are found in the folder itself."""
     adapter = read_adapter(folder, bank=bank)
     names = bank_names(bank, list(adapter.weights))
-    bands = {key: adapter.bands(key) for key in adapter.weights}
-    used = [edge for found in bands.values() for band in found for edge in band]
-    weights = tuple(names[key] for key in adapter.weights)
-    return AdapterCache(
-        format=1,
-        method=options.method if options.method == "mica" else "lora",
-        band=(min(used), max(used)) if used else (0, 0),
+    return recorded(
+        options.method if options.method == "mica" else "lora",
+        bank.manifest.base.name,
+        {key: (names[key], bank[names[key]].source_sha256) for key in adapter.weights},
+        {Path(options.output).name: {key: adapter.bands(key) for key in adapter.weights}},
         rank=adapter.rank,
-        base=bank.manifest.base.name,
-        base_digest=bank.base_digest(weights),
         bank_format=bank.manifest.format,
-        weights=weights,
-        sources={key: (name, bank[name].source_sha256) for key, name in names.items()},
-        components={Path(options.output).name: bands},
     )
 
 

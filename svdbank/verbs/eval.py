@@ -99,7 +99,7 @@ def eval(
 
 
 def _stacks(adapters: Mapping[str, str | Path | Sequence[str | Path]]) -> dict[str, tuple[str, ...]]:
-    from svdbank.adapter.folder import read_settings
+    from svdbank.adapter.documents import read_documents
 
     stacks = {}
     for name, folders in adapters.items():
@@ -107,5 +107,5 @@ def _stacks(adapters: Mapping[str, str | Path | Sequence[str | Path]]) -> dict[s
             raise OptionError(f"{BASE!r} is the model without an adapter", hint="give the adapter another name")
         stacks[name] = (str(folders),) if isinstance(folders, str | Path) else tuple(str(folder) for folder in folders)
         for folder in stacks[name]:
-            read_settings(Path(folder))
+            read_documents(folder)
     return stacks

@@ -89,7 +89,7 @@ def fuse(
         stack.enter_context(pinned_threads(1))
         base = stack.enter_context(open_checkpoint(model))
         subject = base if into is None else stack.enter_context(open_checkpoint(into))
-        opened, saved, cache, shown = open_adapter(adapter, opened_bank(bank), model)
+        opened, saved, shown = open_adapter(adapter, opened_bank(bank), model)
         pair = needed(subject, opened, saved) if untie else ()
         if pair:
             subject = untied(subject)
@@ -101,7 +101,7 @@ def fuse(
             raise OptionError(f"the adapter both changes and replaces {min(clash)}")
         if into is not None:
             check_kinds(match_weights(opened, base, other=False), matrices, base, subject)
-        expected = check_base(opened, cache, match_weights(opened, base, other=False) if into is not None else matrices, base)
+        expected = check_base(opened, match_weights(opened, base, other=False) if into is not None else matrices, base)
         factors = {spec.name: weight.total().factors for spec, weight in matrices}
         addition = Addition(factors, {spec.name: values for spec, values in full}, dtype)
         stack.enter_context(_downloads(subject, Path(output).expanduser(), progress))

@@ -17,12 +17,11 @@ import msgspec
 import numpy
 
 from svdbank import cache
-from svdbank.adapter.folder import check_output
+from svdbank.adapter.folder import check_output, new_folder
 from svdbank.adapter.settings import TRAINING_CONFIG, TRAINING_FIGURES
 from svdbank.bank.reading import Bank
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, OptionError, SvdbankError, missing_extra
-from svdbank.core.folders import appearing
 from svdbank.core.specs import Progress, ProgressCallback, ignore_progress, to_json
 from svdbank.lm.blocks import collate, first, pack
 from svdbank.lm.held_out import hold_out
@@ -442,8 +441,7 @@ def _peak_bytes() -> int:
 
 def _write(run: _Run, model: Any, initial: dict[str, Any], report: TrainReport) -> None:
     """The adapter's folder, whole or not at all; the checkpoints have done their work then."""
-    check_output(run.output, force=run.force)
-    with appearing(run.output, replacing=run.force, check=lambda: check_output(run.output, force=run.force)) as folder:
+    with new_folder(run.output, force=run.force) as folder:
         write_adapter(model, folder, run.options, run.bank, initial, card(run.options, report))
         disk.write_bytes(folder / TRAINING_CONFIG, to_toml(run.options))
         disk.write_bytes(folder / TRAINING_FIGURES, to_json(report, indent=2))

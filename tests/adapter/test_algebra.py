@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svdbank.adapter.components import Component, Free, InBank, bands_of, indices_of
-from svdbank.adapter.model import AdaptedWeight, Adapter, Source, combination
+from svdbank.adapter.model import Adapter, combination
+from svdbank.adapter.weights import AdaptedWeight, BaseWeight
 from svdbank.core.errors import OptionError, WrongBaseError
 
 OUT, IN, STORED = 20, 15, 12
@@ -170,8 +171,8 @@ def test_directions_that_differ_in_rounding_are_not_mixed_up() -> None:
 
 def test_other_bases_are_refused_with_exit_code_12() -> None:
     free = Free(torch.ones(1, IN), torch.ones(OUT, 1))
-    one = Adapter({"q": AdaptedWeight(OUT, IN, {"x": free}, source=Source("q.weight", "aa"))})
-    other = Adapter({"q": AdaptedWeight(OUT, IN, {"x": free}, source=Source("q.weight", "bb"))})
+    one = Adapter({"q": AdaptedWeight(OUT, IN, {"x": free}, source=BaseWeight("q.weight", "aa"))})
+    other = Adapter({"q": AdaptedWeight(OUT, IN, {"x": free}, source=BaseWeight("q.weight", "bb"))})
     wider = Adapter({"q": AdaptedWeight(OUT, IN + 1, {"x": Free(torch.ones(1, IN + 1), torch.ones(OUT, 1))})})
     unknown = Adapter({"q": AdaptedWeight(OUT, IN, {"x": free})})
     for wrong in (other, wider):
@@ -180,7 +181,7 @@ def test_other_bases_are_refused_with_exit_code_12() -> None:
         assert caught.value.exit_code == 12
     with pytest.raises(WrongBaseError):
         combination([(1.0, one), (1.0, unknown), (1.0, other)])
-    assert (unknown + one).weights["q"].source == Source("q.weight", "aa")
+    assert (unknown + one).weights["q"].source == BaseWeight("q.weight", "aa")
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
@@ -200,7 +201,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
 def named(*keys: str, seed: int = 0, sha256: str | None = None) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     factors = {key: Free(torch.randn(2, IN, generator=generator), torch.randn(OUT, 2, generator=generator)) for key in keys}
-    source = None if sha256 is None else Source("weight", sha256)
+    source = None if sha256 is None else BaseWeight("weight", sha256)
     return Adapter({key: AdaptedWeight(OUT, IN, {"one": own}, source=source) for key, own in factors.items()})
 
 

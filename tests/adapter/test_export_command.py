@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 import svdbank
-from svdbank.adapter.folder import read_settings
+from svdbank.adapter.folder import read_folder
 from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank_cli.main import run
@@ -43,7 +43,7 @@ def test_lora_of_a_trained_milora(trained: Callable[..., Path], pair_bank: Bank,
     arguments = ["export", str(folder), "--to", "lora", "-o", str(tmp_path / "lora"), "--bank", str(pair_bank.path), "--json"]
     assert run(arguments) == 0
     assert json.loads(capsys.readouterr().out)["rank"] == 8
-    settings = read_settings(tmp_path / "lora")
+    settings = read_folder(tmp_path / "lora").settings
     assert settings.init_lora_weights is True and settings.r == 8
     # Not twice to one place, but with --force.
     before = tensors(tmp_path / "lora")
@@ -56,7 +56,7 @@ def test_for_inference_names_the_flag_of_the_server(trained: Callable[..., Path]
     folder = trained("law", rslora=True, alpha=7)
     assert run(["export", str(folder), "--for", "inference", "-o", str(tmp_path / "served")]) == 0
     assert "vLLM needs: --max-lora-rank 8" in capsys.readouterr().out
-    settings = read_settings(tmp_path / "served")
+    settings = read_folder(tmp_path / "served").settings
     assert settings.r == settings.lora_alpha == 8 and settings.init_lora_weights is True and not settings.use_rslora
     one, other = svdbank.read_adapter(folder), svdbank.read_adapter(tmp_path / "served")
     assert (one - other.named("law")).norm() <= 1e-6 * one.norm()  # folding a scale rounds to float32 once

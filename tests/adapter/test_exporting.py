@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdbank
-from svdbank.adapter.folder import read_settings
+from svdbank.adapter.folder import read_folder
 from svdbank.adapter.settings import CACHE, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
@@ -113,7 +113,7 @@ def test_an_inference_export_loads_without_an_svd_and_gives_the_same_outputs(
     folder = trained("law", rslora=True, alpha=8, rank_pattern={"value": 9}, alpha_pattern={"query": 3})
     report = svdbank.export(folder, inference=True, output=tmp_path / "served")
     assert report.rank == 16 and report.flag == "--max-lora-rank 16"
-    settings = read_settings(tmp_path / "served")
+    settings = read_folder(tmp_path / "served").settings
     assert settings.r == settings.lora_alpha == 16 and not settings.rank_pattern and not settings.alpha_pattern
     assert settings.init_lora_weights is True and not settings.use_rslora
     assert {t.shape[0] for k, t in load_file(tmp_path / "served" / WEIGHTS).items() if "lora_A" in k} == {16}
@@ -134,7 +134,7 @@ def test_a_trained_residual_adapter_becomes_a_plain_lora_on_the_unchanged_base(
     folder = trained("law", residual_out=tmp_path / "residual", **options)
     expected = hidden(tmp_path / "residual", folder)
     report = svdbank.export(folder, to="lora", output=tmp_path / "lora", bank=pair_bank)
-    settings = read_settings(tmp_path / "lora")
+    settings = read_folder(tmp_path / "lora").settings
     assert report.rank == 8 and settings.r == 8
     assert settings.lora_alpha == pytest.approx(6 * (math.sqrt(2) if rslora else 2))
     found = hidden(minilm, tmp_path / "lora")

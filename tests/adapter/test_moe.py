@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import svdbank
-from svdbank.adapter.folder import read_folder, read_settings
+from svdbank.adapter.folder import read_folder
 from svdbank.adapter.settings import WEIGHTS
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
@@ -82,7 +82,7 @@ def test_an_adapter_on_experts_goes_all_ways(moe: tuple[str, Bank], tmp_path: Pa
     kind, bank = moe
     report = svdbank.init(bank, output=tmp_path / "fresh", rank=4)
     assert report.weights == 2 * (1 + 2 * 3)
-    settings = read_settings(tmp_path / "fresh")
+    settings = read_folder(tmp_path / "fresh").settings
     assert settings.target_parameters is not None and len(settings.target_parameters) == 4
     with without_svd():
         model = load_adapter(fresh(kind), tmp_path / "fresh", bank=bank)

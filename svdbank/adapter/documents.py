@@ -1,0 +1,173 @@
+"""What an adapter folder says of itself: PEFT's config and svdbank's record beside it, read once and together, without the tensors."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, lora_scale
+from svdbank.adapter.settings import CACHE, CONFIG, FILES, SLIM, WEIGHTS, AdapterCache, LoraSettings, by_pattern
+from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.specs import from_json
+
+#: ``init_lora_weights`` of PEFT, or how it begins, with which an adapter belongs to a base that was changed when it was made.
+_CHANGED_BASE = ("pissa", "milora", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which model an adapter belongs to.
+
+    Attributes
+    ----------
+    name, revision
+        For people; None where the folder does not say.
+    digest, weights
+        sha256 over the names and hashes of those weights of the base (:func:`svdbank.bank.reading.base_digest`), as recorded; empty
+        where it is not known.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    digest: str = ""
+    weights: tuple[str, ...] = ()
+
+    def alone(self) -> BaseIdentity:
+        """Without the digest: for other weights of the same base."""
+        return BaseIdentity(self.name, self.revision)
+
+
+class _Beyond(msgspec.Struct, frozen=True):
+    """Keys of ``adapter_config.json`` with which an adapter is more than factors."""
+
+    trainable_token_indices: object = None
+    use_qalora: object = False
+    arrow_config: object = None
+    alora_invocation_tokens: object = None
+    layer_replication: object = None
+
+
+_BEYOND = msgspec.json.Decoder(_Beyond)
+_KINDS_BEYOND = {
+    "trainable_token_indices": "trained tokens",
+    "use_qalora": "QALoRA",
+    "arrow_config": "a mixture of LoRAs (Arrow)",
+    "alora_invocation_tokens": "an activated LoRA, which acts on some tokens only,",
+    "layer_replication": "a LoRA over replicated layers",
+}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The two documents of a folder. ``cache`` is svdbank's own, None where there is none.
+
+    ``beyond`` is the kind of training in which the config says more than that there are factors, None for an ordinary LoRA.
+    """
+
+    path: Path
+    settings: LoraSettings
+    cache: AdapterCache | None
+    beyond: str | None = None
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives a module, with PEFT's patterns applied."""
+        return int(by_pattern(self.settings.rank_pattern, module, self.settings.r))
+
+    def alpha(self, module: str) -> float:
+        """The α that the config gives a module, with PEFT's patterns applied."""
+        return float(by_pattern(self.settings.alpha_pattern, module, self.settings.lora_alpha))
+
+    def scale(self, module: str) -> float:
+        """α/r, or α/√r with rsLoRA, with PEFT's per-module patterns applied."""
+        return lora_scale(self.rank(module), self.alpha(module), rslora=self.settings.use_rslora)
+
+    @property
+    def base(self) -> BaseIdentity:
+        """The base that the config names, else the record, with the digest that the record holds."""
+        name, revision = self.settings.base_model_name_or_path, self.settings.revision
+        if self.cache is None:
+            return BaseIdentity(name, revision)
+        return BaseIdentity(name or self.cache.base, revision, self.cache.base_digest, self.cache.weights)
+
+    def base_names(self, kind: str) -> tuple[str, ...]:
+        """Names under which the base may be found, the likeliest first: a residual method's config may name the base without its start."""
+        named = self.settings.base_model_name_or_path
+        if named and self.settings.revision and not Path(named).is_dir():
+            named = f"{named}@{self.settings.revision}"
+        own = self.cache.base if self.cache is not None else None
+        names = (own, named) if kind in RESIDUAL_METHODS else (named, own)
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    def made_as(self, method: str | None = None) -> str:
+        """What the folder was initialised as: what the caller says, else the record, else the config.
+
+        Raises :class:`OptionError` for a method that is none, :class:`CheckpointError` for what no bank can put on the unchanged base.
+        """
+        if method is not None:
+            if method not in (*METHODS, "lora"):
+                raise OptionError(f"{method!r} is not a method: {', '.join((*METHODS, 'lora'))}")
+            return method
+        if self.cache is not None:
+            return self.cache.method
+        said = self.settings.init_lora_weights
+        known = said.lower() if isinstance(said, str) else ""
+        if known.startswith(_CHANGED_BASE) and known not in METHODS:
+            raise CheckpointError(
+                f"{self.path}: initialised as {said!r}, which changed the base it was trained on; on the unchanged base it would be "
+                "another model",
+                hint="save it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…): that is for the base",
+            )
+        return known if known in METHODS else "lora"
+
+
+def read_documents(path: str | Path, *, slim: bool = False) -> Documents:
+    """The documents of an adapter folder, with ``slim`` also those that a slim one carries. Raises :class:`CheckpointError`."""
+    folder = Path(path)
+    check_there(folder, slim=slim)
+    inside = folder
+    if slim and (folder / SLIM).is_file():
+        inside = folder / FILES
+        check_there(inside)
+    config = (inside / CONFIG).read_bytes()
+    settings = from_json(config, LoraSettings, where=str(inside / CONFIG), error=CheckpointError)
+    if inside == folder and not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{folder}: adapter_model.bin is a pickle, which can run code, and is not read",
+                hint="load it where you trust it and save it again with save_pretrained(…): that writes safetensors",
+            )
+        raise CheckpointError(f"{folder}: {WEIGHTS} is missing")
+    cache = None
+    if (inside / CACHE).is_file():
+        cache = from_json((inside / CACHE).read_bytes(), AdapterCache, where=str(inside / CACHE), error=CheckpointError)
+    beyond = _BEYOND.decode(config)
+    return Documents(folder, settings, cache, next((what for key, what in _KINDS_BEYOND.items() if getattr(beyond, key)), None))
+
+
+def check_there(folder: Path, *, slim: bool = False) -> None:
+    """Raise :class:`CheckpointError` for a folder that is no PEFT adapter, nor, with ``slim``, a slim one."""
+    if (folder / CONFIG).is_file() or (slim and (folder / SLIM).is_file()):
+        return
+    if (folder / SLIM).is_file():
+        raise CheckpointError(
+            f"{folder}: a slim adapter, whose B is in its bank",
+            hint=f"svdbank export {folder} --to peft --bank BANK -o FOLDER",
+        )
+    making = "svdbank init MODEL -o FOLDER"
+    if folder.exists():
+        raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint=making)
+    meant = _alike(folder)
+    raise CheckpointError(f"{folder}: no such folder", hint=making if meant is None else f"did you mean {meant}?")
+
+
+def _alike(folder: Path) -> Path | None:
+    """The adapter beside a folder that is not there whose name is nearest to its own; None where none is near."""
+    try:
+        adapters = [path.name for path in folder.parent.iterdir() if (path / CONFIG).is_file() or (path / SLIM).is_file()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(folder.name, sorted(adapters), n=1)
+    return folder.parent / near[0] if near else None

@@ -1,0 +1,133 @@
+"""What an adapter adds to each weight of a model, and which weights those are in the base and in a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from svdbank.adapter.bands import projected, share_in
+from svdbank.adapter.components import Component, InBank, Kind, combined, squared_norm
+from svdbank.adapter.naming import bank_names
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """A weight of the base: its name in the bank, and the sha256 of its stored bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedWeight:
+    """What an adapter adds to one weight (out, in): its components by name.
+
+    ``source`` identifies the base's weight where that is known. ``experts`` is how many experts the parameter has of which this is one.
+    """
+
+    out_features: int
+    in_features: int
+    components: Mapping[str, Component]
+    kind: Kind = "linear"
+    source: BaseWeight | None = None
+    experts: int = 0
+
+    def total(self) -> Component:
+        """The sum of the components, as one: what PEFT sees. Made once."""
+        return self._total
+
+    @cached_property
+    def _total(self) -> Component:
+        return combined([(1.0, component) for component in self.components.values()])
+
+    @cached_property
+    def squared_norm(self) -> float:
+        """``‖ΔW‖²`` (Frobenius) in float64. Made once."""
+        return squared_norm(self._total)
+
+    def delta(self) -> Tensor:
+        """``ΔW`` (out, in), float32, from a product in float64."""
+        A, B = self.total().factors
+        return (B.double() @ A.double()).float()
+
+    @property
+    def in_bank(self) -> bool:
+        """True when every component stands on directions of a bank."""
+        return all(isinstance(component, InBank) for component in self.components.values())
+
+
+def directions(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
+    """All left vectors (R, out) that a bank stores of each weight, most minor first."""
+    names = bank_names(bank, list(weights))
+    missing = [key for key in weights if key not in names]
+    if missing:
+        raise BankError(
+            f"{bank.path}: the bank lacks {len(missing)} weights of the adapter, first {missing[0]}",
+            hint="svdbank build MODEL --targets … adds them",
+        )
+    for key, weight in weights.items():
+        basis = bank[names[key]]
+        if (basis.out_features, basis.in_features) != (weight.out_features, weight.in_features):
+            raise WrongBaseError(f"{bank.path}: {names[key]} has another shape than {key} of the adapter")
+    lefts = {}
+    for rank in {bank[name].rank for name in names.values()}:
+        read = bank.left([name for name in names.values() if bank[name].rank == rank], rank)
+        lefts.update({key: read[name].mT.flip(0) for key, name in names.items() if name in read})
+    return lefts
+
+
+def shares_in(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, float]:
+    """Share of ``‖ΔW‖²`` of each weight that lies in the directions which a bank stores; 1 where ``ΔW`` is zero."""
+    return {key: share_in(left, weights[key].total()) for key, left in directions(bank, weights).items()}
+
+
+def rebased(
+    bank: Bank, weights: Mapping[str, AdaptedWeight], minimum_share: float, *, force: bool
+) -> tuple[dict[str, AdaptedWeight], str]:
+    """The weights on the directions of another bank, and a note of the least share kept.
+
+    Raises :class:`OptionError` where a weight keeps less than ``minimum_share``, unless ``force``.
+    """
+    names = bank_names(bank, list(weights))
+    lefts = directions(bank, weights)
+    shares = {key: share_in(left, weights[key].total()) for key, left in lefts.items()}
+    worst = min(shares, key=shares.__getitem__)
+    if shares[worst] < minimum_share and not force:
+        raise OptionError(
+            f"{bank.path}: its directions hold {shares[worst]:.6f} of what it does to {worst}, below {minimum_share:.6f}",
+            hint="build that bank with a larger --rank, or force it and lose the rest",
+        )
+    moved = {
+        key: replace(
+            weight,
+            components={name: projected(c, lefts[key], minimum_share) for name, c in weight.components.items()},
+            source=BaseWeight(names[key], bank[names[key]].source_sha256),
+        )
+        for key, weight in weights.items()
+    }
+    return moved, f"carried over to {bank.path.name}: the least share kept is {shares[worst]:.6f}, of {worst}"
+
+
+def check_bases(adapters: Sequence[Mapping[str, AdaptedWeight]]) -> None:
+    """Raise :class:`WrongBaseError` where one weight has two shapes or two hashes."""
+    seen: dict[str, AdaptedWeight] = {}
+    for weights in adapters:
+        for key, weight in weights.items():
+            other = seen.setdefault(key, weight)
+            if (weight.out_features, weight.in_features) != (other.out_features, other.in_features):
+                raise WrongBaseError(
+                    f"{key} is ({weight.out_features}, {weight.in_features}) in one adapter and "
+                    f"({other.out_features}, {other.in_features}) in another: they belong to different models"
+                )
+            if weight.source and other.source and weight.source.sha256 != other.source.sha256:
+                raise WrongBaseError(
+                    f"these adapters were made on different bases: {key} had other bytes",
+                    hint="adapter.rebase(bank) carries one over",
+                )
+            if weight.source and not other.source:
+                seen[key] = weight

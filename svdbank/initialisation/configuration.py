@@ -1,0 +1,61 @@
+"""The config of a fresh adapter: ranks and alphas by module, as PEFT's patterns give them and as PEFT writes them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from svdbank.adapter.settings import by_pattern
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import OptionError
+
+
+def ranks_by_pattern(bank: Bank, names: Iterable[str], default: int, pattern: Mapping[str, int]) -> dict[str, int]:
+    """The rank of each weight. Raises :class:`OptionError` for a pattern that cannot be meant or matches nothing."""
+    paths = {name: bank[name].module for name in names}
+    _check_patterns(pattern, paths.values(), "rank")
+    return {name: int(by_pattern(pattern, path, default)) for name, path in paths.items()}
+
+
+def alphas_by_pattern(
+    bank: Bank, ranks: Mapping[str, int], alpha: float | None, pattern: Mapping[str, float]
+) -> dict[str, float]:
+    """α of each weight, by default its rank, so that the scale is 1. Raises :class:`OptionError` as :func:`ranks_by_pattern` does."""
+    paths = {name: bank[name].module for name in ranks}
+    _check_patterns(pattern, paths.values(), "alpha")
+    return {name: by_pattern(pattern, path, ranks[name] if alpha is None else alpha) for name, path in paths.items()}
+
+
+def _check_patterns(pattern: Mapping[str, float], paths: Iterable[str], what: str) -> None:
+    modules = list(paths)
+    for own, value in pattern.items():
+        if not (math.isfinite(value) and value > 0):
+            raise OptionError(f"{what} pattern {own}={value}: a positive number is needed")
+        try:
+            expression = re.compile(rf"(.*\.)?({own})$")
+        except re.error as cause:
+            raise OptionError(f"{what} pattern {own!r} is not a regular expression: {cause}") from cause
+        if not any(expression.match(module) for module in modules):
+            raise OptionError(f"{what} pattern {own!r} matches none of the adapted modules")
+
+
+def shape_fields(bank: Bank, names: Sequence[str], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of a config that follow from ranks and alphas: the common ones, and patterns for the others."""
+    of_path = {bank[name].module: (ranks[name], alphas[name]) for name in names}
+    pairs = list(of_path.values())
+    rank, alpha = max(dict.fromkeys(pairs), key=pairs.count)
+    parameters = sorted({bank[name].module for name in names if bank[name].stacked})
+    return {
+        "r": rank,
+        "lora_alpha": _as_integer(alpha),
+        "rank_pattern": {path: r for path, (r, _) in of_path.items() if r != rank},
+        "alpha_pattern": {path: _as_integer(a) for path, (_, a) in of_path.items() if a != alpha},
+        "target_modules": [path for path in of_path if path not in set(parameters)],
+        "target_parameters": parameters or None,
+    }
+
+
+def _as_integer(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else alpha
