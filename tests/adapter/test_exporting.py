@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svdbank
+from svdbank.adapter.conversion import SERVED_RANKS
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.settings import CACHE, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
-from svdbank.verbs.export import SERVED_RANKS
 from tests.peft.models import quiet, without_svd
 
 
