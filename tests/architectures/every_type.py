@@ -207,7 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     started = time.perf_counter()
 
+    done: list[Type] = []
+
     def told(report: Type) -> None:
+        done.append(report)
+        if asked.json is not None and len(done) % 10 == 0:  # what there is, should the rest be stopped
+            asked.json.write_text(json.dumps(as_json(done), indent=1) + "\n")
         said = " ".join(f"{stage}:{report.stages[stage].state}" for stage in STAGES if report.stages[stage].state != "ok")
         print(f"{report.name:28} {report.seconds:5.1f} s  {said or 'ok'}", flush=True)
         if asked.types:

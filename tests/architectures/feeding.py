@@ -21,23 +21,35 @@ class NotFedError(Exception):
 
 def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
     """A loss on random token ids, which the model computes itself where it can, else the mean square of its first output."""
-    first: Exception | None = None
+    errors: list[Exception] = []
     for length in (12, POSITIONS):
         given = _start(model, length, seed)
         for _ in range(_ATTEMPTS):
             try:
                 return _loss(model(**given))
             except Exception as error:
-                first = first or error
-                more = {
-                    name: value for name in _named(model, error) if (value := _input(name, model, length, seed)) is not None
-                }
-                more = {name: value for name, value in more.items() if name not in given}
-                if not more:
+                errors.append(error)
+                if not _extend(given, model, error, length, seed):
                     break
-                given |= more
-    message = " ".join(str(first).split())
-    raise NotFedError(f"{type(first).__name__}: {message} (given {', '.join(given)})") from first
+    said = dict.fromkeys(f"{type(error).__name__}: {' '.join(str(error).split())}" for error in (errors[0], errors[-1]))
+    raise NotFedError(f"{'; then '.join(said)} (given {', '.join(given)})") from errors[0]
+
+
+def _extend(given: dict[str, Any], model: nn.Module, error: Exception, length: int, seed: int) -> bool:
+    """What the error speaks of is added, or given another form; False where nothing is left to try."""
+    pixels = given.get("pixel_values")
+    if pixels is not None and pixels.ndim == 4 and "expected 5, got 4" in str(error):
+        given["pixel_values"] = pixels[:, None]  # (images, frames, channels, height, width)
+        return True
+    rows = re.search(r"shape '\[-1, (\d+), \d+\]' is invalid", str(error))
+    if rows and len(given["input_ids"]) == 2:
+        given["input_ids"] = given["input_ids"].repeat(int(rows[1]), 1)  # one row a codebook
+        given.pop("labels", None)
+        return True
+    more = {name: value for name in _named(model, error) if (value := _input(name, model, length, seed)) is not None}
+    more = {name: value for name, value in more.items() if name not in given}
+    given |= more
+    return bool(more) or ("labels" in given and given.pop("labels") is not None)
 
 
 def _start(model: nn.Module, length: int, seed: int) -> dict[str, Any]:
@@ -48,7 +60,8 @@ def _start(model: nn.Module, length: int, seed: int) -> dict[str, Any]:
     if main in names and main not in wanted and "input_ids" not in names:
         wanted.append(main)
     given = {name: value for name in wanted if (value := _input(name, model, length, seed)) is not None}
-    return given | ({"use_cache": False} if "use_cache" in names else {})
+    free = any(own.kind == own.VAR_KEYWORD for own in inspect.signature(_base(model).forward).parameters.values())
+    return given | ({"use_cache": False} if "use_cache" in names or free else {})
 
 
 def _base(model: nn.Module) -> Any:
@@ -80,6 +93,10 @@ def _input(name: str, model: nn.Module, length: int, seed: int) -> Any:
     ids = torch.randint(3, VOCABULARY // 2, (2, length), generator=generator)
     if name == "labels" or name.endswith("input_ids"):
         return ids
+    if name == "state":
+        return torch.randn(2, getattr(config, "max_state_dim", 32), generator=generator)
+    if name in ("actions", "noise"):
+        return torch.randn(2, getattr(config, "chunk_size", 8), getattr(config, "max_action_dim", 32), generator=generator)
     if name.endswith("attention_mask"):
         return torch.ones_like(ids)
     if name == "bbox":

@@ -58,8 +58,15 @@ def _divisible(fields: Fields, text: str, error: Exception) -> bool:
 
 
 def _absent(fields: Fields, text: str, error: Exception) -> bool:
-    """A part has no base for its rotary embedding."""
-    if re.search(r"no attribute '(rope_theta)'", text) is None:
+    """A part has no base for its rotary embedding, a model no token to start with, a layer no window."""
+    window = re.search(r"Could not find a `(\w+)` argument in the config", text)
+    if window:
+        return _set(fields, window[1], limit(window[1]))
+    token = re.search(r"no attribute '(\w+_token_id)'", text)
+    if token and token[1] not in fields:
+        fields[token[1]] = 1
+        return True
+    if re.search(r"no attribute 'rope_theta'", text) is None:
         return False
     lacking = [part for part in parts(fields) if "model_type" in part and "rope_theta" not in part]
     for part in lacking:

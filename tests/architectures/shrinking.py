@@ -22,6 +22,7 @@ _KINDS: tuple[tuple[str, int], ...] = (
     (r"channel_multiplier|downsample_ratio", 2),
     (r"downsample_(hidden|channel)", HIDDEN),
     (r"rotary_dim$", HEAD_DIM // 2),
+    (r"^clip_", 8),
     (r"index_topk|index_kpool|indexer_(budget|compress)", 4),
     # No sizes.
     (r"(^|_)(seed|factor|scale|ratio|eps|period|stride|steps?|interval|buckets|clamp|rate|multiplier|mult|langs|lang)$", 0),
@@ -122,6 +123,12 @@ class _Rules:
         count = next((fields[name] for name in fields if _LAYERS.search(str(name)) and type(fields[name]) is int), None)
         kept = _layers_to_keep(fields, count, self._each_kind) if count is not None and count > 1 else None
         small = {name: self._field(str(name), value, fields, count, kept) for name, value in fields.items()}
+        for name, value in fields.items():
+            own = str(name).removeprefix("default_")
+            if value is None and own != name and isinstance(fields.get(f"{own}s"), list | tuple):
+                small[name] = fields[f"{own}s"][0]
+        if fields.get("attention_hidden_size") and fields["attention_hidden_size"] == 2 * (fields.get("hidden_size") or 0):
+            small["attention_hidden_size"] = 2 * small["hidden_size"]
         _keep_periods(fields, small, len(kept) if kept else 0)
         _keep_heads(fields, small, around)
         _keep_rotations(small)
