@@ -91,7 +91,7 @@ class ModuleTree:
         self._model = _made(config, about)
         self.name = type(self._model).__name__
         self.weights: dict[str, TreeWeight] = {}
-        self.tied: dict[str, set[str]] = defaultdict(set)
+        self.tied: defaultdict[str, set[str]] = defaultdict(set)
         self._walk()
 
     def _walk(self) -> None:
@@ -120,7 +120,7 @@ class ModuleTree:
 
         pairs = ({name, of} for name, of in getattr(self._model, "all_tied_weights_keys", {}).items())
         for same in (*named.values(), *pairs):
-            for name in same:
+            for name in same if len(same) > 1 else ():
                 self.tied[name] |= same - {name}
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -234,7 +234,9 @@ def _made(config: Mapping[str, Any], about: ModelFacts) -> Any:
     kept = _passed(config)
     with _silent(), torch.device("meta"):
         try:
-            settings = CONFIG_MAPPING[about.model_type].from_dict(kept)
+            expected = CONFIG_MAPPING[about.model_type]
+            decode = getattr(expected, "_decode_special_floats", None)  # JSON has no infinity: it is written as an object
+            settings = expected.from_dict(decode(kept) if decode is not None else kept)
             kind = _class_of(about, settings)
             settings._attn_implementation = "eager"
             model = kind(settings)
