@@ -36,7 +36,7 @@ from svdbank.core.errors import NotFiniteError, SolverError, WrongBaseError
 from svdbank.core.probe import differing, taken
 from svdbank.core.specs import BaseSpec, BuildOptions, FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
 from svdbank.solver import batch_bases, batch_peak_bytes, minor_basis, on_own_stream, peak_bytes, pinned_threads
-from svdbank.solver.devices import Kind, give_back_device, kind_of
+from svdbank.solver.devices import DeviceKind, give_back_device, kind_of
 
 #: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
 READERS = 8
@@ -75,7 +75,7 @@ class _Batch:
         """CPU threads of a solve, as planned."""
         return self.works[0].shard.threads
 
-    def peak_bytes(self, kind: Kind) -> int:
+    def peak_bytes(self, kind: DeviceKind) -> int:
         """Memory of the device that solving takes, in bytes."""
         family, first = self.works[0].family, self.works[0].weights[0]
         itemsize = first.loaded_nbytes // max(1, first.out_features * first.in_features) or 1

@@ -304,9 +304,9 @@ def make_plan(
 def device_path(family: FamilySpec, kind: str, solver: str) -> DevicePath:
     """How a ``kind`` of GPU solves the weights of a family, by shape, rank and number alone."""
     from svdbank.solver import batch_size, choose_path
-    from svdbank.solver.devices import Kind
+    from svdbank.solver.devices import DeviceKind
 
-    where = cast(Kind, kind)
+    where = cast(DeviceKind, kind)
     shape = family.out_features, family.in_features
     batch = 1 if family.principal else batch_size(*shape, len(family.weights), where)
     path = choose_path(*shape, family.rank, where, batch, family.principal) if solver == "auto" else solver
@@ -447,7 +447,7 @@ def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int, kind: str
 def device_memory(plan: Plan, weights: dict[str, WeightSpec], kind: str) -> int:
     """Memory of the GPU that the largest solve or batch takes; up to :data:`IN_FLIGHT` of them share it, by what is free."""
     from svdbank.solver import batch_peak_bytes, peak_bytes
-    from svdbank.solver.devices import Kind
+    from svdbank.solver.devices import DeviceKind
 
     worst = 0
     for family in plan.families:
@@ -455,7 +455,7 @@ def device_memory(plan: Plan, weights: dict[str, WeightSpec], kind: str) -> int:
         first = weights[family.weights[0]]
         itemsize = first.loaded_nbytes // max(1, first.out_features * first.in_features) or 1
         shape = family.out_features, family.in_features, family.rank
-        single = peak_bytes(*shape, way.path, dtype_bytes=itemsize, kind=cast(Kind, kind))
+        single = peak_bytes(*shape, way.path, dtype_bytes=itemsize, kind=cast(DeviceKind, kind))
         batch = batch_peak_bytes(*shape, way.batch, dtype_bytes=itemsize) if way.batch > 1 else 0
         worst = max(worst, single, batch)
     return worst

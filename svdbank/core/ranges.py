@@ -171,7 +171,7 @@ class Repository:
             if commit is not None and commit != self.commit:
                 raise CheckpointError(f"{where}: the server answers from commit {commit[:12]}", hint=_PROXY)
             linked = step.headers.get("X-Linked-Etag") or ("" if response.history else step.headers.get("ETag", ""))
-            linked = _plain(linked)
+            linked = _unquoted(linked)
             if _HASH.fullmatch(linked) and _HASH.fullmatch(file.identity) and linked != file.identity:
                 raise CheckpointError(f"{where}: the server has another file there (its id is {linked[:12]}…)", hint=_PROXY)
         if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -184,7 +184,7 @@ class Repository:
             raise CheckpointError(
                 f"{where}: bytes {begin}-{end - 1} of {file.size} were asked for, the server sends {said[0]}", hint=_PROXY
             )
-        etag = _plain(response.headers.get("ETag", ""))
+        etag = _unquoted(response.headers.get("ETag", ""))
         with self._lock:
             if etag and self._etags.setdefault(file.name, etag) != etag:
                 raise CheckpointError(
@@ -218,5 +218,5 @@ _PROXY = "a proxy or mirror in between (HF_ENDPOINT) changes what it passes on"
 _NO_RANGES = "a proxy or mirror in between (HF_ENDPOINT) answers only whole files: --fetch cache"
 
 
-def _plain(etag: str) -> str:
+def _unquoted(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')

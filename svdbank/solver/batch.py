@@ -14,7 +14,7 @@ from svdbank.core.basis import Basis
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import Side
 from svdbank.solver.batched import batch_size, filter_batch
-from svdbank.solver.devices import Kind, give_back_device, kind_of, start, turns
+from svdbank.solver.devices import DeviceKind, give_back_device, kind_of, start, turns
 from svdbank.solver.planning import choose_path
 from svdbank.solver.solve import check_request, minor_basis
 from svdbank.solver.threads import pinned_threads
@@ -112,7 +112,7 @@ def batch_bases(
     return [reason] * len(weights)
 
 
-def _groups(weights: Sequence[Tensor], ranks: Sequence[int], kind: Kind) -> dict[tuple[int, ...], int]:
+def _groups(weights: Sequence[Tensor], ranks: Sequence[int], kind: DeviceKind) -> dict[tuple[int, ...], int]:
     """Indices of equal weights that a GPU solves together, with the size of the batch that they make, full or not."""
     alike: dict[tuple[int, int, int, torch.dtype, torch.device], list[int]] = {}
     for index, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):

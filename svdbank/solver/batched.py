@@ -18,7 +18,7 @@ from torch import Tensor
 from svdbank.core.basis import EPSILON, Basis, Certificate, Triplets
 from svdbank.core.specs import Side
 from svdbank.solver.contract import Block, Failure, LinAlgError
-from svdbank.solver.devices import Kind
+from svdbank.solver.devices import DeviceKind
 from svdbank.solver.filter import COUPLED, Lower, block_width, lower_end, start_block, upper_end
 from svdbank.solver.gates import allowances, departure, shown, verdict
 from svdbank.solver.ritz import buffer_size
@@ -34,7 +34,7 @@ MOST_IN_BATCH, LEAST_IN_BATCH = 64, 4
 PIECE = 32
 
 
-def batch_size(out_features: int, in_features: int, count: int, kind: Kind = "cuda") -> int:
+def batch_size(out_features: int, in_features: int, count: int, kind: DeviceKind = "cuda") -> int:
     """How many of ``count`` weights (out, in) are solved at once on a ``kind`` of GPU: a static rule, 1 where no batch pays.
 
     Batches work in float64 throughout: not on a card that has little of it.

@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 
 #: Kinds of device that a plan chooses paths for.
-Kind = Literal["cpu", "cuda", "cuda-low-float64"]
-KINDS: tuple[Kind, ...] = ("cpu", "cuda", "cuda-low-float64")
+DeviceKind = Literal["cpu", "cuda", "cuda-low-float64"]
 
 #: CUDA compute capabilities whose float64 runs at half the float32 rate or a little less: P100, V100, A100 and A30, H100 and H200,
 #: B200. All others (consumer and workstation cards, T4, A10, L4, L40, B300) have 1/16 to 1/64. A capability, never a timing:
@@ -23,13 +22,13 @@ _lock = threading.Lock()
 _started: set[torch.device] = set()
 
 
-def kind_of(device: torch.device) -> Kind:
+def kind_of(device: torch.device) -> DeviceKind:
     """The kind of a device, by its type and compute capability."""
     return "cpu" if device.type != "cuda" else _kind_of(with_index(device))
 
 
 @cache
-def _kind_of(device: torch.device) -> Kind:
+def _kind_of(device: torch.device) -> DeviceKind:
     if torch.version.hip is not None:  # AMD's Instinct cards run float64 at full rate; its Radeon cards are not told apart
         return "cuda"
     return "cuda" if torch.cuda.get_device_capability(device) in FULL_FLOAT64 else "cuda-low-float64"

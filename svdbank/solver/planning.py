@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from svdbank.core.errors import OptionError
 from svdbank.solver.cholesky import BLOCK
-from svdbank.solver.devices import Kind
+from svdbank.solver.devices import DeviceKind
 from svdbank.solver.filter import block_width
 from svdbank.solver.lanczos import shape_for
 from svdbank.solver.ritz import buffer_size
@@ -25,7 +25,9 @@ FILTER_FROM, FILTER_RATIO = 1024, 6
 BATCH_FROM = 256
 
 
-def choose_path(out_features: int, in_features: int, rank: int, kind: Kind = "cpu", batch: int = 1, principal: int = 0) -> str:
+def choose_path(
+    out_features: int, in_features: int, rank: int, kind: DeviceKind = "cpu", batch: int = 1, principal: int = 0
+) -> str:
     """The method for a weight (out, in) at ``rank`` on a ``kind`` of device, where ``batch`` of them may be solved at once.
 
     A static rule, so that the same plan gives the same bytes. Where ``principal`` triplets are wanted too, a GPU takes the dense path: the
@@ -74,7 +76,7 @@ def flops(out_features: int, in_features: int, rank: int, path: str) -> float:
     raise OptionError(f"no solver path is called {path!r}")
 
 
-def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dtype_bytes: int, kind: Kind = "cpu") -> int:
+def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dtype_bytes: int, kind: DeviceKind = "cpu") -> int:
     """Upper bound of the memory that a solve on ``path`` holds, in bytes, the weight itself (``dtype_bytes`` an entry) included.
 
     Holds for that path; one that fails a gate hands over to ``lq``, whose own bound then counts. The interpreter with torch

@@ -22,7 +22,7 @@ from svdbank.solver.shift_invert import solve_shift_invert
 from svdbank.solver.triplets import triplets
 from svdbank.solver.weight import DEFAULT_PRECISION, DEVICE_PANEL_ENTRIES, PANEL_ENTRIES, Precision, Weight
 
-Method = Callable[[Weight, int, int], Candidate | Failure]
+PathFunction = Callable[[Weight, int, int], Candidate | Failure]
 
 #: Paths with steps that may work in less than float64.
 ITERATING = ("shift-invert", "filter")
@@ -36,7 +36,7 @@ FALLBACKS = {
     "lq": ("lq", "svd"),
     "svd": ("svd",),
 }
-METHODS: dict[str, Method] = {
+METHODS: dict[str, PathFunction] = {
     "shift-invert": solve_shift_invert,
     "filter": solve_filter,
     "dense": solve_dense,
@@ -168,7 +168,7 @@ def _attempts(first: str, view: Weight) -> Iterator[tuple[str, Weight]]:
 
 
 def _solve(
-    method: Method, path: str, view: Weight, rank: int, principal: int, tried: list[str], turn: Turn
+    method: PathFunction, path: str, view: Weight, rank: int, principal: int, tried: list[str], turn: Turn
 ) -> tuple[Candidate, Verdict, Weight] | None:
     """Run one method and judge it; None, with the reason appended to ``tried``, where it has no certified result.
 
@@ -183,7 +183,7 @@ def _solve(
 
 
 def _climbed(
-    method: Method, path: str, views: tuple[Weight, Weight], rank: int, principal: int, tried: list[str], turn: Turn
+    method: PathFunction, path: str, views: tuple[Weight, Weight], rank: int, principal: int, tried: list[str], turn: Turn
 ) -> tuple[Candidate, Verdict, Weight] | None:
     """The attempts of :func:`_solve`, with panels as they are and smaller ones."""
     view, smaller = views

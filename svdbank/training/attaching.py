@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from svdbank.adapter.components import Band
 from svdbank.adapter.experts import join, parameters_of, split
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
@@ -32,8 +33,6 @@ from svdbank.training.options import TrainOptions
 
 #: The trained adapter's name in PEFT. Those beneath are called ``beneath-0``, ``beneath-1``, …
 NAME = "default"
-
-Band = tuple[int, int]
 
 
 def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:

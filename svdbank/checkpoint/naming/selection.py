@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from svdbank.checkpoint.naming.correspondence import Parameter
 from svdbank.checkpoint.naming.families import natural, with_families
 from svdbank.checkpoint.naming.matrices import matrices
-from svdbank.checkpoint.naming.roles import Kind, Role
+from svdbank.checkpoint.naming.roles import Role, RoleKind
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, Targets, parse_targets
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import Skip, WeightSpec
 
-_ON_REQUEST: dict[Kind, str] = {
+_ON_REQUEST: dict[RoleKind, str] = {
     "embedding": "an embedding: decomposed when targeted by name",
     "head": "the output head: decomposed when targeted by name",
     "router": "a mixture-of-experts router: decomposed when targeted by name",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdbank.checkpoint.configuration import ModelFacts
-from svdbank.checkpoint.naming.roles import Kind
+from svdbank.checkpoint.naming.roles import RoleKind
 from svdbank.checkpoint.naming.symbolic import (
     NotTracedError,
     Places,
@@ -54,7 +54,7 @@ class TreeWeight:
     """
 
     module: str
-    kind: Kind
+    kind: RoleKind
     shape: tuple[int, ...]
     transposed: bool
 

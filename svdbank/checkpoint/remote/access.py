@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svdbank.checkpoint.files import State, WeightFile, open_regular
 from svdbank.checkpoint.remote.files import RemoteFile
-from svdbank.checkpoint.remote.hub import Progress, Snapshot, download, remember, storage_folder
+from svdbank.checkpoint.remote.hub import DownloadProgress, Snapshot, download, remember, storage_folder
 from svdbank.checkpoint.remote.shards import Shards
 from svdbank.core.ranges import Repository, Traffic
 from svdbank.core.specs import SourceFile
@@ -37,7 +37,7 @@ class Remote:
         """Where downloads go: the cache's folder of blobs of this repository."""
         return storage_folder(self._snapshot.repository) / "blobs"
 
-    def download(self, progress: Progress | None = None) -> None:
+    def download(self, progress: DownloadProgress | None = None) -> None:
         """Bring all files into the Hugging Face cache, as the Hub client does it, and read them there from now on."""
         paths = download(self._snapshot, progress)
         for file in self.files.values():

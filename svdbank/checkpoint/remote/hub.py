@@ -20,7 +20,7 @@ from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.refusals import ATTEMPTS, explain, is_connection_error, status_of, wait_before_retry
 
 #: ``progress(stage, done, total)``: bytes done and bytes known so far of a stage such as ``download``.
-Progress = Callable[[str, int, int], None]
+DownloadProgress = Callable[[str, int, int], None]
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
 _PAGE = re.compile(
@@ -132,7 +132,7 @@ def storage_folder(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repository, repo_type="model")
 
 
-def download(snapshot: Snapshot, progress: Progress | None = None) -> dict[str, Path]:
+def download(snapshot: Snapshot, progress: DownloadProgress | None = None) -> dict[str, Path]:
     """Bring every weight file of a commit into the Hugging Face cache; where each lies then.
 
     Those that were not there before are compared with the Hub's sha256 where it gives one. Raises CheckpointError.
@@ -209,7 +209,7 @@ def _cached(folder: Path, name: str, identity: str) -> Path | None:
     return blob.resolve() if identity and blob.is_file() and not blob.is_symlink() else None
 
 
-def _download(snapshot: Snapshot, new: dict[str, str], progress: Progress | None) -> None:
+def _download(snapshot: Snapshot, new: dict[str, str], progress: DownloadProgress | None) -> None:
     from huggingface_hub import snapshot_download
 
     where = f"{snapshot.repository}@{snapshot.commit[:12]}"
@@ -282,7 +282,7 @@ def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
     return Snapshot(repository, folder.name, folder, config, weight_map, tuple(files), (folder / CARD).is_file())
 
 
-def _silent_bar(progress: Progress | None) -> Any:
+def _silent_bar(progress: DownloadProgress | None) -> Any:
     """A tqdm class that draws nothing and hands bytes on to ``progress``."""
     from tqdm.auto import tqdm
 

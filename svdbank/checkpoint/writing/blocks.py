@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Block:
+class FileBlock:
     """Bytes [begin, end) of a file that are read as one.
 
     Attributes
@@ -76,18 +76,18 @@ class Block:
         return self.end - self.begin + 4 * prod(self.shape)
 
 
-def copied(file: str, begin: int, end: int) -> Iterator[Block]:
+def copied(file: str, begin: int, end: int) -> Iterator[FileBlock]:
     """Blocks of bytes whose meaning does not matter."""
     for start in range(begin, end, _BLOCK):
-        yield Block(file, start, min(end, start + _BLOCK))
+        yield FileBlock(file, start, min(end, start + _BLOCK))
 
 
-def cut(source: TensorSource, piece: Piece | None = None) -> Iterator[Block]:
+def cut(source: TensorSource, piece: Piece | None = None) -> Iterator[FileBlock]:
     """Blocks of whole rows of a stored tensor or part; one alone where it is quantised, since scales belong to more than a
     row, and where its rows are read in another order.
     """
     if source.quantisation is not None or source.order is not None or not source.shape:
-        yield Block(source.file, source.begin, source.end, source, source.shape, piece=piece)
+        yield FileBlock(source.file, source.begin, source.end, source, source.shape, piece=piece)
         return
     rows = source.shape[0]
     width = (source.end - source.begin) // max(1, rows)
@@ -95,10 +95,10 @@ def cut(source: TensorSource, piece: Piece | None = None) -> Iterator[Block]:
     for first in range(0, rows, step):
         count = min(step, rows - first)
         begin = source.begin + first * width
-        yield Block(source.file, begin, begin + count * width, source, (count, *source.shape[1:]), first, piece)
+        yield FileBlock(source.file, begin, begin + count * width, source, (count, *source.shape[1:]), first, piece)
 
 
-def in_order(pool: Executor, blocks: Iterable[Block], make: Callable[[Block], T]) -> Generator[T, None, None]:
+def in_order(pool: Executor, blocks: Iterable[FileBlock], make: Callable[[FileBlock], T]) -> Generator[T, None, None]:
     """``make(block)`` of each, computed ahead by the pool as far as memory allows, given in order."""
     waiting: deque[tuple[Future[T], int]] = deque()
     held = 0

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
 from svdbank.checkpoint.header import PREFIX, header_length
 from svdbank.checkpoint.source import Checkpoint
-from svdbank.checkpoint.writing.blocks import Block, Piece, copied, cut, in_order
+from svdbank.checkpoint.writing.blocks import FileBlock, Piece, copied, cut, in_order
 from svdbank.checkpoint.writing.companions import carry
 from svdbank.core import disk
 from svdbank.core.errors import OptionError, WrongBaseError
@@ -64,7 +64,7 @@ class _Hashes:
     #: By weight: the source and the byte of it that comes next.
     next: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def feed(self, block: Block, stored: memoryview) -> None:
+    def feed(self, block: FileBlock, stored: memoryview) -> None:
         assert block.piece is not None
         piece = block.piece
         name, begin = piece.spec.name, block.begin - piece.source.begin
@@ -73,7 +73,7 @@ class _Hashes:
             more = block.end < piece.source.end
             self.next[name] = (piece.number, begin + len(stored)) if more else (piece.number + 1, 0)
 
-    def whole(self, block: Block, digest: Any) -> None:
+    def whole(self, block: FileBlock, digest: Any) -> None:
         """Of a source that is read as one block."""
         assert block.piece is not None
         if len(block.piece.spec.sources) == 1:
@@ -216,7 +216,7 @@ class _Job:
                     for block in blocks:
                         self._append(block, next(made), append)
 
-    def _append(self, block: Block, made: _Made, append: Callable[[bytes | memoryview], None]) -> None:
+    def _append(self, block: FileBlock, made: _Made, append: Callable[[bytes | memoryview], None]) -> None:
         if made.stored is not None:
             self.hashes.feed(block, made.stored)
         elif made.digest is not None:
@@ -227,7 +227,7 @@ class _Job:
         item = block.file if block.piece is None else block.piece.spec.name
         self.tell(Progress("write", min(self.done, total), total, "bytes", item))
 
-    def _bytes(self, file: str) -> Iterator[Block]:
+    def _bytes(self, file: str) -> Iterator[FileBlock]:
         """Every byte of a file as it was, except the changed pieces, which are of the same size."""
         position = 0
         for tensor in self._tensors(file):
@@ -237,7 +237,7 @@ class _Job:
                 position = piece.source.end
         yield from copied(file, position, next(each.size for each in self.checkpoint.files if each.name == file))
 
-    def _values(self, file: str) -> Iterator[Block]:
+    def _values(self, file: str) -> Iterator[FileBlock]:
         """The values of every tensor of a file, for another dtype."""
         for tensor in self._tensors(file):
             if tensor.dtype not in FLOATING:
@@ -257,7 +257,7 @@ class _Job:
                     yield from cut(piece.source, piece)
                     position = piece.source.end
 
-    def _quantised_values(self, tensor: TensorSource) -> Iterator[Block]:
+    def _quantised_values(self, tensor: TensorSource) -> Iterator[FileBlock]:
         changed = {piece.source.index: piece for piece in self.pieces.get(tensor.name, ())}
         if None in changed or not changed:
             yield from cut(tensor, changed.get(None))
@@ -282,7 +282,7 @@ class _Job:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(PREFIX, "little") + text
 
-    def _make(self, block: Block) -> _Made:
+    def _make(self, block: FileBlock) -> _Made:
         """Read a block and change it; in any thread."""
         import torch
 
@@ -301,7 +301,7 @@ class _Job:
         made = self._changed(block, values).to(torch_dtype(self._dtype(block.source)))
         return _Made(_view(made), _view(values) if hashed and digest is None else None, digest)
 
-    def _changed(self, block: Block, values: Tensor) -> Tensor:
+    def _changed(self, block: FileBlock, values: Tensor) -> Tensor:
         import torch
 
         if block.piece is None:
