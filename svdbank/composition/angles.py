@@ -62,6 +62,7 @@ class _Sums:
 
 
 def measure(name: str, adapter: Adapter, bank: Bank | None) -> Size:
+    """How large an adapter is. Raises :class:`BankError` for weights that a given bank lacks."""
     return Size(
         name=name,
         norm=adapter.norm(),
@@ -89,6 +90,7 @@ def _share(adapter: Adapter, bank: Bank) -> float:
 
 
 def relate(one: str, first: Adapter, other: str, second: Adapter) -> Pair:
+    """Two adapters in every weight that both touch, summed by layer and in all; ``one`` and ``other`` are their names."""
     sums = {
         key: _sums(first.weights[key].total(), second.weights[key].total()) for key in first.weights if key in second.weights
     }
