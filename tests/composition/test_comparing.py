@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -46,29 +45,6 @@ def test_norms_and_cosines_are_those_of_the_dense_matrices(trained: dict[str, Pa
         assert pair.all.cosine == pytest.approx(inner / (sizes[0] * sizes[1]), abs=1e-6)
         assert [layer.where for layer in pair.layers] == ["0", "1"]
         assert sum(layer.weights for layer in pair.layers) == len(pair.weights) == 14
-
-
-def test_without_a_bank_only_torch_is_loaded(trained: dict[str, Path]) -> None:
-    """What a person waits for: torch is needed, and nothing else that takes long to load."""
-    heavy = (
-        "zarr",
-        "transformers",
-        "peft",
-        "huggingface_hub",
-        "matplotlib",
-        "scipy",
-        "datasets",
-        "torch._dynamo",
-        "svdbank.checkpoint",
-    )
-    code = f"""
-import sys
-from svdbank_cli.main import run
-code = run(["compare", *sys.argv[1:], "--json"])
-sys.exit(f"loaded {{[name for name in {heavy} if name in sys.modules]}}" if code == 0 else code)
-"""
-    done = subprocess.run([sys.executable, "-c", code, trained["law"], trained["plain"]], capture_output=True, text=True)
-    assert json.loads(done.stdout)["pairs"] and done.stderr == "loaded []\n"
 
 
 def test_overlap_is_the_share_in_the_other_s_outputs(trained: dict[str, Path]) -> None:

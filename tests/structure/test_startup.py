@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
+import svdbank
 from tests.structure.source import ROOT
 
 #: Packages of models and trainers, which cost seconds.
 TRAINING = ("transformers", "peft", "accelerate", "datasets", "matplotlib")
 
-#: A command's arguments, where BANK stands for a bank's folder, and the packages that it must answer without.
+#: A command's arguments (BANK stands for a bank's folder, LAW and MED for adapters of its base), and the packages that it must
+#: answer without.
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "help": (["--help"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "ls": (["ls"], ("torch", "zarr", "numpy", *TRAINING)),
     "info": (["info", "BANK"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "verify": (["verify", "BANK"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "verify --data": (["verify", "BANK", "--data"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
+    "compare": (["compare", "LAW", "MED"], ("zarr", "huggingface_hub", "scipy", *TRAINING)),
 }
 
 _PROBE = """
@@ -36,17 +39,19 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with one bank in it."""
+    """A cache with one bank in it, and two adapters beside it."""
     folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(ROOT / "tests" / "data" / "format-1", folder / "banks" / "model-0" / "r18-both-float32")
+    bank = shutil.copytree(ROOT / "tests" / "data" / "format-1", folder / "banks" / "model-0" / "r18-both-float32")
+    for name in ("law", "med"):
+        svdbank.init(bank, output=folder / name, rank=2)
     return folder
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_loads_only_what_it_uses(name: str, home: Path, tmp_path: Path) -> None:
     arguments, absent = COMMANDS[name]
-    bank = home / "banks" / "model-0" / "r18-both-float32"
-    command = [sys.executable, "-c", _PROBE, str(tmp_path / "loaded"), *(str(bank) if a == "BANK" else a for a in arguments)]
+    places = {"BANK": home / "banks" / "model-0" / "r18-both-float32", "LAW": home / "law", "MED": home / "med"}
+    command = [sys.executable, "-c", _PROBE, str(tmp_path / "loaded"), *(str(places.get(a, a)) for a in arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SVDBANK_HOME": str(home)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "no banks yet" not in done.stdout
