@@ -114,6 +114,6 @@ def _left_rows(
             wanted[min(stored, claim[-1][1] if claim else stored)].append(entry.key)
     rows = {}
     for rank, keys in wanted.items():
-        read = bank.left(dict.fromkeys(names[key] for key in keys), rank)
-        rows.update({key: read[names[key]].mT.flip(0) for key in keys})
+        read = bank.rows("left", dict.fromkeys(names[key] for key in keys), rank)
+        rows.update({key: read[names[key]] for key in keys})
     return rows

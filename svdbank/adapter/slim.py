@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,7 +142,7 @@ def _references(folder: AdapterFolder, tensors: Mapping[str, Tensor], bank: Bank
         else:
             pieces[module] = [(path, pair.B)]
     names = bank_names(bank, [key for parts in pieces.values() for key, _ in parts])
-    lefts = _rows(bank, list(names.values()))
+    lefts = bank.rows("left", names.values())
     found = {}
     for module, parts in pieces.items():
         tensor = next((name for name in (_key(module, False), _key(module, True)) if name in tensors), None)
@@ -162,14 +161,6 @@ def _references(folder: AdapterFolder, tensors: Mapping[str, Tensor], bank: Bank
 
 def _key(module: str, embedding: bool) -> str:
     return f"base_model.model.{module}.lora_embedding_B" if embedding else f"base_model.model.{module}.lora_B.weight"
-
-
-def _rows(bank: Bank, names: Sequence[str]) -> dict[str, Tensor]:
-    """All stored left vectors (R, out) by name, most minor first."""
-    by_rank: dict[int, list[str]] = defaultdict(list)
-    for name in dict.fromkeys(names):
-        by_rank[bank[name].rank].append(name)
-    return {name: left.mT.flip(0) for rank, group in by_rank.items() for name, left in bank.left(group, rank).items()}
 
 
 def _columns(B: Tensor, left: Tensor, rounding: torch.dtype) -> tuple[int, ...] | None:
@@ -198,7 +189,7 @@ def _restored(record: SlimRecord, kept: Mapping[str, Tensor], bank: Bank, source
         )
     header = record.header.encode()
     entries = parse_header(header, file=WEIGHTS, size=record.size, where=f"{source / SLIM}: header")
-    lefts = _rows(bank, names)
+    lefts = bank.rows("left", names)
     raw = bytearray(record.size)
     raw[:PREFIX] = len(header).to_bytes(PREFIX, "little")
     raw[PREFIX : PREFIX + len(header)] = header

@@ -74,11 +74,8 @@ def directions(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, Te
         basis = bank[names[key]]
         if (basis.out_features, basis.in_features) != (weight.out_features, weight.in_features):
             raise WrongBaseError(f"{bank.path}: {names[key]} has another shape than {key} of the adapter")
-    lefts = {}
-    for rank in {bank[name].rank for name in names.values()}:
-        read = bank.left([name for name in names.values() if bank[name].rank == rank], rank)
-        lefts.update({key: read[name].mT.flip(0) for key, name in names.items() if name in read})
-    return lefts
+    rows = bank.rows("left", names.values())
+    return {key: rows[name] for key, name in names.items()}
 
 
 def shares_in(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, float]:

@@ -27,11 +27,12 @@ _RESIDUE = 0x48674BC7
 
 @dataclass(frozen=True)
 class ShardRead:
-    """What is wanted of one shard file: the first chunks of some of its weights, by their rows within the shard."""
+    """What is wanted of one shard file: the first ``rank`` vectors of some of its weights, by their rows within the shard."""
 
     file: str
     record: FileRecord
     rows: tuple[int, ...]
+    rank: int
     weights_per_shard: int
     stored_rank: int
 
@@ -39,6 +40,11 @@ class ShardRead:
     def chunks_per_weight(self) -> int:
         """Inner chunks along the rank axis."""
         return rank_extent(self.stored_rank) // RANK_CHUNK
+
+    @property
+    def chunks(self) -> int:
+        """Inner chunks wanted of each weight."""
+        return ceil(self.rank / RANK_CHUNK)
 
     @property
     def table(self) -> Range:
@@ -58,26 +64,25 @@ def checked_crc(data: bytes) -> int | None:
     return crc_before(data, len(data)) if google_crc32c.value(data) == _RESIDUE else None
 
 
-def read_chunks(files: Files, wanted: Sequence[ShardRead], rank: int) -> Iterator[list[bytes]]:
-    """For each shard its chunks that hold the first ``rank`` vectors, row by row, each with its crc32c in the last four bytes.
+def read_chunks(files: Files, wanted: Sequence[ShardRead]) -> Iterator[list[bytes]]:
+    """For each shard the chunks that hold what is wanted, row by row, each with its crc32c in the last four bytes.
 
     Each chunk's crc32c, computed here, is the one that the record holds for its place; anything else is a DamageError.
     """
-    chunks = ceil(rank / RANK_CHUNK)
-    for batch in _batches(wanted, chunks):
+    for batch in _batches(wanted):
         for shard in batch:
             _check_size(files, shard)
         places: list[int] = []
         ranges: list[Range] = []
         for shard, table in zip(batch, files.read_many([shard.table for shard in batch]), strict=True):
-            for place in _places(files, shard, table, chunks):
+            for place in _places(files, shard, table):
                 start = place * shard.record.chunk_bytes
                 places.append(place)
                 ranges.append((shard.file, start, start + shard.record.chunk_bytes))
         parts = iter(zip(places, files.read_many(ranges), strict=True))
         for shard in batch:
             checked = []
-            for _ in range(len(shard.rows) * chunks):
+            for _ in range(len(shard.rows) * shard.chunks):
                 place, data = next(parts)
                 if checked_crc(data) != shard.record.chunks[place]:
                     raise DamageError(f"{files.place}/{shard.file}: chunk {place} is not the one recorded")
@@ -85,7 +90,7 @@ def read_chunks(files: Files, wanted: Sequence[ShardRead], rank: int) -> Iterato
             yield checked
 
 
-def _batches(wanted: Sequence[ShardRead], chunks: int) -> Iterator[list[ShardRead]]:
+def _batches(wanted: Sequence[ShardRead]) -> Iterator[list[ShardRead]]:
     """Neighbours together as far as ``BATCH_BYTES`` go, at least one."""
     batch: list[ShardRead] = []
     nbytes = 0
@@ -94,7 +99,7 @@ def _batches(wanted: Sequence[ShardRead], chunks: int) -> Iterator[list[ShardRea
             yield batch
             batch, nbytes = [], 0
         batch.append(shard)
-        nbytes += len(shard.rows) * chunks * shard.record.chunk_bytes
+        nbytes += len(shard.rows) * shard.chunks * shard.record.chunk_bytes
     if batch:
         yield batch
 
@@ -108,12 +113,12 @@ def _check_size(files: Files, shard: ShardRead) -> None:
         raise DamageError(f"{files.place}/{shard.file}: {size} bytes, recorded were {shard.record.size}")
 
 
-def _places(files: Files, shard: ShardRead, table: bytes, chunks: int) -> Iterator[int]:
+def _places(files: Files, shard: ShardRead, table: bytes) -> Iterator[int]:
     """The number in the file of each wanted chunk, by the shard's table."""
     if checked_crc(table) != shard.record.index_crc32c:
         raise DamageError(f"{files.place}/{shard.file}: its shard index is not the one recorded")
     for row in shard.rows:
-        for chunk in range(chunks):
+        for chunk in range(shard.chunks):
             offset, nbytes = struct.unpack_from("<QQ", table, (row * shard.chunks_per_weight + chunk) * INDEX_ENTRY)
             place, rest = divmod(offset, shard.record.chunk_bytes)
             if rest or nbytes != shard.record.chunk_bytes or place >= len(shard.record.chunks):

@@ -194,8 +194,8 @@ class Bank:
         """The ``rank`` largest singular values of each weight, (rank,) float64, descending."""
         return self.rows("principal_sigma", names, rank)
 
-    def rows(self, array: StoredArray, names: Iterable[str], rank: int) -> dict[str, Tensor]:
-        """The first ``rank`` rows of each weight as they are stored: the outermost triplet first, so that every rank is a prefix.
+    def rows(self, array: StoredArray, names: Iterable[str], rank: int | None = None) -> dict[str, Tensor]:
+        """The first ``rank`` rows, by default all, of each weight as they are stored: the outermost triplet first, every rank a prefix.
 
         Vectors are (rank, out) or (rank, in) in the bank's dtype, σ are (rank,) float64; of the minor end the smallest σ is row 0.
         OptionError for a rank, or a side, that is not stored.
@@ -241,9 +241,10 @@ class Bank:
         """sha256 over names and source hashes of the given weights, by default all: identifies the base, whatever else it holds."""
         return base_digest({name: self[name].source_sha256 for name in (self if names is None else names)})
 
-    def _check_rank(self, basis: StoredBasis, rank: int, *, principal: bool) -> None:
+    def _check_rank(self, basis: StoredBasis, rank: int | None, *, principal: bool) -> None:
         spec = basis.family
         stored, limit = spec.principal if principal else spec.rank, min(spec.out_features, spec.in_features)
+        rank = stored if rank is None else rank
         if not 1 <= rank <= stored:
             wanted = f"build a bank with --{'principal' if principal else 'rank'} {rank}"
             hint = f"its weight allows no more than {limit}" if rank > limit else wanted
@@ -261,31 +262,36 @@ class Bank:
         families = {family: np.asarray(self.coordinate(family, array)) for family in {b.family.name for b in wanted}}
         return {b.name: torch.from_numpy(families[b.family.name][b.row, :rank].copy()) for b in wanted}
 
-    def _vectors(self, array: str, wanted: list[StoredBasis], rank: int) -> dict[str, Tensor]:
+    def _vectors(self, array: str, wanted: list[StoredBasis], rank: int | None) -> dict[str, Tensor]:
         """Rows of one array of vectors, of whichever families: two rounds of reading for all of them."""
         rows: dict[tuple[str, str], set[int]] = {}
         for basis in wanted:
             rows.setdefault((basis.family.name, _stored_array(basis, array)), set()).add(basis.row)
-        reads = {key: self._shard_reads(*key, sorted(members)) for key, members in rows.items()}
-        chunks = read_chunks(self.files, [read for shards in reads.values() for read in shards], rank)
+        reads = {key: self._shard_reads(*key, sorted(members), rank) for key, members in rows.items()}
+        chunks = read_chunks(self.files, [read for shards in reads.values() for read in shards])
         found = {
-            key: [vectors for read in shards for vectors in _tensors(next(chunks), len(read.rows), rank, self.dtype)]
+            key: [vectors for read in shards for vectors in _tensors(next(chunks), len(read.rows), read.rank, self.dtype)]
             for key, shards in reads.items()
         }
         places = {(*key, row): found[key][i] for key, members in rows.items() for i, row in enumerate(sorted(members))}
         return {basis.name: places[basis.family.name, _stored_array(basis, array), basis.row] for basis in wanted}
 
-    def _shard_reads(self, family: str, array: str, rows: list[int]) -> list[ShardRead]:
+    def _shard_reads(self, family: str, array: str, rows: list[int], rank: int | None) -> list[ShardRead]:
         """What to read for some rows, ascending, of a family's array of vectors."""
         entry = self._families[family]
-        rank, length = vector_arrays(entry.spec, self.side)[array]
+        stored, length = vector_arrays(entry.spec, self.side)[array]
         if (family, array) not in self._metadata_seen:
-            read_metadata(self.files, entry, array, (len(entry.weights), rank, length), STORED[self.dtype][0])
+            read_metadata(self.files, entry, array, (len(entry.weights), stored, length), STORED[self.dtype][0])
             self._metadata_seen.add((family, array))
         each = entry.spec.weights_per_shard
         return [
             ShardRead(
-                shard_file(family, array, shard), entry.files[array][shard], tuple(row % each for row in members), each, rank
+                shard_file(family, array, shard),
+                entry.files[array][shard],
+                tuple(row % each for row in members),
+                stored if rank is None else rank,
+                weights_per_shard=each,
+                stored_rank=stored,
             )
             for shard, members in groupby(rows, key=lambda row: row // each)
         ]

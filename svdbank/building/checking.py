@@ -186,8 +186,9 @@ def compare_with_model(bank: Bank, model: str | os.PathLike[str], progress: Prog
                     f"{bank.path} was built from another model: {name} of {checkpoint.name} has other bytes",
                     hint=f"verify it against {bank.manifest.base.name}",
                 )
-            right = basis.right(basis.rank).mT if bank.side == "both" else None
-            residual = residual_check(weight, basis.left(basis.rank).mT, right, basis.sigma(basis.rank))
+            right = bank.rows("right", [name])[name] if bank.side == "both" else None
+            left, sigma = bank.rows("left", [name])[name], bank.rows("sigma", [name])[name]
+            residual = residual_check(weight, left, right, sigma)
             if not residual <= _STORED_RESIDUAL[bank.dtype]:
                 yield Damage(name, f"the stored basis misses the weight by {residual:.1e} of its norm")
             if progress is not None:

@@ -128,11 +128,9 @@ def _levels(
     for name in names:
         largest = bank[name].certificate.sigma_max or 1.0
         if method == "pissa":
-            stored = bank[name].family.principal
-            levels[name] = (-bank.principal_sigma([name], stored)[name] / largest).tolist()
+            levels[name] = (-bank.rows("principal_sigma", [name])[name] / largest).tolist()
         else:
-            stored = bank[name].rank
-            levels[name] = (bank.sigma([name], stored)[name].flip(0) / largest).tolist()[starts.get(name, 0) :]
+            levels[name] = (bank.rows("sigma", [name])[name] / largest).tolist()[starts.get(name, 0) :]
     return levels
 
 

@@ -43,6 +43,24 @@ def test_a_bulk_read_returns_what_single_reads_return_in_the_order_asked(bank: s
     assert torch.equal(bank.probes(names)[names[0]], bank[names[0]].probe())
 
 
+def test_rows_are_as_stored_most_minor_first(bank: svdbank.Bank) -> None:
+    for array in ("left", "right"):
+        rows = bank.rows(array, bank.names, 5)
+        for name in bank:
+            assert torch.equal(rows[name], getattr(bank[name], array)(5).mT.flip(0))
+            assert torch.equal(bank.rows(array, [name])[name], getattr(bank[name], array)(18).mT.flip(0))
+    for name, values in bank.rows("sigma", bank.names).items():
+        assert torch.equal(values, bank[name].sigma(18).flip(0)) and bool((values[:-1] <= values[1:]).all())
+
+
+def test_what_a_caller_does_to_numbers_it_got_stays_with_the_caller(bank: svdbank.Bank) -> None:
+    name = bank.names[0]
+    kept = bank[name].sigma(18).clone()
+    for read in (lambda: bank.rows("sigma", [name])[name], lambda: bank[name].sigma(18)):
+        read().zero_()
+        assert torch.equal(bank[name].sigma(18), kept)
+
+
 def test_left_vectors_have_canonical_signs(bank: svdbank.Bank) -> None:
     for name in bank:
         left = bank[name].left(18)
