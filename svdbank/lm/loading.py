@@ -100,7 +100,7 @@ def load_model(model: CausalModel, *, dtype: Dtype = "auto", load_in: LoadIn | N
             ) from cause
 
 
-def chosen_dtype(dtype: Dtype) -> str:
+def chosen_dtype(dtype: Dtype) -> Dtype:
     """What ``auto`` stands for: bfloat16 on a GPU that computes in it, else float32."""
     import torch
 

@@ -20,6 +20,9 @@ Method = Literal["mica", "milora", "pissa", "lora"]
 
 _CHOICES = {"method": get_args(Method), "dtype": get_args(Dtype), "load_in": (None, *get_args(LoadIn))}
 
+#: Peak learning rates where none is given (docs/training.md says where they come from).
+RATES = {"mica": 2e-3, "milora": 3e-4, "pissa": 3e-4, "lora": 5e-4}
+
 #: Fields that may be written as one string where there is only one.
 _LISTS = ("data", "retain", "targets", "on_top_of")
 
@@ -134,6 +137,17 @@ def resolve(config: Mapping[str, Any], given: Mapping[str, Any]) -> TrainOptions
         raise OptionError(f"options of the training: {cause}") from cause
     _check(options)
     return options
+
+
+def settled(options: TrainOptions, *, length: int, dtype: Dtype) -> TrainOptions:
+    """The options with nothing left to be chosen: the block's tokens and the dtype as given here, alpha, the learning rate."""
+    return msgspec.structs.replace(
+        options,
+        length=length,
+        alpha=float(options.rank) if options.alpha is None else options.alpha,
+        learning_rate=RATES[options.method] if options.learning_rate is None else options.learning_rate,
+        dtype=dtype,
+    )
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.training import checkpoints
 from svdbank.training.attaching import activate
-
-
-@dataclass
-class Clock:
-    """Seconds of each step made in this process, saving and measuring left out."""
-
-    steps: list[float] = field(default_factory=list)
-    begun: float = 0.0
+from svdbank.training.run import Clock
 
 
 def watcher(tell: ProgressCallback, clock: Clock, save_minutes: float | None, model: Any) -> Any:
@@ -66,3 +59,18 @@ def watcher(tell: ProgressCallback, clock: Clock, save_minutes: float | None, mo
             return due[0]
 
     return Watcher()
+
+
+def peak_bytes() -> int:
+    """The most GPU memory that tensors took, or without a GPU the most memory this process had."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes

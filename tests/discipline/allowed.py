@@ -54,7 +54,7 @@ BUILDING = {
 
 #: Once a run.
 TRAINING = {
-    "svdbank.training.attaching:initial_factors": "the factors that a residual method starts from are needed again when it is saved",
+    "svdbank.training.writing:initial_factors": "the factors that a residual method starts from are needed again when it is saved",
     "peft.peft_model:PeftModel.save_pretrained": "the adapter is written to a file",
 }
 

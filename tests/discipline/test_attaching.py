@@ -16,8 +16,9 @@ from torch import nn
 import svdbank
 import svdbank.peft
 from svdbank.bank.reading import Bank
-from svdbank.training import attaching
+from svdbank.training.attaching import attach
 from svdbank.training.options import TrainOptions
+from svdbank.training.writing import initial_factors, write_adapter
 from tests.discipline.allowed import ALLOWED
 from tests.discipline.conftest import RANK
 from tests.discipline.pretended import HEADING, OnDevice, PretendedDevice
@@ -153,11 +154,11 @@ def test_a_run_is_set_up_and_its_adapter_written_from_the_device(
     method: str, model: nn.Module, llama: Path, bank: Bank, tmp_path: Path, pretended: PretendedDevice
 ) -> None:
     options = TrainOptions(model=str(llama), output=str(tmp_path / "adapter"), data=("-",), method=method, rank=RANK)
-    there = attaching.attach(pretended.put_model(model), options, bank)
-    initial = attaching.initial_factors(there, options)
+    there = attach(pretended.put_model(model), options, bank)
+    initial = initial_factors(there, options)
     assert all(value.device.type == "cpu" for value in initial.values())
     (tmp_path / "adapter").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attaching.write_adapter(there, tmp_path / "adapter", options, bank, initial, "card")
+        write_adapter(there, tmp_path / "adapter", options, bank, initial, "card")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0

@@ -1,0 +1,62 @@
+"""A run's options as Transformers' settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from svdbank.core.errors import OptionError, missing_extra
+from svdbank.training.options import TrainOptions
+
+
+def training_arguments(options: TrainOptions, folder: Path) -> Any:
+    """Transformers' settings for the options. Raises :class:`OptionError` for a schedule it does not know."""
+    import torch
+
+    try:
+        import accelerate  # noqa: F401 - the Trainer needs it
+        import transformers
+    except ImportError as cause:
+        raise missing_extra("accelerate", "peft") from cause
+
+    if options.schedule not in [kind.value for kind in transformers.SchedulerType]:
+        raise OptionError(
+            f"there is no schedule {options.schedule!r}", hint="--schedule cosine, linear or constant_with_warmup"
+        )
+    mixed = options.dtype if options.dtype != "float32" else None
+    # Renamed in Transformers 5.
+    fields = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+    recompute = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps or -1,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        bf16=mixed == "bfloat16",
+        fp16=mixed == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=options.log_steps,
+        logging_strategy="steps",
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        # Without a number of steps, the clock decides, and the Trainer saves at the end.
+        save_steps=options.save_steps or 10**9,
+        save_total_limit=2,
+        seed=options.seed,
+        data_seed=options.seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        **{recompute: options.gradient_checkpointing},
+    )

@@ -1,0 +1,69 @@
+"""Attaching without weights, before any of them is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import msgspec
+import torch
+
+from svdbank.adapter.methods import RESIDUAL_METHODS
+from svdbank.bank.reading import Bank
+from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
+from svdbank.core.errors import BankError, OptionError
+from svdbank.lm.libraries import import_transformers, quiet_transformers
+from svdbank.lm.loading import CausalModel
+from svdbank.training.attaching import attach, has_experts
+from svdbank.training.bands import free_band
+from svdbank.training.options import TrainOptions
+
+
+def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> None:
+    """Attach to the model without its weights, so that a target that matches nothing or a rank too large is said at once."""
+    transformers = import_transformers()
+    if bank is not None:
+        start, stop = free_band(options, bank)
+        short = [name for name in bank.names if bank[name].kind == "linear" and stop > bank[name].rank]
+        if options.on_top_of and short:
+            raise BankError(
+                f"{bank.path}: the next free band is {start}:{stop}, and the bank holds {bank[short[0]].rank} directions of "
+                f"{short[0]}",
+                hint=f"svdbank build {options.model} --rank {stop}, or a lower -r",
+            )
+    if options.method in RESIDUAL_METHODS or options.on_top_of:
+        # These need the values of weights. An ordinary LoRA has the same targets.
+        options = msgspec.structs.replace(options, method="lora", on_top_of=())
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(causal.config)
+        if not has_experts(bank):
+            _check_targets(model, options)
+        try:
+            attach(model, options, bank)
+        except ValueError as cause:
+            if "lora_dropout" in str(cause):
+                raise OptionError(
+                    f"{options.model}: dropout {options.dropout:g} cannot act on experts that are fused into one parameter",
+                    hint="--dropout 0, or --targets for other modules",
+                ) from cause
+            if isinstance(cause, OptionError) or "arget module" not in str(cause):
+                raise
+            raise OptionError(
+                f"{options.model}: {', '.join(map(repr, options.targets))} matches no module that can have an adapter",
+                hint=f"--targets {ALL_LINEAR}",
+            ) from cause
+
+
+def _check_targets(model: Any, options: TrainOptions) -> None:
+    """Raise :class:`OptionError` for a target that matches no module: PEFT goes on where another one matches."""
+    targets = parse_targets(options.targets)
+    modules = [name for name, _ in model.named_modules()]
+    silent = [name for name in targets.names if not any(m == name or m.endswith("." + name) for m in modules)]
+    if targets.pattern is not None and not any(map(targets.named, modules)):
+        silent = list(options.targets)
+    if silent:
+        raise OptionError(
+            f"{options.model}: {', '.join(map(repr, silent))} matches no module of this model", hint=f"--targets {ALL_LINEAR}"
+        )
