@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svdbank.core.errors import OptionError
-from svdbank.lm.adapters import with_adapters
+from svdbank.lm.adapters import acting, with_adapters
 from svdbank.lm.libraries import quiet_transformers
 from svdbank.lm.loading import Dtype, LoadIn, check_quantiser, load_model, open_model
 from svdbank.lm.measuring import summed_losses
@@ -63,7 +63,8 @@ class Gauge:
             self._model = with_adapters(self._model, {"": stack} if stack else {})
             losses = {}
             for name, kept in self._batches.items():
-                total = math.fsum(value for batch in kept for value in summed_losses(self._model, stack, batch))
+                with acting(self._model, stack):
+                    total = math.fsum(value for batch in kept for value in summed_losses(self._model, batch))
                 losses[name] = total / sum(window.predicted for batch in kept for window in batch)
             if stack:
                 self._model = self._model.unload()

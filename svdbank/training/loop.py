@@ -16,10 +16,11 @@ from svdbank.core.specs import Progress, to_json
 from svdbank.lm.blocks import collate
 from svdbank.lm.libraries import import_transformers
 from svdbank.lm.loading import load_model
+from svdbank.lm.scores import standard_error
 from svdbank.training import checkpoints
 from svdbank.training.attaching import attach, trainable_parameters
 from svdbank.training.data import HELD_OUT, TrainingData
-from svdbank.training.losses import change_of, measure, release, row_losses, standard_error
+from svdbank.training.losses import change_of, measure, release, row_losses
 from svdbank.training.report import Change, TrainReport
 from svdbank.training.run import Run
 from svdbank.training.watching import peak_bytes, watcher

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.measuring import row_loss
+from svdbank.lm.scores import standard_error
 from svdbank.training.report import Change
 
 
@@ -58,8 +58,3 @@ def change_of(name: str, length: int, before: Sequence[float], after: Sequence[f
         change=fmean(differences),
         change_error=standard_error(differences),
     )
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; NaN for fewer than two values."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

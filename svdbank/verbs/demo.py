@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from svdbank import cache
 from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
-from svdbank.lm.packaged import libraries, licence_texts, quiet, smollm2_folder, token_windows
+from svdbank.lm.libraries import quiet_transformers
+from svdbank.lm.measuring import summed_losses
+from svdbank.lm.packaged import libraries, licence_texts, smollm2_folder
+from svdbank.lm.scores import standard_error
+from svdbank.lm.windows import Window, token_windows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,8 +46,7 @@ class DemoReport(Struct, frozen=True):
     """Figures and places. Losses are nats a token on held-out text with the standard error over windows; times are seconds.
 
     ``build_seconds`` is of a build in this run; ``weights_reused`` tells how many weights an earlier demo had left in the bank.
-    ``peft_seconds`` is PEFT's own ``"mica"`` initialisation and ``attach_seconds`` the same through the bank, both in this run, on
-    this model. ``svd_free_load_seconds`` loads the adapter folder.
+    ``peft_seconds`` is PEFT's own ``"mica"`` initialisation, ``attach_seconds`` the bank's; ``svd_free_load_seconds`` loads the folder.
     """
 
     model: str
@@ -99,7 +104,7 @@ def demo(
     fresh, trained = root / "adapter-fresh", root / "adapter-trained"
     init(bank, rank=chosen.rank, output=fresh, base_model=str(folder), task_type="CAUSAL_LM", force=True)
 
-    with quiet(transformers):
+    with quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     config = peft.LoraConfig(r=chosen.rank, lora_alpha=chosen.rank, init_lora_weights="mica", target_modules="all-linear")
@@ -151,8 +156,6 @@ def demo(
 
 def _windows(texts: Sequence[str], tokenizer: Any, settings: DemoSettings) -> tuple[Tensor, Tensor]:
     """Token windows (n, length) for training and for measuring, from different licences, drawn by the seed."""
-    import random
-
     shuffled = list(texts)
     random.Random(settings.seed).shuffle(shuffled)
     held_out = [text for i, text in enumerate(shuffled) if i % _HELD_OUT == 0]
@@ -163,18 +166,14 @@ def _windows(texts: Sequence[str], tokenizer: Any, settings: DemoSettings) -> tu
     )
 
 
-def _evaluate(model: nn.Module, windows: Tensor, tell: ProgressCallback, stage: str) -> tuple[float, float]:
+def _evaluate(model: nn.Module, held_out: Tensor, tell: ProgressCallback, stage: str) -> tuple[float, float]:
     """Mean loss a token over windows and its standard error."""
-    import torch
-
     model.eval()
     losses = []
-    with torch.inference_mode():
-        for i, window in enumerate(windows):
-            losses.append(float(model(input_ids=window[None], labels=window[None]).loss))
-            tell(Progress(stage, i + 1, len(windows), "window"))
-    values = torch.tensor(losses, dtype=torch.float64)
-    return float(values.mean()), float(values.std() / math.sqrt(len(losses)))
+    for i, tokens in enumerate(held_out.tolist()):
+        losses.append(summed_losses(model, [Window(tokens, ends=True)])[0] / (len(tokens) - 1))
+        tell(Progress(stage, i + 1, len(held_out), "window"))
+    return fmean(losses), standard_error(losses)
 
 
 def _train(model: nn.Module, windows: Tensor, settings: DemoSettings, tell: ProgressCallback) -> list[float]:
@@ -182,11 +181,10 @@ def _train(model: nn.Module, windows: Tensor, settings: DemoSettings, tell: Prog
     import torch
 
     model.train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.rate, weight_decay=0.01)
-    warm = max(1, settings.steps // 10)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=settings.rate, weight_decay=0.01)
 
     def rate(step: int) -> float:
+        warm = max(1, settings.steps // 10)
         return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

@@ -16,7 +16,8 @@ import svdbank
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.settings import WEIGHTS
 from svdbank.bank.reading import Bank
-from svdbank.lm.packaged import licence_texts, token_windows
+from svdbank.lm.packaged import licence_texts
+from svdbank.lm.windows import token_windows
 from svdbank.peft import load_adapter
 from tests.peft.models import lora_layers, quiet, train
 

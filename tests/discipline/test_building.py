@@ -42,10 +42,10 @@ def test_a_batch_of_windows_is_measured_with_one_answer(llama: Path, pretended: 
     windows = [Window(torch.arange(start, start + length).tolist(), ends=True) for start, length in ((3, 12), (20, 30), (5, 2))]
     with quiet():
         model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="eager").eval()
-    here = summed_losses(model, (), windows)
+    here = summed_losses(model, windows)
     pretended.put_model(model)
     with pretended.counting() as counts:
-        there = summed_losses(model, (), windows)
+        there = summed_losses(model, windows)
     assert there == pytest.approx(here, rel=1e-6)  # the same products, in float32
     assert counts.syncs["svdbank.lm.measuring:summed_losses"] == 1
 

@@ -57,7 +57,8 @@ def legal_windows(smollm2: Path) -> Tensor:
     """(40, 64) tokens of licence texts."""
     from transformers import AutoTokenizer
 
-    from svdbank.lm.packaged import licence_texts, token_windows
+    from svdbank.lm.packaged import licence_texts
+    from svdbank.lm.windows import token_windows
 
     return token_windows(licence_texts(), AutoTokenizer.from_pretrained(smollm2), count=40, length=64)
 

@@ -55,7 +55,8 @@ def test_smollm2_loses_the_same_at_every_step(llama: Load, device: str, smollm2_
 def test_minilm_loses_the_same_at_every_step(minilm: Path, device: str, minilm_bank: Bank) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    from svdbank.lm.packaged import licence_texts, token_windows
+    from svdbank.lm.packaged import licence_texts
+    from svdbank.lm.windows import token_windows
 
     windows = token_windows(licence_texts(), AutoTokenizer.from_pretrained(minilm), count=STEPS, length=64)
 

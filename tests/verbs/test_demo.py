@@ -14,7 +14,8 @@ import svdbank
 from svdbank.adapter.folder import read_folder
 from svdbank.core.errors import MissingExtraError, OptionError
 from svdbank.core.specs import Progress
-from svdbank.lm.packaged import licence_texts, smollm2_folder, token_windows
+from svdbank.lm.packaged import licence_texts, smollm2_folder
+from svdbank.lm.windows import token_windows
 from svdbank.verbs.demo import DemoSettings, demo
 from tests.peft.models import smollm2_cache
 
