@@ -36,7 +36,8 @@ from svdbank.core.errors import NotFiniteError, SolverError, WrongBaseError
 from svdbank.core.probe import differing, taken
 from svdbank.core.specs import BaseSpec, BuildOptions, FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, Side, WeightSpec
 from svdbank.solver import batch_bases, batch_peak_bytes, minor_basis, on_own_stream, peak_bytes, pinned_threads
-from svdbank.solver.devices import DeviceKind, give_back_device, kind_of
+from svdbank.solver.devices import give_back_device, kind_of
+from svdbank.solver.sizes import DeviceKind
 
 #: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
 READERS = 8

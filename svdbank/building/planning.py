@@ -304,7 +304,7 @@ def make_plan(
 def device_path(family: FamilySpec, kind: str, solver: str) -> DevicePath:
     """How a ``kind`` of GPU solves the weights of a family, by shape, rank and number alone."""
     from svdbank.solver import batch_size, choose_path
-    from svdbank.solver.devices import DeviceKind
+    from svdbank.solver.sizes import DeviceKind
 
     where = cast(DeviceKind, kind)
     shape = family.out_features, family.in_features
@@ -447,7 +447,7 @@ def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int, kind: str
 def device_memory(plan: Plan, weights: dict[str, WeightSpec], kind: str) -> int:
     """Memory of the GPU that the largest solve or batch takes; up to :data:`IN_FLIGHT` of them share it, by what is free."""
     from svdbank.solver import batch_peak_bytes, peak_bytes
-    from svdbank.solver.devices import DeviceKind
+    from svdbank.solver.sizes import DeviceKind
 
     worst = 0
     for family in plan.families:

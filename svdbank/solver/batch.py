@@ -13,9 +13,10 @@ from torch import Tensor
 from svdbank.core.basis import Basis
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import Side
-from svdbank.solver.batched import batch_size, filter_batch
-from svdbank.solver.devices import DeviceKind, give_back_device, kind_of, start, turns
+from svdbank.solver.batched import filter_batch
+from svdbank.solver.devices import give_back_device, kind_of, start, turns
 from svdbank.solver.planning import choose_path
+from svdbank.solver.sizes import DeviceKind, batch_size
 from svdbank.solver.solve import check_request, minor_basis
 from svdbank.solver.threads import pinned_threads
 

@@ -17,32 +17,16 @@ from torch import Tensor
 
 from svdbank.core.basis import EPSILON, Basis, Certificate, Triplets
 from svdbank.core.specs import Side
-from svdbank.solver.contract import Block, Failure, LinAlgError
-from svdbank.solver.devices import DeviceKind
-from svdbank.solver.filter import COUPLED, Lower, block_width, lower_end, start_block, upper_end
+from svdbank.solver.contract import Block, Failure, LinAlgError, triplets
+from svdbank.solver.filter import COUPLED, Lower, lower_end, start_block, upper_end
 from svdbank.solver.gates import allowances, departure, shown, verdict
-from svdbank.solver.ritz import buffer_size
-from svdbank.solver.subspace import orthonormal, orthonormal_factors
+from svdbank.solver.orthogonal import orthonormal, orthonormal_factors
+from svdbank.solver.sizes import block_width, buffer_size
 from svdbank.solver.threads import pinned_threads
-from svdbank.solver.triplets import triplets
 from svdbank.solver.weight import rounding
 
-#: float64 entries of a batch's widened weights, 2 GiB, and the most and the fewest weights in it.
-BATCH_ENTRIES = 2**28
-MOST_IN_BATCH, LEAST_IN_BATCH = 64, 4
 #: Weights that go through the device together; the small problems of so many are solved by the host while the device works on the next.
 PIECE = 32
-
-
-def batch_size(out_features: int, in_features: int, count: int, kind: DeviceKind = "cuda") -> int:
-    """How many of ``count`` weights (out, in) are solved at once on a ``kind`` of GPU: a static rule, 1 where no batch pays.
-
-    Batches work in float64 throughout: not on a card that has little of it.
-    """
-    if kind != "cuda":
-        return 1
-    size = min(MOST_IN_BATCH, count, max(1, BATCH_ENTRIES // (out_features * in_features)))
-    return size if size >= LEAST_IN_BATCH else 1
 
 
 def filter_batch(weights: Sequence[Tensor], rank: int, size: int, *, side: Side = "both") -> list[Basis | str]:

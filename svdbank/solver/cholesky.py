@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdbank.solver.triangles import mirror
+from svdbank.solver.matrices import mirror
+from svdbank.solver.sizes import CHOLESKY_BLOCK
 
-#: Columns of a block: wide enough for GEMM's rate, narrow enough that the unblocked part stays small (measured: 256 of 128, 256, 512).
-BLOCK = 256
 #: Rounds of refinement of a solve with a factor below float64; each gains the factor's digits less those that κ costs.
 REFINEMENTS = 4
 
@@ -27,8 +26,8 @@ def factorise(matrix: Tensor) -> bool:
         matrix.copy_(lower)
         return bool((info == 0) & torch.isfinite(lower.diagonal()).all())
     k = matrix.shape[0]
-    for start in range(0, k, BLOCK):
-        stop = min(start + BLOCK, k)
+    for start in range(0, k, CHOLESKY_BLOCK):
+        stop = min(start + CHOLESKY_BLOCK, k)
         below = matrix[start:, start:stop]
         if start:
             below.addmm_(matrix[start:, :start], matrix[start:stop, :start].mT, alpha=-1)

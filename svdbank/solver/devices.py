@@ -6,12 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal
 
 import torch
 
-#: Kinds of device that a plan chooses paths for.
-DeviceKind = Literal["cpu", "cuda", "cuda-low-float64"]
+from svdbank.solver.sizes import DeviceKind
 
 #: CUDA compute capabilities whose float64 runs at half the float32 rate or a little less: P100, V100, A100 and A30, H100 and H200,
 #: B200. All others (consumer and workstation cards, T4, A10, L4, L40, B300) have 1/16 to 1/64. A capability, never a timing:

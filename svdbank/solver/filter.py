@@ -17,15 +17,14 @@ from torch import Tensor
 from svdbank.core.basis import EPSILON
 from svdbank.solver.contract import Block, Candidate, Failure
 from svdbank.solver.inverse import gram_of_lower, inverse_factor
-from svdbank.solver.ritz import buffer_size, rayleigh_ritz
-from svdbank.solver.subspace import GAIN, Operator, filter_for, iterate, orthonormal, orthonormal_factors, quotients
+from svdbank.solver.orthogonal import orthonormal, orthonormal_factors
+from svdbank.solver.ritz import rayleigh_ritz
+from svdbank.solver.sizes import block_width, buffer_size
+from svdbank.solver.subspace import GAIN, Operator, filter_for, iterate, quotients
 from svdbank.solver.weight import Weight
 
 #: Seed of the start blocks: own generators, never the global one, so that the same weight gives the same bytes.
 SEED = 20261127
-#: Columns a vector wanted, and least number beyond them. Columns times products come out the same from 1.4 to 2 (measured); a narrow
-#: block has the smaller eigenproblem.
-WIDTH, LEAST_SPARE = 1.5, 32
 #: How far below zero the Gram matrix is first inverted, in units of λ_max: enough that random columns keep apart, and far below what is
 #: wanted of any weight whose Gram matrix float64 can serve.
 FIRST_NUDGE = 1e-9
@@ -47,14 +46,6 @@ LOW_GAIN, LOW_SPREAD = 1e6, 1e6
 CORRECTIONS, CORRECTED = 6, 2e-13
 #: Largest entry beside the diagonal of the projected weight, in units of ε σ_max, with which its diagonal serves as σ.
 COUPLED = 64
-
-
-def block_width(k: int, rank: int) -> int | None:
-    """Columns of the block for ``rank`` vectors of a (k, k) operator; None where k leaves no room for an iteration."""
-    wanted = rank + buffer_size(k, rank)
-    width = max(int(WIDTH * rank), wanted + LEAST_SPARE)
-    width = -(-width // 8) * 8
-    return width if width <= k // 2 else None
 
 
 def solve_filter(weight: Weight, rank: int, principal: int) -> Candidate | Failure:

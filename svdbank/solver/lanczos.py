@@ -16,8 +16,9 @@ from torch import Tensor
 
 from svdbank.core.basis import EPSILON
 from svdbank.solver.contract import Failure
+from svdbank.solver.matrices import padded_rows
 from svdbank.solver.orthogonal import thin_qr
-from svdbank.solver.storage import padded_rows
+from svdbank.solver.sizes import Shape
 
 #: Checks before an iteration counts as stuck; converging ones here take 1 to 8.
 MAX_CHECKS = 24
@@ -45,25 +46,6 @@ class Ritz:
     values: Tensor
     vectors: Tensor
     products: int
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Block width, where the basis is cut back, and how many Ritz vectors survive the cut."""
-
-    block: int
-    limit: int
-    keep: int
-
-
-def shape_for(k: int, wanted: int) -> Shape | None:
-    """Sizes measured to be good for ``wanted`` pairs of a (k, k) operator; None where k leaves no room for an iteration."""
-    block = 32 if wanted > 32 else 16 if wanted > 4 else 8
-    block = min(block, max(1, k // 8))
-    limit = -(-max(5 * wanted, wanted + 8 * block) // block) * block
-    limit = min(limit, k - block)
-    keep = min(max(3 * wanted, wanted + 2 * block), limit - 2 * block)
-    return Shape(block, limit, keep) if keep >= wanted + 1 else None
 
 
 def largest(

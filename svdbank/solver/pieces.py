@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from svdbank.solver.triangles import lower_tiles, mirror
+from svdbank.solver.matrices import lower_tiles, mirror
 
 #: Bits of a piece, sign apart, and columns of a panel: products of two pieces have twice the bits, sums of so many 13 more, 23 in all.
 BITS, COLUMNS = 5, 8192

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from svdbank.core.errors import OptionError
-from svdbank.solver.cholesky import BLOCK
-from svdbank.solver.devices import DeviceKind
-from svdbank.solver.filter import block_width
-from svdbank.solver.lanczos import shape_for
-from svdbank.solver.ritz import buffer_size
-from svdbank.solver.storage import PADDING
-from svdbank.solver.triangles import tile_side
-from svdbank.solver.weight import DEVICE_PANEL_ENTRIES, panel_width
+from svdbank.solver.sizes import (
+    CHOLESKY_BLOCK,
+    DEVICE_PANEL_ENTRIES,
+    PADDING,
+    DeviceKind,
+    block_width,
+    buffer_size,
+    panel_width,
+    shape_for,
+    tile_side,
+)
 
 #: Names a caller may force; ``auto`` follows :func:`choose_path`.
 PATHS = ("shift-invert", "filter", "dense", "lq", "svd")
@@ -94,7 +97,7 @@ def peak_bytes(out_features: int, in_features: int, rank: int, path: str, *, dty
     if path == "shift-invert":
         shape = shape_for(k, size)
         rows = 0 if shape is None else 2 * shape.limit + 4 * shape.block
-        return held + 2 * square + panel + max(thin, entry * (k + PADDING) * rows) + entry * 3 * k * BLOCK
+        return held + 2 * square + panel + max(thin, entry * (k + PADDING) * rows) + entry * 3 * k * CHOLESKY_BLOCK
     if path == "filter":
         # Widened weight; G, a shifted copy, L, its inverse's work and result; the block six times, then T, its parts and the thin ones.
         width = block_width(k, rank) or k

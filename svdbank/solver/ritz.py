@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 
 from svdbank.solver.contract import Block
-from svdbank.solver.orthogonal import thin_qr
-from svdbank.solver.subspace import orthonormal
+from svdbank.solver.orthogonal import orthonormal, thin_qr
 from svdbank.solver.weight import Weight
-
-
-def buffer_size(k: int, rank: int) -> int:
-    """Vectors kept beyond ``rank`` during the projection.
-
-    Inside the projected space Rayleigh–Ritz restores what the Gram matrix lost between neighbours, so the loss at the rank's own boundary
-    depends on the gap to the first vector beyond the buffer.
-    """
-    return min(k - rank, max(8, rank // 8))
 
 
 def rayleigh_ritz(weight: Weight, subspace: Tensor) -> Block:

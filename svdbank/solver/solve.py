@@ -11,18 +11,17 @@ from torch import Tensor
 from svdbank.core.basis import Basis, Certificate, Triplets
 from svdbank.core.errors import NotFiniteError, OptionError, SolverError
 from svdbank.core.specs import Side
-from svdbank.solver.careful import solve_lq, solve_svd
-from svdbank.solver.contract import Block, Candidate, Failure, LinAlgError
-from svdbank.solver.dense import solve_dense
+from svdbank.solver.contract import Block, Candidate, Failure, LinAlgError, triplets
+from svdbank.solver.dense import solve_dense, solve_lq, solve_svd
 from svdbank.solver.devices import Turn, give_back_device, kind_of, start, turns
 from svdbank.solver.filter import solve_filter
 from svdbank.solver.gates import Verdict, judge
 from svdbank.solver.planning import PATHS, check_rank, choose_path
 from svdbank.solver.shift_invert import solve_shift_invert
-from svdbank.solver.triplets import triplets
-from svdbank.solver.weight import DEFAULT_PRECISION, DEVICE_PANEL_ENTRIES, PANEL_ENTRIES, Precision, Weight
+from svdbank.solver.sizes import DEVICE_PANEL_ENTRIES, PANEL_ENTRIES
+from svdbank.solver.weight import DEFAULT_PRECISION, Precision, Weight
 
-PathFunction = Callable[[Weight, int, int], Candidate | Failure]
+Solver = Callable[[Weight, int, int], Candidate | Failure]
 
 #: Paths with steps that may work in less than float64.
 ITERATING = ("shift-invert", "filter")
@@ -36,7 +35,7 @@ FALLBACKS = {
     "lq": ("lq", "svd"),
     "svd": ("svd",),
 }
-METHODS: dict[str, PathFunction] = {
+SOLVERS: dict[str, Solver] = {
     "shift-invert": solve_shift_invert,
     "filter": solve_filter,
     "dense": solve_dense,
@@ -113,7 +112,7 @@ def minor_basis(
         )
         tried: list[str] = [*before]
         for path, seen in _attempts(first, view):
-            solved = _solve(METHODS[path], path, seen, rank, principal, tried, turn)
+            solved = _solve(SOLVERS[path], path, seen, rank, principal, tried, turn)
             if solved is None:
                 continue
             candidate, verdict, view_used = solved
@@ -168,7 +167,7 @@ def _attempts(first: str, view: Weight) -> Iterator[tuple[str, Weight]]:
 
 
 def _solve(
-    method: PathFunction, path: str, view: Weight, rank: int, principal: int, tried: list[str], turn: Turn
+    method: Solver, path: str, view: Weight, rank: int, principal: int, tried: list[str], turn: Turn
 ) -> tuple[Candidate, Verdict, Weight] | None:
     """Run one method and judge it; None, with the reason appended to ``tried``, where it has no certified result.
 
@@ -183,7 +182,7 @@ def _solve(
 
 
 def _climbed(
-    method: PathFunction, path: str, views: tuple[Weight, Weight], rank: int, principal: int, tried: list[str], turn: Turn
+    method: Solver, path: str, views: tuple[Weight, Weight], rank: int, principal: int, tried: list[str], turn: Turn
 ) -> tuple[Candidate, Verdict, Weight] | None:
     """The attempts of :func:`_solve`, with panels as they are and smaller ones."""
     view, smaller = views

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from svdbank.core.basis import EPSILON
 from svdbank.solver.contract import Block
+from svdbank.solver.matrices import lower_tiles, mirror, padded_rows
 from svdbank.solver.pieces import exact_gram
-from svdbank.solver.storage import padded_rows
-from svdbank.solver.triangles import lower_tiles, mirror
-
-#: float64 entries of a widened panel: 128 MiB; on a GPU 2 GiB, so that a weight is widened once and multiplied whole.
-PANEL_ENTRIES = 2**24
-DEVICE_PANEL_ENTRIES = {"cpu": PANEL_ENTRIES, "cuda": 2**28}
+from svdbank.solver.sizes import PANEL_ENTRIES, panel_width
 
 
 @dataclass(frozen=True)
@@ -139,8 +135,3 @@ class Weight:
 def rounding(n: int) -> float:
     """2 ε √n: rounding errors of sums of n products add up like a random walk (Higham & Mary 2019), not like their worst case."""
     return 2 * EPSILON * math.sqrt(n)
-
-
-def panel_width(k: int, n: int, entries: int = PANEL_ENTRIES) -> int:
-    """Columns of a panel: as many as fit ``entries``, at least 64."""
-    return min(n, max(64, entries // k))

@@ -35,7 +35,7 @@ SOLVER = {
     "svdbank.solver.lanczos:largest": "eigh reports whether it converged; figures decide whether the iteration stops, restarts, locks",
     "svdbank.solver.lanczos:_forgotten": "what the projection forgets, against which convergence is measured",
     "svdbank.solver.lanczos:orthogonalise": "whether the Krylov space is exhausted, and in which directions",
-    "svdbank.solver.shift:place_shift": "Ritz values place the shift",
+    "svdbank.solver.shift_invert:place_shift": "Ritz values place the shift",
     "svdbank.solver.shift_invert:solve_shift_invert": "what is wanted of the iteration, and how far off it is",
     "svdbank.solver.shift_invert:_top": "how far the other end's iteration is off",
 }

@@ -13,15 +13,16 @@ import torch
 from hard_matrices import assert_certified, llm_like
 from torch import Tensor
 
-import svdbank.solver.careful as careful
 import svdbank.solver.contract as contract
+import svdbank.solver.dense as dense_paths
 import svdbank.solver.solve as solve
 from svdbank.core.errors import OptionError, SolverError
 from svdbank.solver import PATHS, Precision, choose_path, flops, minor_basis, peak_bytes
 from svdbank.solver.cholesky import factor, factorise
 from svdbank.solver.contract import Candidate, Failure
 from svdbank.solver.devices import Turns
-from svdbank.solver.weight import DEVICE_PANEL_ENTRIES, Weight
+from svdbank.solver.sizes import DEVICE_PANEL_ENTRIES
+from svdbank.solver.weight import Weight
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,14 +33,14 @@ ROOT = Path(__file__).parents[2]
 def test_out_of_memory_is_retried_with_smaller_panels_and_recorded(
     error: Exception, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, entries = solve.METHODS["dense"], DEVICE_PANEL_ENTRIES[device]
+    dense, entries = solve.SOLVERS["dense"], DEVICE_PANEL_ENTRIES[device]
 
     def short_of_memory(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
         if weight.panel_entries == entries:
             raise error
         return dense(weight, rank, principal)
 
-    monkeypatch.setitem(solve.METHODS, "dense", short_of_memory)
+    monkeypatch.setitem(solve.SOLVERS, "dense", short_of_memory)
     weight = llm_like(40, 60).to(device)
     basis = minor_basis(weight, 4, solver="dense")
     assert basis.certificate.path == "dense"
@@ -52,7 +53,7 @@ def test_out_of_memory_is_retried_with_smaller_panels_and_recorded(
 def test_memory_that_never_suffices_sends_a_device_to_the_cpu_and_the_cpu_to_the_next_path(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, calls = solve.METHODS["dense"], list[str]()
+    dense, calls = solve.SOLVERS["dense"], list[str]()
 
     def short_of_memory(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
         calls.append(weight.device.type)
@@ -60,7 +61,7 @@ def test_memory_that_never_suffices_sends_a_device_to_the_cpu_and_the_cpu_to_the
             raise torch.OutOfMemoryError("device")
         return dense(weight, rank, principal)
 
-    monkeypatch.setitem(solve.METHODS, "dense", short_of_memory)
+    monkeypatch.setitem(solve.SOLVERS, "dense", short_of_memory)
     weight = llm_like(40, 60).to(device)
     basis = minor_basis(weight, 4, solver="dense")
     assert calls == (["cpu", "cpu"] if device == "cpu" else [device, device, device, "cpu"])
@@ -137,7 +138,7 @@ def test_a_solve_that_is_interrupted_while_it_waits_leaves_its_turn() -> None:
 
 def test_a_weight_that_fails_lets_its_widened_self_go_before_another_path_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[bool] = []
-    lq = solve.METHODS["lq"]
+    lq = solve.SOLVERS["lq"]
     monkeypatch.setattr("svdbank.solver.gates.RESIDUAL_LIMIT", 0.0)
 
     def watching(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
@@ -145,7 +146,7 @@ def test_a_weight_that_fails_lets_its_widened_self_go_before_another_path_is_ask
         monkeypatch.setattr("svdbank.solver.gates.RESIDUAL_LIMIT", 1e-10)
         return lq(weight, rank, principal)
 
-    monkeypatch.setitem(solve.METHODS, "lq", watching)
+    monkeypatch.setitem(solve.SOLVERS, "lq", watching)
     assert minor_basis(llm_like(40, 60), 4, solver="dense").certificate.path == "lq"
     assert alive == [False]
 
@@ -154,7 +155,7 @@ def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch)
     def broken(weight: Weight, rank: int, principal: int) -> Candidate:
         raise RuntimeError("a defect of ours")
 
-    monkeypatch.setitem(solve.METHODS, "dense", broken)
+    monkeypatch.setitem(solve.SOLVERS, "dense", broken)
     with pytest.raises(RuntimeError, match="a defect of ours"):
         minor_basis(llm_like(20, 30), 2, solver="dense")
 
@@ -168,7 +169,7 @@ def test_a_driver_that_does_not_converge_is_got_round_and_recorded(device: str, 
             raise failure
         return svd(matrix, **options)
 
-    monkeypatch.setattr(careful.torch.linalg, "svd", flaky)
+    monkeypatch.setattr(dense_paths.torch.linalg, "svd", flaky)
     weight = llm_like(40, 60).to(device)
     basis = minor_basis(weight, 4, solver="lq")
     monkeypatch.undo()
@@ -189,7 +190,7 @@ def test_an_eigensolver_that_fails_hands_over_to_lq(device: str, monkeypatch: py
 
 def test_lapack_is_not_called_beyond_its_32_bit_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdbank.solver.dense.LAPACK_LIMIT", 1000)
-    monkeypatch.setattr("svdbank.solver.careful.LAPACK_LIMIT", 1000)
+    monkeypatch.setattr("svdbank.solver.dense.LAPACK_LIMIT", 1000)
     with pytest.raises(SolverError, match=r"32-bit workspace for syevd.*32-bit workspace for gesdd"):
         minor_basis(llm_like(40, 60), 4, solver="dense")
 

@@ -17,8 +17,8 @@ from svdbank.core.errors import NotFiniteError, OptionError
 from svdbank.solver import Precision, batch_bases, batch_size, choose_path, minor_bases, minor_basis
 from svdbank.solver.batched import filter_batch
 from svdbank.solver.inverse import gram_of_lower, inverse_factor
+from svdbank.solver.orthogonal import orthonormal, orthonormal_factors
 from svdbank.solver.pieces import exact_gram
-from svdbank.solver.subspace import orthonormal, orthonormal_factors
 from svdbank.solver.weight import Weight
 
 LOW = Precision(factor=torch.float32, pieces=True)

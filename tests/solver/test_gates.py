@@ -15,7 +15,8 @@ from svdbank.core.errors import SolverError
 from svdbank.solver import minor_basis, residual_check
 from svdbank.solver.contract import Block, Candidate
 from svdbank.solver.gates import judge
-from svdbank.solver.lanczos import largest, shape_for
+from svdbank.solver.lanczos import largest
+from svdbank.solver.sizes import shape_for
 from svdbank.solver.weight import Weight
 
 RANK = 12
@@ -215,7 +216,7 @@ def test_a_weight_that_no_method_solves_is_an_error_that_names_each_failure(
         candidate = exact(weight, spectrum=True)
         return changed(candidate, short=candidate.minor.short.flip(0))
 
-    monkeypatch.setattr(solve, "METHODS", dict.fromkeys(solve.METHODS, spoiled))
+    monkeypatch.setattr(solve, "SOLVERS", dict.fromkeys(solve.SOLVERS, spoiled))
     with pytest.raises(SolverError, match=r"dense: residual .*; lq: residual .*; svd: residual") as caught:
         minor_basis(llm_like(60, 90), RANK, solver="dense", device=device)
     assert caught.value.hint

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from svdbank.core.basis import EPSILON
 from svdbank.solver import minor_basis
-from svdbank.solver.lanczos import Shape, largest, orthogonalise
+from svdbank.solver.lanczos import largest, orthogonalise
+from svdbank.solver.sizes import Shape
 
 
 def below(k: int, count: int, level: float, width: float) -> Tensor:

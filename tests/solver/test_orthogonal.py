@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from svdbank.solver.matrices import padded_rows
 from svdbank.solver.orthogonal import thin_qr
-from svdbank.solver.storage import padded_rows
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e7, 1e12])

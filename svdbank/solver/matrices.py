@@ -1,25 +1,19 @@
-"""Symmetric matrices by their lower triangle: torch has no syrk."""
+"""How large matrices lie in memory, and symmetric ones by their lower triangle: torch has no syrk."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Largest side of the diagonal tiles, which alone do double work, and into how many rows of them a small matrix is cut at least.
-TILE, ROWS = 512, 4
+from svdbank.solver.sizes import PADDING, tile_side
+
 #: Side of the tiles that are transposed.
 TURNED = 256
 
 
-#: Side up to which a GPU multiplies a matrix whole: less work in smaller pieces takes longer there.
-WHOLE_ON_CUDA = 2048
-
-
-def tile_side(k: int, device_type: str = "cpu") -> int:
-    """Largest side of a diagonal tile of a (k, k) matrix."""
-    if device_type != "cpu" and k <= WHOLE_ON_CUDA:
-        return k
-    return min(TILE, -(-k // ROWS))
+def padded_rows(rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """An uninitialised (rows, columns) matrix whose rows lie apart by :data:`~svdbank.solver.sizes.PADDING` entries."""
+    return torch.empty(rows, columns + PADDING, dtype=dtype, device=device)[:, :columns]
 
 
 def lower_tiles(k: int, device_type: str = "cpu") -> list[tuple[slice, slice]]:
