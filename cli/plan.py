@@ -12,7 +12,7 @@ from svdbank_cli.output import Output, dequantised, duration, size, table
 
 if TYPE_CHECKING:
     from svdbank.building.fetching import FetchPlan
-    from svdbank.building.planning import PlanReport
+    from svdbank.verbs.plan import PlanReport
 
 _SHOWN_SKIPS = 3
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from svdbank.adapter.writing import write_adapter as write_adapter
     from svdbank.bank.reading import Bank as Bank
     from svdbank.bank.reading import StoredBasis as StoredBasis
-    from svdbank.building.planning import plan as plan
     from svdbank.cache import open as open
     from svdbank.core.basis import Basis as Basis
     from svdbank.core.basis import Certificate as Certificate
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.init import init as init
     from svdbank.verbs.ls import ls as ls
     from svdbank.verbs.merge import merge as merge
+    from svdbank.verbs.plan import plan as plan
     from svdbank.verbs.rm import rm as rm
     from svdbank.verbs.stack import stack as stack
     from svdbank.verbs.train import train as train
@@ -74,7 +74,7 @@ _LAZY = {
     "ls": "svdbank.verbs.ls",
     "merge": "svdbank.verbs.merge",
     "open": "svdbank.cache",
-    "plan": "svdbank.building.planning",
+    "plan": "svdbank.verbs.plan",
     "read_adapter": "svdbank.adapter.reading",
     "rm": "svdbank.verbs.rm",
     "stack": "svdbank.verbs.stack",

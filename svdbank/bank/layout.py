@@ -156,3 +156,8 @@ def shard_file(family: str, array: str, shard: int) -> str:
 def record_file(family: str, shard: int) -> str:
     """Path of a shard's record while the bank is being built."""
     return f"{RECORDS}/{family}/{shard}.json"
+
+
+def claim_file(family: str, shard: int) -> str:
+    """Path of the lock of whoever works on a shard, beside its record."""
+    return f"{RECORDS}/{family}/{shard}.claim"

@@ -7,6 +7,7 @@ files are durable.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from svdbank.bank.files import read_regular
+from svdbank.bank.index import base_digest
 from svdbank.bank.layout import (
     FORMAT,
     MANIFEST,
@@ -51,7 +53,7 @@ STORED_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 class BankWriter:
     """Writes one generation of a bank: a first build, or an extension of a published bank by new families.
 
-    Holds no lock: the caller does. Shards may be written from several threads, each shard by one.
+    Holds no lock: the caller does. Shards may be written from several threads and processes, each shard by one.
     """
 
     def __init__(self, root: Path, plan: Plan, *, generation: int) -> None:
@@ -60,6 +62,7 @@ class BankWriter:
         self.generation = generation
         self._families = {family.name: family for family in plan.families}
         self._arrays: dict[str, Any] = {}
+        self._opening = threading.Lock()
         itemsize = np.dtype(STORED[plan.options.dtype][0]).itemsize
         geometry = {
             f"{family.name}/{array}": ShardGeometry(
@@ -84,7 +87,7 @@ class BankWriter:
         for family in self.plan.families:
             self._group(family.name, {"svdbank": {"kind": family.kind}, "weights": list(family.weights)})
             for array, (rank, length) in vector_arrays(family, self.plan.options.side).items():
-                self._arrays[f"{family.name}/{array}"] = self._vectors(family, array, rank, length)
+                self._vectors(family, array, rank, length)
 
     def record(self, shard: ShardSpec) -> ShardRecord | None:
         """The record of a shard that is whole on disk, or None: not recorded, or its files are not the bytes recorded."""
@@ -104,9 +107,7 @@ class BankWriter:
         family = self._families[shard.family]
         files = {}
         for array in vector_arrays(family, self.plan.options.side):
-            self._arrays[f"{family.name}/{array}"][shard.start : shard.stop] = self._stored(
-                [_vectors_of(b, array) for b in bases]
-            )
+            self._array(family, array)[shard.start : shard.stop] = self._stored([_vectors_of(b, array) for b in bases])
             key = shard_file(family.name, array, shard.index)
             files[array] = self._store.written.pop(key)
         path = self.root / record_file(shard.family, shard.index)
@@ -115,13 +116,15 @@ class BankWriter:
         disk.write_bytes(path, to_json(complete))
         return complete
 
-    def publish(self, *, base_digest: str, earlier: Manifest | None, earlier_index: Index | None) -> Manifest:
+    def publish(self, *, earlier: Manifest | None, earlier_index: Index | None) -> Manifest:
         """Fold the records into coordinate arrays and the index, then write the manifest and drop the records."""
         families = [self._fold(family) for family in self.plan.families]
         index = Index(
             families=(*(earlier_index.families if earlier_index else ()), *families),
             aliases=(*(earlier_index.aliases if earlier_index else ()), *self.plan.aliases),
         )
+        hashes = {weight.name: weight.source_sha256 for family in index.families for weight in family.weights}
+        hashes.update({alias.name: hashes[alias.of] for alias in index.aliases})
         data = to_json(index)
         # Named by its content: the manifest of the last publish keeps its index until the new manifest is in place.
         index_record = file_record(data, None)
@@ -139,7 +142,7 @@ class BankWriter:
             format=FORMAT,
             created_by=_CREATED_BY,
             base=self.plan.base,
-            base_digest=base_digest,
+            base_digest=base_digest(hashes),
             options=self.plan.options,
             weights=sum(len(family.weights) for family in index.families) + len(index.aliases),
             nbytes=sum(file.size for family in index.families for files in family.files.values() for file in files),
@@ -167,10 +170,11 @@ class BankWriter:
             )
         for name, (values, dims) in _coordinates(records).items():
             self._coordinate(family, name, values, dims)
-        metadata = {key: file for key, file in self._store.written.items() if key.startswith(f"{family.name}/")}
-        files = {
-            array: tuple(record.files[array] for record in records) for array in vector_arrays(family, self.plan.options.side)
-        }
+        arrays = vector_arrays(family, self.plan.options.side)
+        begun = (f"{family.name}/zarr.json", *(f"{family.name}/{array}/zarr.json" for array in arrays))
+        metadata = {key: file_record(read_regular(self.root / key), None) for key in begun}
+        metadata |= {key: file for key, file in self._store.written.items() if key.startswith(f"{family.name}/")}
+        files = {array: tuple(record.files[array] for record in records) for array in arrays}
         return FamilyIndex(spec=family, weights=weights, files=files, metadata=metadata)
 
     def _group(self, path: str, attributes: dict[str, Any]) -> None:
@@ -178,10 +182,20 @@ class BankWriter:
         self._written_anew(key)
         zarr.create_group(self._store, path=path, attributes=attributes, zarr_format=3, overwrite=False)
 
-    def _vectors(self, family: FamilySpec, array: str, rank: int, length: int) -> Any:
+    def _array(self, family: FamilySpec, array: str) -> Any:
+        """An array of vectors that :meth:`begin` made, opened once."""
+        path = f"{family.name}/{array}"
+        with self._opening:
+            if path not in self._arrays:
+                self._arrays[path] = zarr.open_array(
+                    self._store, path=path, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+                )
+            return self._arrays[path]
+
+    def _vectors(self, family: FamilySpec, array: str, rank: int, length: int) -> None:
         dtype, fill = STORED[self.plan.options.dtype]
         self._written_anew(f"{family.name}/{array}/zarr.json")
-        return zarr.create_array(
+        zarr.create_array(
             self._store,
             name=f"{family.name}/{array}",
             shape=(len(family.weights), rank, length),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
-from svdbank.checkpoint import Checkpoint
+from svdbank.checkpoint.source import Checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import OptionError
 from svdbank.core.ranges import PIECE, REQUESTS
@@ -143,6 +143,19 @@ def plan_fetch(
     keep = fits and options.keep is not False
     return FetchPlan(
         way="shards", files=len(needed), nbytes=total, disk_bytes=total if keep else min(total, room), keep=keep, checked=True
+    )
+
+
+def fetch_report(checkpoint: Checkpoint, plan: FetchPlan, waited: float) -> FetchReport:
+    """How the bytes of the weights came so far, by ``plan``; a solver had nothing to do for ``waited`` seconds."""
+    traffic = checkpoint.remote.traffic if checkpoint.remote is not None else None
+    return FetchReport(
+        way=plan.way,
+        checked=plan.checked,
+        nbytes=traffic.nbytes if traffic is not None else 0,
+        requests=traffic.requests if traffic is not None else 0,
+        retries=traffic.retries if traffic is not None else 0,
+        waiting_seconds=round(waited, 4),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 from torch import Tensor
 
+from svdbank.building.shards import Batch
 from svdbank.core.specs import WeightSpec
 
 #: A matrix and the sha256 of its stored bytes.
@@ -18,18 +19,18 @@ _Loading = Future[tuple[WeightSpec, Tensor, str]]
 
 
 class Reader:
-    """Hands out groups of weights in the order given, each weight with its matrix and the sha256 of its stored bytes.
+    """Hands out batches in the order given, each weight with its matrix and the sha256 of its stored bytes.
 
-    ``threads`` of them are read at once: one keeps a disk busy, many hide the latency of a network. One group is always read ahead
-    of the solver, however large, and more up to ``ahead`` bytes.
+    ``threads`` weights are read at once: one keeps a disk busy, many hide the latency of a network. One batch is always read ahead
+    of the solver, however large, and more up to ``ahead`` bytes. A batch is asked for when it is to be read, or the next.
     """
 
-    def __init__(self, groups: Sequence[Sequence[WeightSpec]], *, threads: int, ahead: int) -> None:
+    def __init__(self, *, threads: int, ahead: int) -> None:
         self._limit = ahead
         self._read: Read | None = None
-        self._waiting = deque(groups)
-        self._ahead: deque[list[_Loading]] = deque()
-        self._sizes: deque[int] = deque()
+        self._waiting: Iterator[Batch] = iter(())
+        self._drawn: Batch | None = None
+        self._ahead: deque[tuple[Batch, list[_Loading]]] = deque()
         self._pool = ThreadPoolExecutor(threads, "svdbank-read")
 
     def __enter__(self) -> Self:
@@ -38,29 +39,36 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, read: Read) -> None:
+    def start(self, batches: Iterator[Batch], read: Read) -> None:
         """Begin to read; ``read`` is called from several threads."""
-        self._read = read
+        self._waiting, self._read = batches, read
         self._fill()
+
+    @property
+    def next(self) -> Batch | None:
+        """The batch that :meth:`take` gives; None at the end."""
+        return self._ahead[0][0] if self._ahead else None
 
     def pending(self) -> set[_Loading]:
         """The reads that :meth:`take` would wait for."""
-        return {read for read in self._ahead[0] if not read.done()}
+        return {read for read in self._ahead[0][1] if not read.done()}
 
     def take(self) -> Loaded:
-        """The next group, once it is read; raises what a read raised."""
-        reads = self._ahead.popleft()
-        self._sizes.popleft()
+        """The weights of the next batch, once they are read; raises what a read raised."""
+        _, reads = self._ahead.popleft()
         self._fill()
         return [read.result() for read in reads]
 
     def _fill(self) -> None:
-        while self._waiting:
-            size = sum(weight.loaded_nbytes for weight in self._waiting[0])
-            if self._ahead and sum(self._sizes) + size > self._limit:
+        while True:
+            self._drawn = self._drawn or next(self._waiting, None)
+            if self._drawn is None:
                 return
-            self._sizes.append(size)
-            self._ahead.append([self._pool.submit(self._load, weight) for weight in self._waiting.popleft()])
+            held = sum(batch.loaded_nbytes for batch, _ in self._ahead)
+            if self._ahead and held + self._drawn.loaded_nbytes > self._limit:
+                return
+            self._ahead.append((self._drawn, [self._pool.submit(self._load, weight) for weight in self._drawn.weights]))
+            self._drawn = None
 
     def _load(self, weight: WeightSpec) -> tuple[WeightSpec, Tensor, str]:
         assert self._read is not None

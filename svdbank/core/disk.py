@@ -248,32 +248,51 @@ _OWNER = msgspec.json.Decoder(_Owner)
 def locked(folder: Path) -> Iterator[None]:
     """Hold the writer's lock of a folder.
 
-    The lock is the operating system's (it ends with the process, however that ends); a file beside it names the owner, so that the
-    error can say who. Raises :class:`LockedError`.
+    A file beside it names the owner, so that the error can say who. Raises :class:`LockedError`.
+    """
+
+    make_dirs(folder)
+    owner_path = folder / ".lock.owner"
+    with _held(folder / ".lock", owner_path) as held:
+        if not held:
+            raise LockedError(
+                f"{folder}: another process is writing here{_describe(owner_path)}", hint="wait for it, or stop it"
+            )
+        owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
+        yield
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold the lock of one piece of work, a file made for it in a folder that is there; False where another one holds it."""
+    with _held(path) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def _held(path: Path, *beside: Path) -> Iterator[bool]:
+    """Hold an operating system's lock, which ends with the process however that ends; False at once where another one holds it.
+
+    Its file goes with it, and those ``beside`` it before. The block may end in another thread than it began in.
     """
     import filelock  # a twentieth of a second, which only writers should wait
 
-    make_dirs(folder)
-    path = folder / ".lock"
-    owner_path = folder / ".lock.owner"
-    lock = filelock.FileLock(path, timeout=0)
+    lock = filelock.FileLock(path, timeout=0, thread_local=False)
     try:
         lock.acquire()
         ours = path.stat()
-    except (filelock.Timeout, FileNotFoundError) as cause:  # not found: somebody is removing the folder
+    except (filelock.Timeout, FileNotFoundError):  # not found: somebody is removing the folder
         lock.release()
-        raise LockedError(
-            f"{folder}: another process is writing here{_describe(owner_path)}", hint="wait for it, or stop it"
-        ) from cause
+        yield False
+        return
     try:
-        owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
-        yield
+        yield True
     finally:
-        # Both go while the lock is held: filelock lets nobody in through an unlinked file, and leaves the name alone on release.
+        # All go while the lock is held: filelock lets nobody in through an unlinked file, and leaves the name alone on release.
         # Where the caller removed or renamed the folder, another process may have made and locked it anew.
         if _is_file(path, ours):
-            owner_path.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            for file in (*beside, path):
+                file.unlink(missing_ok=True)
         lock.release()
 
 

@@ -55,6 +55,12 @@ class BankNotFoundError(BankError, FileNotFoundError):
     exit_code = 10
 
 
+class UnfinishedError(BankError):
+    """A bank cannot be published yet: some of its shards are not there."""
+
+    exit_code = 3
+
+
 class LockedError(SvdbankError):
     """Another process is writing here."""
 

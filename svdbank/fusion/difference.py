@@ -28,7 +28,6 @@ from svdbank.adapter.settings import LoraSettings
 from svdbank.adapter.weights import AdaptedWeight, BaseWeight
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
-from svdbank.building.planning import available_cpus
 from svdbank.cache import open as open_cached
 from svdbank.cache import opened
 from svdbank.checkpoint.dtypes import FLOATING
@@ -36,6 +35,7 @@ from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.core.errors import BankError, NotFiniteError, OptionError
+from svdbank.core.processors import available_cpus
 from svdbank.core.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec
 from svdbank.solver import pinned_threads
 

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from svdbank.bank.files import Folder
-from svdbank.bank.index import read_manifest
-from svdbank.bank.layout import MANIFEST, plan_name
+import msgspec
+
 from svdbank.bank.reading import Bank, open_bank
-from svdbank.bank.writing import clean
-from svdbank.building.checking import examine, rebuild_command
 from svdbank.building.devices import working_device
-from svdbank.building.execution import Execution
-from svdbank.building.fetching import Fetch, FetchReport, checked_fetch, gigabytes
-from svdbank.building.planning import bank_bytes, checked_jobs, checked_options, make_plan, read_plan, refuse_other_options
-from svdbank.cache import default_output, output_folder, refuse_foreign_folder
-from svdbank.checkpoint import Checkpoint, decomposable, open_checkpoint
+from svdbank.building.execution import WorkReport, work
+from svdbank.building.fetching import Fetch, FetchReport, fetch_report
+from svdbank.building.preparation import PreparedBuild, prepare
+from svdbank.building.publication import publish
+from svdbank.building.request import build_request
+from svdbank.building.survey import place
+from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.core import disk
-from svdbank.core.errors import DamageError, OptionError, SvdbankError, WrongBaseError
-from svdbank.core.specs import (
-    Plan,
-    ProgressCallback,
-    Side,
-    StoredDtype,
-    Struct,
-    WeightSpec,
-    ignore_progress,
-    quantised_formats,
-)
+from svdbank.core.errors import SvdbankError
+from svdbank.core.specs import ProgressCallback, Side, StoredDtype, Struct, ignore_progress, quantised_formats
+
+if TYPE_CHECKING:
+    import torch
 
 
 class BuildReport(Struct, frozen=True):
@@ -118,61 +110,63 @@ def build(
         As their names say. What was finished stays and is reused.
     """
     started = time.perf_counter()
-    options = checked_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
-    fetching = checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep)
-    folder, at_once = output_folder(output), checked_jobs(jobs)
-    where = working_device(device)
-    with open_checkpoint(model) as checkpoint:
-        weights, skips = decomposable(checkpoint, targets)
-        root = folder or default_output(checkpoint, options)
-        refuse_foreign_folder(root)
+    request = build_request(
+        model,
+        output,
+        rank=rank,
+        targets=targets,
+        side=side,
+        dtype=dtype,
+        solver=solver,
+        principal=principal,
+        device=device,
+        jobs=jobs,
+        fetch=fetch,
+        disk_budget=disk_budget,
+        keep=keep,
+    )
+    where = working_device(request.device)
+    tell = progress or ignore_progress
+    with open_checkpoint(request.model) as checkpoint:
+        root = place(checkpoint, request)
         with _nothing_left_of_a_refusal(root), disk.locked(root):
-            run = Execution(checkpoint, root, where, at_once, fetching, progress or ignore_progress)
-            published = read_manifest(Folder(root)) if (root / MANIFEST).exists() else None
-            earlier, known, same_bytes = None, list[WeightSpec](), True
-            if published is not None:
-                refuse_other_options(root, published.options, options)
-                earlier = open_bank(root)
-                _refuse_damaged(earlier)
-                known = _known_weights(checkpoint, earlier, weights)
-                same_bytes = run.check_base(earlier, known)
-                weights = [weight for weight in weights if weight.name not in earlier]
-                if weights and not same_bytes:
-                    raise WrongBaseError(
-                        f"{root} holds the values of {checkpoint.name}, but was built from weights saved in another dtype",
-                        hint=f"extend it from {earlier.manifest.base.name}, or give the bank another place with -o",
-                    )
-            generation = len(published.plans) if published else 0
-            frozen = root / plan_name(generation)
-            if published is not None and not frozen.exists():
-                clean(root, published)
-            if weights:
-                plan = make_plan(checkpoint, weights, skips, options, generation=generation, known=known)
-                if frozen.exists():
-                    plan = _frozen_plan(frozen, plan)
-                _refuse_full_disk(root, plan)
-                run.execute(plan, weights, generation, earlier)
+            prepared = prepare(checkpoint, request, device=str(where), progress=tell)
+            done = _worked(prepared, checkpoint, where, request.jobs, tell)
             bank = open_bank(root)
         if checkpoint.remote is not None:
             checkpoint.remote.remember()
+        fetching = fetch_report(checkpoint, prepared.fetch, done.waited)
     summary = BuildReport(
         bank=str(root),
         weights=len(bank),
-        solved=run.solved,
-        reused=run.reused + (len(earlier) if earlier else 0),
+        solved=done.solved,
+        reused=prepared.recorded + prepared.published,
         nbytes=bank.manifest.nbytes,
         seconds=time.perf_counter() - started,
         largest_residual=max(bank[name].certificate.residual for name in bank),
         fallbacks=tuple(name for name in bank if bank[name].certificate.tried),
         quantised=quantised_formats(bank[name].dtype for name in bank),
-        fetch=run.fetch_report(),
+        fetch=fetching,
         device=str(where),
-        stages=run.stages(),
-        same_bytes=same_bytes,
+        stages=done.stages,
+        same_bytes=prepared.same_bytes,
     )
     if on_report is not None:
         on_report(summary)
     return bank
+
+
+def _worked(
+    prepared: PreparedBuild, checkpoint: Checkpoint, device: torch.device, jobs: int, progress: ProgressCallback
+) -> WorkReport:
+    """All the work that is left, and the publication, where there is something to publish."""
+    if prepared.is_published:
+        return WorkReport(solved=0, elsewhere=(), stages={}, waited=0.0)
+    done = work(prepared, prepared.todo, checkpoint=checkpoint, device=device, jobs=jobs, progress=progress)
+    fetching = fetch_report(checkpoint, prepared.fetch, done.waited)
+    facts = {"solved": done.solved, "reused": prepared.recorded, "fetch": msgspec.to_builtins(fetching)}
+    publish(prepared.root, prepared.plan, prepared.generation, progress=progress, facts=facts)
+    return done
 
 
 @contextlib.contextmanager
@@ -185,61 +179,3 @@ def _nothing_left_of_a_refusal(root: Path) -> Iterator[None]:
         for folder in made:
             disk.remove_empty(folder)
         raise
-
-
-def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpec]) -> list[WeightSpec]:
-    """Where the weights of a published bank lie in the checkpoint; WrongBaseError for one that is not there with its shape."""
-    specs = {weight.name: weight for weight in asked}
-    if not all(name in specs for name in bank):
-        everything, _ = decomposable(checkpoint, (".*",))
-        specs = {weight.name: weight for weight in everything}
-    known = []
-    for name in bank:
-        basis = bank[name]
-        spec = specs.get(name)
-        if spec is None or (spec.out_features, spec.in_features) != (basis.out_features, basis.in_features):
-            raise WrongBaseError(
-                f"{bank.path} was built from another model: {checkpoint.name} has no {name} of {basis.out_features}x{basis.in_features}",
-                hint="give the bank another place with -o, or delete it",
-            )
-        known.append(spec)
-    return known
-
-
-def _frozen_plan(path: Path, plan: Plan) -> Plan:
-    """The plan of an unfinished build or extension, which is carried out as it stands; errors name what is now asked otherwise."""
-    frozen = read_plan(path)
-    refuse_other_options(path.parent, frozen.options, plan.options)
-    if frozen.base.config_digest != plan.base.config_digest:
-        raise WrongBaseError(
-            f"{path.parent} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
-            hint="give the bank another place with -o, or delete it",
-        )
-    if (frozen.families, frozen.aliases) != (plan.families, plan.aliases):
-        ours = {name for family in plan.families for name in family.weights} | {alias.name for alias in plan.aliases}
-        theirs = {name for family in frozen.families for name in family.weights} | {alias.name for alias in frozen.aliases}
-        differs = sorted(ours ^ theirs)[:3] or ["the shape of a family"]
-        names = sorted({re.sub(r"\.(weight|[0-9]+)$", "", name).rpartition(".")[2] for name in theirs})
-        raise OptionError(
-            f"{path.parent} has an unfinished build of other targets ({len(theirs)} weights, now {len(ours)}; e.g. {', '.join(differs)})",
-            hint=f"finish it first (its modules end in {', '.join(names)}), then build again with more targets; or delete the bank",
-        )
-    return frozen
-
-
-def _refuse_damaged(bank: Bank) -> None:
-    """A published bank is reused or extended only if its files are there, whole by size, with their metadata as published."""
-    if damage := examine(bank).damage:
-        first, path = damage[0], str(bank.path)
-        raise DamageError(
-            f"{path} is damaged: {first.file}: {first.what} ({len(damage)} in all)", hint=rebuild_command(path, bank)
-        )
-
-
-def _refuse_full_disk(root: Path, plan: Plan) -> None:
-    needed = bank_bytes(root, plan)
-    if needed > (free := disk.free_bytes(root)):
-        raise OptionError(
-            f"{root}: the bank needs {gigabytes(needed)} more, {gigabytes(free)} are free",
-            hint="choose another disk with -o, a smaller --rank, --side left, or --dtype float16",
-        )

@@ -48,9 +48,9 @@ def env(*, check: bool = False) -> Environment:
     import torch
     from huggingface_hub import constants
 
-    from svdbank.building.planning import available_cpus
     from svdbank.cache import home
     from svdbank.core import disk
+    from svdbank.core.processors import available_cpus
 
     packages = (
         "torch",

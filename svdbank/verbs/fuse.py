@@ -15,12 +15,12 @@ from typing import get_args
 from svdbank.adapter.folder import check_apart
 from svdbank.adapter.model import Adapter
 from svdbank.bank.reading import Bank
-from svdbank.building.planning import available_cpus
 from svdbank.cache import opened as opened_bank
 from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.checkpoint.writing.tensors import check_folder, write_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import OptionError
+from svdbank.core.processors import available_cpus
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.addition import Addition
 from svdbank.fusion.matching import check_base, check_kinds, match_weights, whole_tensors

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import svdbank
-import svdbank.building.execution as execution
+import svdbank.building.solving as solving
 from svdbank.core.specs import Progress
 from svdbank.solver import batch_size, choose_path
 from svdbank.solver.devices import kind_of
@@ -75,7 +75,7 @@ def test_bytes_do_not_depend_on_how_many_solves_share_the_device(
 ) -> None:
     trees = []
     for shared in (1, 3):
-        monkeypatch.setattr(execution, "IN_FLIGHT", shared)
+        monkeypatch.setattr(solving, "IN_FLIGHT", shared)
         bank = svdbank.build(encoder, tmp_path / str(shared), rank=RANK, jobs=shared, device=device)
         trees.append(tree(Path(bank.path)))
     assert trees[0] == trees[1]

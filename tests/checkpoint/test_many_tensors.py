@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import svdbank
-from svdbank.building.planning import PlanReport
+from svdbank.verbs.plan import PlanReport
 from tests.checkpoint.hub_server import Fault, LocalHub
 
 FILES = 64
@@ -97,7 +97,7 @@ def test_planning_sixty_thousand_tensors_takes_a_few_seconds_and_not_the_square(
 
 PROGRAM = """
 import json, sys, time
-import msgspec, svdbank, svdbank.building.planning
+import msgspec, svdbank, svdbank.verbs.plan
 begun = time.process_time()
 report = svdbank.plan("org/moe", sys.argv[1], rank=4)
 seconds = time.process_time() - begun

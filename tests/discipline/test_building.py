@@ -56,9 +56,9 @@ def test_memory_that_runs_out_beside_the_solve_ends_no_build(
     step: str, times: int, llama: Path, tmp_path: Path, pretended: PretendedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once: again with the device to itself. Always: the CPU takes over, and the certificate says so."""
-    import svdbank.building.execution as execution
+    import svdbank.building.solving as solving
 
-    works, left = getattr(execution, step), [times]
+    works, left = getattr(solving, step), [times]
 
     def short_of_memory(*arguments: object) -> object:
         there = any(isinstance(part, torch.device) and part.type == "cuda" for part in arguments) or (
@@ -69,7 +69,7 @@ def test_memory_that_runs_out_beside_the_solve_ends_no_build(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return works(*arguments)
 
-    monkeypatch.setattr(execution, step, short_of_memory)
+    monkeypatch.setattr(solving, step, short_of_memory)
     bank = svdbank.build(llama, tmp_path / "bank", rank=RANK, device="cuda")
     found = [bank[name].certificate for name in bank]
     assert {one.device for one in found} == ({"cuda"} if times == 1 else {"cpu"})

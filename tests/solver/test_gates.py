@@ -166,7 +166,12 @@ def test_an_iteration_with_a_wrong_operator_is_refused_by_the_gates(device: str,
         def solve(self, columns: Tensor) -> Tensor:
             return torch.linalg.solve(self.matrix, columns)
 
-    monkeypatch.setattr(shift_invert, "factor", lambda gram, dtype, *, shift: Wrong(gram))
+    works = shift_invert.factor
+
+    def wrong_in_float64(gram: Tensor, dtype: torch.dtype, *, shift: float) -> object:
+        return Wrong(gram) if dtype == torch.float64 else works(gram, dtype, shift=shift)  # the shift is placed in float32
+
+    monkeypatch.setattr(shift_invert, "factor", wrong_in_float64)
     basis = minor_basis(weight, RANK, solver="shift-invert", device=device)
     assert basis.certificate.path == "lq"
     assert basis.certificate.tried

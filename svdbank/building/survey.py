@@ -1,0 +1,159 @@
+"""What stands at the place of a bank, and what is left to do there: found by looking at files, not by hashing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdbank.bank.files import Folder, read_regular
+from svdbank.bank.index import read_manifest
+from svdbank.bank.layout import MANIFEST, plan_name, record_file
+from svdbank.bank.reading import Bank, open_bank
+from svdbank.building.planning import make_plan
+from svdbank.building.request import BuildRequest
+from svdbank.cache import default_output, refuse_foreign_folder
+from svdbank.checkpoint.naming.selection import decomposable
+from svdbank.checkpoint.source import Checkpoint
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.specs import BuildOptions, Plan, Skip, WeightSpec, from_json
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A place and a request, compared.
+
+    Attributes
+    ----------
+    root, published
+        The place, and the bank published there, if any.
+    generation
+        Number of the plan that is to be carried out: 0 for a first build, n for the n-th extension.
+    plan, begun
+        That plan, of the weights asked for that are not published; ``begun`` where an unfinished build or extension has frozen its plan
+        at the place: building the weights of that plan resumes it.
+    recorded
+        Names of the weights whose shards an unfinished build has recorded.
+    asked, skips, known
+        What was asked for, what is left out of the model and why, and where the published weights lie in the checkpoint.
+    """
+
+    root: Path
+    published: Bank | None
+    generation: int
+    plan: Plan
+    begun: bool
+    recorded: frozenset[str]
+    asked: tuple[WeightSpec, ...]
+    skips: tuple[Skip, ...]
+    known: tuple[WeightSpec, ...]
+
+    @property
+    def new(self) -> list[WeightSpec]:
+        """The weights asked for that are not published: those of :attr:`plan`."""
+        return [weight for weight in self.asked if self.published is None or weight.name not in self.published]
+
+    @property
+    def left(self) -> list[WeightSpec]:
+        """Those that a build solves: neither published nor recorded."""
+        return [weight for weight in self.new if weight.name not in self.recorded]
+
+
+def place(checkpoint: Checkpoint, request: BuildRequest) -> Path:
+    """Where the bank is or goes; OptionError where no bank can be or something else stands."""
+    root = request.output or default_output(checkpoint, request.options)
+    refuse_foreign_folder(root)
+    return root
+
+
+def survey(checkpoint: Checkpoint, request: BuildRequest) -> Survey:
+    """Compare what stands at the place of ``request`` with what is asked for.
+
+    Raises OptionError for a bank or an unfinished build of other options or targets, and for targets that match nothing; WrongBaseError
+    where what is there was made of another model, as far as names, shapes and configuration tell; BankError for a damaged bank or plan.
+    """
+    asked, skips = decomposable(checkpoint, request.targets)
+    root = place(checkpoint, request)
+    published, generation = _published(root, request.options)
+    known = () if published is None else _known_weights(checkpoint, published, asked)
+    new = [weight for weight in asked if published is None or weight.name not in published]
+    plan = make_plan(checkpoint, new, skips, request.options, generation=generation, known=known)
+    frozen = root / plan_name(generation)
+    begun = frozen.exists()
+    recorded: frozenset[str] = frozenset()
+    if begun and new:
+        plan = _unfinished(frozen, plan)
+        recorded = _recorded(root, plan)
+    return Survey(root, published, generation, plan, begun, recorded, tuple(asked), tuple(skips), known)
+
+
+def _published(root: Path, options: BuildOptions) -> tuple[Bank | None, int]:
+    if not (root / MANIFEST).exists():
+        return None, 0
+    manifest = read_manifest(Folder(root))
+    _refuse_other_options(root, manifest.options, options)
+    return open_bank(root), len(manifest.plans)
+
+
+def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
+    """Where the weights of a published bank lie in the checkpoint; WrongBaseError for one that is not there with its shape."""
+    specs = {weight.name: weight for weight in asked}
+    if not all(name in specs for name in bank):
+        everything, _ = decomposable(checkpoint, (".*",))
+        specs = {weight.name: weight for weight in everything}
+    known = []
+    for name in bank:
+        basis = bank[name]
+        spec = specs.get(name)
+        if spec is None or (spec.out_features, spec.in_features) != (basis.out_features, basis.in_features):
+            raise WrongBaseError(
+                f"{bank.path} was built from another model: {checkpoint.name} has no {name} of {basis.out_features}x{basis.in_features}",
+                hint="give the bank another place with -o, or delete it",
+            )
+        known.append(spec)
+    return tuple(known)
+
+
+def _unfinished(path: Path, plan: Plan) -> Plan:
+    """The plan of an unfinished build or extension, which is carried out as it stands; errors name what is now asked otherwise."""
+    try:
+        frozen = from_json(read_regular(path), Plan, where=str(path), error=BankError)
+    except BankError as cause:
+        raise BankError(str(cause), hint="the file is damaged: delete this bank, or choose another place with -o") from cause
+    _refuse_other_options(path.parent, frozen.options, plan.options)
+    if frozen.base.config_digest != plan.base.config_digest:
+        raise WrongBaseError(
+            f"{path.parent} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
+            hint="give the bank another place with -o, or delete it",
+        )
+    if (frozen.families, frozen.aliases) != (plan.families, plan.aliases):
+        ours = {name for family in plan.families for name in family.weights} | {alias.name for alias in plan.aliases}
+        theirs = {name for family in frozen.families for name in family.weights} | {alias.name for alias in frozen.aliases}
+        differs = sorted(ours ^ theirs)[:3] or ["the shape of a family"]
+        names = sorted({re.sub(r"\.(weight|[0-9]+)$", "", name).rpartition(".")[2] for name in theirs})
+        raise OptionError(
+            f"{path.parent} has an unfinished build of other targets ({len(theirs)} weights, now {len(ours)}; e.g. {', '.join(differs)})",
+            hint=f"finish it first (its modules end in {', '.join(names)}), then build again with more targets; or delete the bank",
+        )
+    return frozen
+
+
+def _recorded(root: Path, plan: Plan) -> frozenset[str]:
+    families = {family.name: family for family in plan.families}
+    return frozenset(
+        name
+        for shard in plan.shards
+        if (root / record_file(shard.family, shard.index)).is_file()
+        for name in families[shard.family].weights[shard.start : shard.stop]
+    )
+
+
+def _refuse_other_options(root: Path, theirs: BuildOptions, ours: BuildOptions) -> None:
+    """OptionError naming the first option in which a bank differs from what is asked for."""
+    for field in ("rank", "side", "dtype", "principal", "solver"):
+        if getattr(theirs, field) != getattr(ours, field):
+            raise OptionError(
+                f"{root} is a bank with {field} {getattr(theirs, field)}; {getattr(ours, field)} was asked for",
+                hint=f"another {field} is another bank: choose another -o, or delete this one",
+            )

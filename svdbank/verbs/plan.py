@@ -1,0 +1,164 @@
+"""``plan``: what a build would do and cost, from headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from svdbank.building.devices import planned_device
+from svdbank.building.estimate import solve_rate
+from svdbank.building.fetching import FETCHING, Fetch, FetchPlan, plan_fetch
+from svdbank.building.memory import device_memory, peak_memory
+from svdbank.building.planning import make_plan, planned_path
+from svdbank.building.request import build_request
+from svdbank.building.space import bank_bytes, family_bytes, file_count
+from svdbank.building.survey import survey
+from svdbank.checkpoint.source import open_checkpoint
+from svdbank.core import disk
+from svdbank.core.processors import available_cpus
+from svdbank.core.specs import DevicePath, Plan, Side, StoredDtype, Struct, quantised_formats
+from svdbank.solver.planning import flops
+
+
+class FamilySummary(Struct, frozen=True):
+    """One family in a plan, for showing. ``clamped`` is set where its weights allow less than the rank asked for."""
+
+    name: str
+    count: int
+    out_features: int
+    in_features: int
+    rank: int
+    clamped: bool
+    path: str
+    batch: int
+    nbytes: int
+
+
+class PlanReport(Struct, frozen=True):
+    """A plan with what it will cost. Bytes, seconds; ``seconds`` is an estimate from one timed solve and fixes nothing.
+
+    ``present`` weights are in the bank at ``output`` already and left out of everything else. ``fetch`` says what is downloaded and how;
+    ``fetch_bytes`` are read from the checkpoint, ``write_bytes`` and ``files`` written to ``output``, ``peak_bytes`` the memory bound.
+    ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values. ``device`` is the
+    kind of device that paths, ``seconds`` and ``device_bytes`` (its memory, of one solve or batch at a time; None on a CPU) are of;
+    ``seconds`` is None where there is none of that kind here to time a solve on.
+    """
+
+    model: str
+    output: str
+    device: str
+    plan: Plan
+    families: tuple[FamilySummary, ...]
+    present: int
+    fetch: FetchPlan
+    fetch_bytes: int
+    write_bytes: int
+    files: int
+    free_bytes: int
+    peak_bytes: int
+    device_bytes: int | None
+    jobs: int
+    seconds: float | None
+    quantised: dict[str, int]
+
+
+def plan(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    rank: int | Literal["all"] = 128,
+    targets: Sequence[str] = ("all-linear",),
+    side: Side = "both",
+    dtype: StoredDtype = "float32",
+    solver: str = "auto",
+    principal: int = 0,
+    device: str = "auto",
+    jobs: int | None = None,
+    fetch: Fetch = "auto",
+    disk_budget: int | None = None,
+    keep: bool | None = None,
+) -> PlanReport:
+    """What :func:`svdbank.build` with the same arguments would do now, to the bank that is at ``output`` or in an empty place.
+
+    Reads configuration, index and headers only, of a model on the Hub too; writes no bank.
+
+    Raises OptionError for options that cannot be meant, differ from those of what is at ``output``, or do not fit the disk, and for
+    targets that match nothing; WrongBaseError for a bank at ``output`` that names and shapes show to be another model's; CheckpointError
+    for a checkpoint that cannot be read.
+    """
+    request = build_request(
+        model,
+        output,
+        rank=rank,
+        targets=targets,
+        side=side,
+        dtype=dtype,
+        solver=solver,
+        principal=principal,
+        device=device,
+        jobs=jobs,
+        fetch=fetch,
+        disk_budget=disk_budget,
+        keep=keep,
+    )
+    kind, here = planned_device(request.device)
+    with open_checkpoint(request.model) as checkpoint:
+        found = survey(checkpoint, request)
+        left, made = found.left, found.plan
+        if found.recorded:
+            stored = [weight for weight in found.new if weight.name in found.recorded]
+            known = (*found.known, *stored)
+            made = make_plan(checkpoint, left, found.skips, request.options, generation=found.generation, known=known)
+        to_write = bank_bytes(found.root, found.plan)
+        fetching = plan_fetch(checkpoint, left, request.fetch, root=found.root, bank_bytes=to_write)
+        weights = {weight.name: weight for weight in left}
+        families = _families(made, kind)
+        stored_weights = [weights[name] for family in made.families for name in family.weights]
+        rate = None if here is None else solve_rate(here)
+        at_once = min(request.jobs, available_cpus()) if kind == "cpu" else 1
+        return PlanReport(
+            model=checkpoint.name,
+            output=str(found.root),
+            device=kind,
+            plan=made,
+            families=families,
+            present=len(found.asked) - len(left),
+            fetch=fetching,
+            fetch_bytes=sum(weight.nbytes for weight in stored_weights),
+            write_bytes=sum(family.nbytes for family in families),
+            files=file_count(made),
+            free_bytes=disk.free_bytes(found.root),
+            peak_bytes=peak_memory(made, weights, request.jobs, kind)
+            + (FETCHING if fetching.way in ("shards", "ranges") else 0),
+            device_bytes=None if kind == "cpu" else device_memory(made, weights, kind),
+            jobs=request.jobs,
+            seconds=None if rate is None else sum(_flops(family) for family in families) / rate / at_once,
+            quantised=quantised_formats(weight.dtype for weight in stored_weights),
+        )
+
+
+def _families(plan: Plan, kind: str) -> tuple[FamilySummary, ...]:
+    """The families of a plan as a ``kind`` of device solves them."""
+    if kind == "cpu":
+        ways = {shard.family: DevicePath(path=shard.path, batch=1) for shard in plan.shards}
+    else:
+        ways = {family.name: planned_path(plan, family, kind) for family in plan.families}
+    return tuple(
+        FamilySummary(
+            name=family.name,
+            count=len(family.weights),
+            out_features=family.out_features,
+            in_features=family.in_features,
+            rank=family.rank,
+            clamped=plan.options.rank != "all" and family.rank < plan.options.rank,
+            path=ways[family.name].path,
+            batch=ways[family.name].batch,
+            nbytes=family_bytes(family, plan.options),
+        )
+        for family in plan.families
+    )
+
+
+def _flops(family: FamilySummary) -> float:
+    return family.count * flops(family.out_features, family.in_features, family.rank, family.path)

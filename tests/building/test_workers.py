@@ -1,0 +1,175 @@
+"""Several processes at one frozen plan: each shard is worked on once, and the bank is that of one process, byte for byte."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import svdbank
+from svdbank.building.claims import Claims
+from svdbank.building.execution import WorkReport, work
+from svdbank.building.preparation import PreparedBuild, prepare
+from svdbank.building.publication import publish
+from svdbank.building.request import BuildRequest, build_request
+from svdbank.checkpoint import open_checkpoint
+from svdbank.core import disk
+from svdbank.core.errors import UnfinishedError
+from svdbank.core.specs import Progress, ignore_progress
+from tests.building.small import tree, write_small_checkpoint
+
+LAYERS, RANK = 12, 18
+
+#: Works at every shard of a pickled build, and says how many weights it solved. Slow, so that all workers are at it together.
+_WORKER = """
+import pathlib, pickle, sys, time
+import torch
+from svdbank.building.execution import work
+from svdbank.checkpoint import open_checkpoint
+prepared = pickle.loads(pathlib.Path(sys.argv[2]).read_bytes())
+def show(progress):
+    print(progress.done, flush=True)
+    time.sleep(0.02)
+with open_checkpoint(sys.argv[1]) as checkpoint:
+    sys.stdin.readline()
+    report = work(prepared, prepared.todo, checkpoint=checkpoint, device=torch.device("cpu"), jobs=1, progress=show)
+print("solved", report.solved, len(report.elsewhere), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    return write_small_checkpoint(tmp_path_factory.mktemp("small") / "model", minilm, layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bank that one process makes."""
+    bank = tmp_path_factory.mktemp("alone") / "bank"
+    svdbank.build(model, bank, rank=RANK)
+    return tree(bank)
+
+
+def request(model: Path, bank: Path) -> BuildRequest:
+    return build_request(
+        model,
+        bank,
+        rank=RANK,
+        targets=("all-linear",),
+        side="both",
+        dtype="float32",
+        solver="auto",
+        principal=0,
+        device="cpu",
+        jobs=1,
+        fetch="auto",
+        disk_budget=None,
+        keep=None,
+    )
+
+
+def prepared_build(model: Path, bank: Path) -> PreparedBuild:
+    with open_checkpoint(model) as checkpoint, disk.locked(bank):
+        return prepare(checkpoint, request(model, bank), device="cpu", progress=ignore_progress)
+
+
+def worked(model: Path, prepared: PreparedBuild, *, shards: slice = slice(None)) -> WorkReport:
+    with open_checkpoint(model) as checkpoint:
+        return work(
+            prepared,
+            prepared.todo[shards],
+            checkpoint=checkpoint,
+            device=torch.device("cpu"),
+            jobs=1,
+            progress=ignore_progress,
+        )
+
+
+def published(prepared: PreparedBuild) -> None:
+    with disk.locked(prepared.root):
+        publish(prepared.root, prepared.plan, prepared.generation, progress=ignore_progress)
+
+
+def start(model: Path, prepared: PreparedBuild, note: Path) -> subprocess.Popen[str]:
+    note.write_bytes(pickle.dumps(prepared))
+    command = [sys.executable, "-c", _WORKER, str(model), str(note)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_shares_of_one_plan_make_the_bank_of_one_process(model: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    prepared = prepared_build(model, tmp_path / "bank")
+    assert worked(model, prepared, shards=slice(0, 5)).solved == 5
+    with pytest.raises(UnfinishedError, match=r"7 of 12 shards have no record: .*/5\.json"):
+        published(prepared)
+    assert worked(model, prepared, shards=slice(5, None)).solved == LAYERS - 5
+    again = worked(model, prepared)
+    assert (again.solved, len(again.elsewhere)) == (0, LAYERS)  # what is recorded is not done again
+    published(prepared)
+    assert tree(tmp_path / "bank") == alone
+
+
+def test_processes_that_are_given_all_shards_share_them(model: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    prepared = prepared_build(model, tmp_path / "bank")
+    workers = [start(model, prepared, tmp_path / "prepared") for _ in range(2)]
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    counts = []
+    for worker in workers:
+        printed, _ = worker.communicate(timeout=300)
+        assert worker.returncode == 0
+        counts.append([int(number) for number in printed.splitlines()[-1].split()[1:]])
+    assert sum(solved for solved, _ in counts) == LAYERS, counts
+    published(prepared)
+    assert tree(tmp_path / "bank") == alone
+
+
+def test_a_killed_worker_s_shards_are_taken_over(model: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    prepared = prepared_build(model, tmp_path / "bank")
+    worker = start(model, prepared, tmp_path / "prepared")
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    while int(worker.stdout.readline()) < 3:
+        time.sleep(0.001)
+    # It reads ahead, so it holds claims now.
+    with pytest.raises(svdbank.LockedError, match="another process is working on"):
+        svdbank.build(model, tmp_path / "bank", rank=RANK)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    assert list((tmp_path / "bank").glob("records/*/*.claim")), "the files of a dead worker's claims stay"
+    report = worked(model, prepared)
+    assert 0 < report.solved <= LAYERS - 3
+    assert not list((tmp_path / "bank").glob("records/*/*.claim"))
+    published(prepared)
+    assert tree(tmp_path / "bank") == alone
+
+
+def test_a_shard_is_claimed_by_one_and_let_go_at_the_end(model: Path, tmp_path: Path) -> None:
+    prepared = prepared_build(model, tmp_path / "bank")
+    first, second = prepared.todo[:2]
+    with Claims(prepared.root) as one, Claims(prepared.root) as other:
+        assert one.take(first) and other.take(second)
+        assert not other.take(first) and not one.take(second)
+        one.release(first)
+        assert other.take(first)
+    with Claims(prepared.root) as one:
+        assert one.take(first) and one.take(second)
+
+
+def test_an_interrupt_lets_every_claim_go(model: Path, tmp_path: Path) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "decompose" and progress.done >= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        svdbank.build(model, tmp_path / "bank", rank=RANK, jobs=1, progress=interrupt)
+    assert list((tmp_path / "bank").glob("records/*/*.json"))
+    assert not list((tmp_path / "bank").glob("records/*/*.claim"))
