@@ -83,7 +83,7 @@ def _text(report: PlanReport) -> str:
         f"          {size(report.write_bytes)} in {report.files} files; {size(report.free_bytes)} free",
         f"memory    at most {size(report.peak_bytes)}"
         + (f" with {report.jobs} at a time" if report.device_bytes is None else ""),
-        f"time      about {duration(report.seconds)} (from one small solve, timed now)"
+        f"time      about {duration(report.seconds)} (from one small {'product' if report.device_bytes is None else 'solve'}, timed now)"
         if report.seconds is not None
         else f"time      unknown: there is no device of the kind {report.device} here",
     ]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdbank.core.errors import DeviceError, OptionError
@@ -12,20 +17,43 @@ if TYPE_CHECKING:
 #: Kinds of GPU that a plan says something about (:func:`svdbank.solver.devices.kind_of`).
 GPU_KINDS = ("cuda", "cuda-low-float64")
 
+#: What a driver of NVIDIA's (of a card, of a Jetson, under WSL) or AMD's leaves in a Linux file system.
+_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+
 _DEVICES = "auto, cpu, cuda, cuda:0 …"
 
 
 def planned_device(name: str) -> tuple[str, str | None]:
-    """Kind of the device that a plan is for, and its name here; None where none of that kind is. OptionError for no device's name."""
-    import torch
+    """Kind of the device that a plan is for, and its name here; None where none of that kind is. OptionError for no device's name.
 
-    from svdbank.solver.devices import kind_of
-
-    if name in GPU_KINDS and not torch.cuda.is_available():
+    Asks torch only where it could know of a GPU.
+    """
+    if name == "cpu" or (name == "auto" and not may_have_gpu()):
+        return "cpu", "cpu"
+    if name in GPU_KINDS and not (may_have_gpu() and _cuda_is_available()):
         return name, None
     device = named_device("cuda" if name == "cuda-low-float64" else name)
+    from svdbank.solver.devices import kind_of
+
     kind = kind_of(device)
     return (kind, str(device)) if name in ("auto", "cpu", "cuda", kind) or name.startswith("cuda:") else (name, None)
+
+
+def may_have_gpu() -> bool:
+    """False where torch would find no CUDA device, as far as that is known without it: no driver is there, or all devices are hidden."""
+    if "torch" in sys.modules:
+        return _cuda_is_available()
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    if platform.system() == "Darwin":  # no CUDA for years
+        return False
+    return any(Path(path).exists() for path in _DRIVERS) or shutil.which("nvidia-smi") is not None
+
+
+def _cuda_is_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def named_device(name: str) -> torch.device:

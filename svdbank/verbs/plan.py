@@ -36,7 +36,8 @@ class FamilySummary(Struct, frozen=True):
 
 
 class PlanReport(Struct, frozen=True):
-    """A plan with what it will cost. Bytes, seconds; ``seconds`` is an estimate from one timed solve and fixes nothing.
+    """A plan with what it will cost. Bytes, seconds; ``seconds`` is an estimate from one timed matrix product (on a GPU: solve) and
+    fixes nothing.
 
     ``present`` weights are in the bank at ``output`` already and left out of everything else. ``fetch`` says what is downloaded and how;
     ``fetch_bytes`` are read from the checkpoint, ``write_bytes`` and ``files`` written to ``output``, ``peak_bytes`` the memory bound.
