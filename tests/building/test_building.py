@@ -273,6 +273,22 @@ def _sources(model: Path) -> list:  # type: ignore[type-arg]
         return list(checkpoint.tensors.values())
 
 
+def test_a_plan_for_the_cpu_loads_neither_torch_nor_zarr(minilm: Path, model: Path, tmp_path: Path) -> None:
+    """Of an empty place, of a bank that is extended, and of one that is complete."""
+    _build(model, tmp_path / "bank", targets=(r".*layer\.0\..*",))
+    program = (
+        "import sys, svdbank; model, bank, *targets = sys.argv[1:]\n"
+        "report = svdbank.plan(model, bank, rank=8, targets=targets)\n"
+        "loaded = [name for name in ('torch', 'zarr', 'transformers', 'huggingface_hub') if name in sys.modules]\n"
+        "print(report.device, report.seconds >= 0, report.present, loaded)"
+    )
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    for arguments, present in (((minilm, tmp_path / "nowhere"), 0), ((model, tmp_path / "bank"), 1)):
+        command = [sys.executable, "-c", program, *map(str, arguments), "all-linear"]
+        done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=True)
+        assert done.stdout == f"cpu True {present} []\n"
+
+
 def test_a_disk_without_room_is_refused_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
     with pytest.raises(svdbank.OptionError, match="MB are free") as caught:
