@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svdbank.checkpoint.naming.symbolic import Joined, NotTracedError, Places, Traced, stored
+from svdbank.checkpoint.naming.symbolic import Arrangement, Joined, NotTracedError, Traced, stored
 
 STORED = {"a": torch.arange(24 * 6).reshape(24, 6), "b": torch.arange(1000, 1000 + 4 * 6 * 6).reshape(4, 6, 6)}
 
 Rearrangement = Callable[[dict[str, Tensor]], Tensor | tuple[Tensor, ...]]
 
 
-def entries(places: Places) -> Tensor:
+def entries(places: Arrangement) -> Tensor:
     """The values that lie at ``places`` of the stored tensors."""
     if isinstance(places, Joined):
         return torch.cat([entries(part) for part in places.parts], places.axis)

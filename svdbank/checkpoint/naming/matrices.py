@@ -21,7 +21,7 @@ from svdbank.checkpoint.naming.roles import Role, role_of, tied_head
 from svdbank.core.specs import TensorSource
 
 if TYPE_CHECKING:
-    from svdbank.checkpoint.naming.symbolic import Places
+    from svdbank.checkpoint.naming.symbolic import Arrangement
     from svdbank.checkpoint.naming.tree import TreeWeight
     from svdbank.checkpoint.source import Checkpoint
 
@@ -166,7 +166,7 @@ def by_tree(tensors: Mapping[str, TensorSource], config: Mapping[str, object], a
 
 
 def _pieces(
-    name: str, weight: TreeWeight, places: Places, tensors: Mapping[str, TensorSource], slices: int
+    name: str, weight: TreeWeight, places: Arrangement, tensors: Mapping[str, TensorSource], slices: int
 ) -> list[tuple[Role, Parameter]]:
     """The matrix of a module, or each expert's of a stacked parameter. NotTracedError where it is made in a way that is not understood."""
     from svdbank.checkpoint.naming.symbolic import NotTracedError

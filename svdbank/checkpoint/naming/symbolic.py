@@ -49,7 +49,7 @@ class Joined:
         return tuple(shape)
 
 
-Places = View | Joined
+Arrangement = View | Joined
 
 
 def stored(source: str, shape: Sequence[int]) -> View:
@@ -71,7 +71,7 @@ def _axis(factors: Iterable[tuple[int, int]]) -> Axis:
     return tuple(kept)
 
 
-def swapped(places: Places, one: int, other: int) -> Places:
+def swapped(places: Arrangement, one: int, other: int) -> Arrangement:
     """Two axes exchanged."""
     if isinstance(places, Joined):
         axis = {one: other, other: one}.get(places.axis, places.axis)
@@ -81,18 +81,18 @@ def swapped(places: Places, one: int, other: int) -> Places:
     return replace(places, axes=tuple(axes))
 
 
-def joined(parts: Sequence[Places], axis: int) -> Places:
+def joined(parts: Sequence[Arrangement], axis: int) -> Arrangement:
     """Concatenation along ``axis``."""
     shapes = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}
     if len(shapes) != 1:
         raise NotTracedError(f"cat of shapes {[part.shape for part in parts]}")
-    flat: list[Places] = []
+    flat: list[Arrangement] = []
     for part in parts:
         flat.extend(part.parts if isinstance(part, Joined) and part.axis == axis else (part,))
     return flat[0] if len(flat) == 1 else Joined(axis, tuple(flat))
 
 
-def cut(places: Places, axis: int, start: int, stop: int) -> Places:
+def cut(places: Arrangement, axis: int, start: int, stop: int) -> Arrangement:
     """Entries ``[start, stop)`` along ``axis``."""
     if isinstance(places, Joined):
         if places.axis != axis:
@@ -120,14 +120,14 @@ def cut(places: Places, axis: int, start: int, stop: int) -> Places:
     return View(places.source, places.offset + (start // inner) * first[1], axes)
 
 
-def with_axis(places: Places, axis: int) -> Places:
+def with_axis(places: Arrangement, axis: int) -> Arrangement:
     """A new axis of size 1 before ``axis``."""
     if isinstance(places, Joined):
         return Joined(places.axis + (axis <= places.axis), tuple(with_axis(part, axis) for part in places.parts))
     return replace(places, axes=(*places.axes[:axis], (), *places.axes[axis:]))
 
 
-def without_axis(places: Places, axis: int) -> Places:
+def without_axis(places: Arrangement, axis: int) -> Arrangement:
     """``axis``, of size 1, dropped."""
     if places.shape[axis] != 1:
         raise NotTracedError(f"axis {axis} of {places.shape} dropped")
@@ -136,7 +136,7 @@ def without_axis(places: Places, axis: int) -> Places:
     return replace(places, axes=(*places.axes[:axis], *places.axes[axis + 1 :]))
 
 
-def reshaped(places: Places, shape: Sequence[int]) -> Places:
+def reshaped(places: Arrangement, shape: Sequence[int]) -> Arrangement:
     """The entries in row-major order under another shape, of which one size may be -1."""
     shape = _resolved(places.shape, shape)
     if tuple(shape) == places.shape:
@@ -178,10 +178,10 @@ def _resolved(old: Sequence[int], new: Sequence[int]) -> list[int]:
 class Traced(torch.Tensor):
     """A tensor without values that goes through operations of torch; ``places`` says where its entries lie."""
 
-    places: Places
+    places: Arrangement
 
     @staticmethod
-    def of(places: Places) -> Traced:
+    def of(places: Arrangement) -> Traced:
         """A tensor of these places."""
         made: Traced = torch.Tensor._make_subclass(Traced, torch.empty(places.shape, device="meta"))
         made.places = places

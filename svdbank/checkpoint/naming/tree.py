@@ -19,8 +19,8 @@ from typing import Any
 from svdbank.checkpoint.configuration import ModelFacts
 from svdbank.checkpoint.naming.roles import RoleKind
 from svdbank.checkpoint.naming.symbolic import (
+    Arrangement,
     NotTracedError,
-    Places,
     Traced,
     View,
     cut,
@@ -63,7 +63,7 @@ class TreeWeight:
 class Made:
     """What stored tensors become: ``places`` by parameter, by tensor the parameter it goes into, and why others go into none."""
 
-    places: dict[str, Places] = field(default_factory=dict)
+    places: dict[str, Arrangement] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -316,7 +316,7 @@ class Matrix:
     transposed: bool
 
 
-def matrix_of(places: Places, tensors: Mapping[str, TensorSource], *, transposed: bool) -> Matrix:
+def matrix_of(places: Arrangement, tensors: Mapping[str, TensorSource], *, transposed: bool) -> Matrix:
     """The stored pieces of a matrix whose parameter has its entries at ``places``, (in, out) where ``transposed``.
 
     Raises :class:`NotTracedError` where they are no rows of stored tensors.
@@ -331,17 +331,17 @@ def matrix_of(places: Places, tensors: Mapping[str, TensorSource], *, transposed
     return Matrix(tuple(source for source, _ in read), False)
 
 
-def is_whole(places: Places, tensors: Mapping[str, TensorSource]) -> bool:
+def is_whole(places: Arrangement, tensors: Mapping[str, TensorSource]) -> bool:
     """True where the entries are those of one stored tensor as it is."""
     return isinstance(places, View) and places == stored(places.source, tensors[places.source].shape)
 
 
-def expert_of(places: Places, expert: int) -> Places:
+def expert_of(places: Arrangement, expert: int) -> Arrangement:
     """Slice ``expert`` of a (experts, …) parameter."""
     return without_axis(cut(places, 0, expert, expert + 1), 0)
 
 
-def _rows(places: Places) -> list[View]:
+def _rows(places: Arrangement) -> list[View]:
     if isinstance(places, View):
         return [places]
     if places.axis != 0:
