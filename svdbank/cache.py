@@ -140,8 +140,7 @@ def recorded_bank(adapter: Documents, kind: str) -> Bank:
 
     Raises :class:`BankError` where there is none, :class:`WrongBaseError` where it is of other weights than the adapter says.
     """
-    source, recorded = adapter.path, adapter.base
-    needs = f"{source}: {kind} needs the bank of the adapter's base"
+    needs = f"{adapter.path}: {kind} needs the bank of the adapter's base"
     bases = adapter.base_names(kind)
     if not bases:
         raise BankError(f"{needs}, which it does not record", hint="--bank BANK, or the model's name if it is cached")
@@ -152,10 +151,9 @@ def recorded_bank(adapter: Documents, kind: str) -> Bank:
         except SvdbankError as cause:
             failed = failed or cause
             continue
-        known = recorded.weights and all(name in bank for name in recorded.weights)
-        if known and bank.base_digest(recorded.weights) != recorded.digest:
+        if adapter.base.is_of(bank) is False:
             raise WrongBaseError(
-                f"{source}: its base is {base}, whose cached bank {bank.path} is of other weights",
+                f"{adapter.path}: its base is {base}, whose cached bank {bank.path} is of other weights",
                 hint="--bank BANK of its base",
             )
         return bank

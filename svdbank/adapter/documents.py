@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,6 +13,9 @@ from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, lora_scale
 from svdbank.adapter.settings import CACHE, CONFIG, FILES, SLIM, WEIGHTS, AdapterCache, LoraSettings, by_pattern
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.specs import from_json
+
+if TYPE_CHECKING:
+    from svdbank.bank.reading import Bank
 
 #: ``init_lora_weights`` of PEFT, or how it begins, with which an adapter belongs to a base that was changed when it was made.
 _CHANGED_BASE = ("pissa", "milora", "olora", "corda", "loftq", "lora_ga")
@@ -34,6 +38,12 @@ class BaseIdentity:
     revision: str | None = None
     digest: str = ""
     weights: tuple[str, ...] = ()
+
+    def is_of(self, bank: Bank) -> bool | None:
+        """Whether a bank is of these weights; None where the digest is not known, or the bank lacks some of them."""
+        if not self.digest or not self.weights or not all(name in bank for name in self.weights):
+            return None
+        return bank.base_digest(self.weights) == self.digest
 
     def alone(self) -> BaseIdentity:
         """Without the digest: for other weights of the same base."""

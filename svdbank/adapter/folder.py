@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import safetensors
 import safetensors.torch
@@ -77,7 +78,10 @@ def write_folder(
     (and nothing else).
     """
     with new_folder(output, force=force) as folder:
-        tensors = {key: value for module, pair in factors.items() for key, value in _tensors(module, pair)}
+        tensors = {}
+        for module, pair in factors.items():
+            tensors[key_of(module, "A", embedding=pair.embedding)] = pair.A.contiguous()
+            tensors[key_of(module, "B", embedding=pair.embedding)] = pair.B.contiguous()
         disk.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         disk.write_new(folder / CONFIG, to_json(settings, indent=2))
         disk.write_new(folder / CACHE, to_json(cache, indent=2))
@@ -121,12 +125,9 @@ def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
             raise OptionError(f"{output} lies inside {place}, which is read", hint="name an output beside it")
 
 
-def _tensors(module: str, factors: Factors) -> list[tuple[str, Tensor]]:
-    if factors.embedding:
-        names = (f"{_ROOT}{module}.lora_embedding_A", f"{_ROOT}{module}.lora_embedding_B")
-    else:
-        names = (f"{_ROOT}{module}.lora_A.weight", f"{_ROOT}{module}.lora_B.weight")
-    return [(names[0], factors.A.contiguous()), (names[1], factors.B.contiguous())]
+def key_of(module: str, factor: Literal["A", "B"], *, embedding: bool = False) -> str:
+    """The key under which PEFT saves a factor of a module."""
+    return f"{_ROOT}{module}.lora_embedding_{factor}" if embedding else f"{_ROOT}{module}.lora_{factor}.weight"
 
 
 def read_folder(path: str | Path) -> AdapterFolder:

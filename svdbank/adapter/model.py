@@ -13,11 +13,12 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled, singular_values, truncated
+from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled
 from svdbank.adapter.documents import BaseIdentity
 from svdbank.adapter.naming import missing_prefix
 from svdbank.adapter.settings import LoraSettings
-from svdbank.adapter.weights import AdaptedWeight, check_bases, rebased, shares_in
+from svdbank.adapter.spectra import singular_values
+from svdbank.adapter.weights import AdaptedWeight, check_bases, rebased, shares_in, united
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError
 
@@ -153,13 +154,7 @@ class Adapter:
         """
         if rank < 1:
             raise OptionError(f"rank {rank} is not positive", hint="drop the adapter instead")
-        cut = {}
-        for key, weight in self.weights.items():
-            total = weight.total()
-            if total.max_rank > rank:
-                weight = replace(weight, components={"+".join(weight.components): truncated(total, rank)})
-            cut[key] = weight
-        return self._weights(cut)
+        return self._weights({key: weight.truncated(rank) for key, weight in self.weights.items()})
 
     def share_in(self, bank: Bank) -> dict[str, float]:
         """Share of ``‖ΔW‖²`` of each weight that lies in the directions which ``bank`` stores; 1 where ``ΔW`` is zero.
@@ -240,13 +235,7 @@ def joined(
     if not adapters:
         raise OptionError("a combination of no adapters")
     adapters = aligned(adapters)
-    check_bases([adapter.weights for adapter in adapters])
-    weights = {}
-    for key in dict.fromkeys(key for adapter in adapters for key in adapter.weights):
-        parts = {number: adapter.weights[key] for number, adapter in enumerate(adapters) if key in adapter.weights}
-        first = next(iter(parts.values()))
-        source = next((weight.source for weight in parts.values() if weight.source), None)
-        weights[key] = replace(first, components=components_of(key, parts), source=source)
+    weights = united([adapter.weights for adapter in adapters], components_of)
     methods = {adapter.method for adapter in adapters}
     notes = tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
     base = adapters[0].base.alone()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.experts import parameters_of, split
-from svdbank.adapter.folder import AdapterFolder, check_output, new_folder
+from svdbank.adapter.folder import AdapterFolder, check_output, key_of, new_folder
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.settings import COEFFICIENTS, FILES, SLIM, WEIGHTS
 from svdbank.bank.reading import Bank
@@ -145,7 +145,7 @@ def _references(folder: AdapterFolder, tensors: Mapping[str, Tensor], bank: Bank
     lefts = bank.rows("left", names.values())
     found = {}
     for module, parts in pieces.items():
-        tensor = next((name for name in (_key(module, False), _key(module, True)) if name in tensors), None)
+        tensor = next((name for name in (key_of(module, "B"), key_of(module, "B", embedding=True)) if name in tensors), None)
         if tensor is None or any(key not in names for key, _ in parts):
             continue
         for rounding, dtype in _DTYPES.items():
@@ -157,10 +157,6 @@ def _references(folder: AdapterFolder, tensors: Mapping[str, Tensor], bank: Bank
                 found[tensor] = Reference(made, rounding, _sha256(tensors[tensor]))
                 break
     return found
-
-
-def _key(module: str, embedding: bool) -> str:
-    return f"base_model.model.{module}.lora_embedding_B" if embedding else f"base_model.model.{module}.lora_B.weight"
 
 
 def _columns(B: Tensor, left: Tensor, rounding: torch.dtype) -> tuple[int, ...] | None:

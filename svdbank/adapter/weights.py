@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from svdbank.adapter.bands import projected, share_in
 from svdbank.adapter.components import Component, InBank, Kind, combined, squared_norm
 from svdbank.adapter.naming import bank_names
+from svdbank.adapter.spectra import truncated
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError
 
@@ -54,6 +55,13 @@ class AdaptedWeight:
         """``ΔW`` (out, in), float32, from a product in float64."""
         A, B = self.total().factors
         return (B.double() @ A.double()).float()
+
+    def truncated(self, rank: int) -> AdaptedWeight:
+        """The best approximation of ``ΔW`` of that rank, its components made one where something is cut."""
+        total = self.total()
+        if total.max_rank <= rank:
+            return self
+        return replace(self, components={"+".join(self.components): truncated(total, rank)})
 
     @property
     def in_bank(self) -> bool:
@@ -108,6 +116,22 @@ def rebased(
         for key, weight in weights.items()
     }
     return moved, f"carried over to {bank.path.name}: the least share kept is {shares[worst]:.6f}, of {worst}"
+
+
+def united(
+    adapters: Sequence[Mapping[str, AdaptedWeight]],
+    components_of: Callable[[str, Mapping[int, AdaptedWeight]], Mapping[str, Component]],
+) -> dict[str, AdaptedWeight]:
+    """The weights of all adapters. ``components_of`` gives a weight's components from its name and what each adapter, by number, does
+    to it. Raises :class:`WrongBaseError` as :func:`check_bases` does."""
+    check_bases(adapters)
+    weights = {}
+    for key in dict.fromkeys(key for adapter in adapters for key in adapter):
+        parts = {number: adapter[key] for number, adapter in enumerate(adapters) if key in adapter}
+        first = next(iter(parts.values()))
+        source = next((weight.source for weight in parts.values() if weight.source), None)
+        weights[key] = replace(first, components=components_of(key, parts), source=source)
+    return weights
 
 
 def check_bases(adapters: Sequence[Mapping[str, AdaptedWeight]]) -> None:

@@ -10,12 +10,13 @@ import msgspec
 import safetensors.torch
 
 from svdbank.adapter.card import composed_card
-from svdbank.adapter.components import Band, InBank, compact
+from svdbank.adapter.components import Band, InBank
 from svdbank.adapter.entries import by_module
 from svdbank.adapter.folder import Factors, write_folder
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.parts import parts_of
 from svdbank.adapter.settings import COMPONENTS, AdapterCache, LoraSettings
+from svdbank.adapter.spectra import compact
 from svdbank.adapter.weights import AdaptedWeight
 from svdbank.bank.index import base_digest
 from svdbank.core.errors import OptionError

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from svdbank.adapter.bands import share_in
-from svdbank.adapter.components import Component, compact
+from svdbank.adapter.components import Component
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import bank_names
+from svdbank.adapter.spectra import compact
 from svdbank.bank.reading import Bank
 from svdbank.composition.coordinates import common_coordinates
 from svdbank.composition.relations import Pair, Relation, verdict

@@ -105,7 +105,7 @@ def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:
     folder = read_folder(path)
     adapter = adapter_of(folder, name=name)
     known = bank_names(bank, list(adapter.weights))
-    made_elsewhere = adapter.base.digest not in ("", _digest(bank, adapter.base.weights)) or any(
+    made_elsewhere = (bool(adapter.base.digest and adapter.base.weights) and not adapter.base.is_of(bank)) or any(
         weight.source is not None and key in known and weight.source.sha256 != bank[known[key]].source_sha256
         for key, weight in adapter.weights.items()
     )
@@ -113,11 +113,6 @@ def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:
         return adapter_of(folder, bank=bank, name=name)
     moved = adapter.rebase(bank, force=True)
     return replace(moved, notes=tuple(f"{name}: {note}" for note in moved.notes))
-
-
-def _digest(bank: Bank, weights: Sequence[str]) -> str:
-    """The bank's digest over an adapter's weights; empty where it lacks some."""
-    return bank.base_digest(weights) if all(name in bank for name in weights) else ""
 
 
 def _check_digests(adapters: Mapping[str, Adapter]) -> None:

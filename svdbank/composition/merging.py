@@ -11,8 +11,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from svdbank.adapter.components import Component, singular_values, truncated
+from svdbank.adapter.components import Component
 from svdbank.adapter.model import Adapter, combination, joined
+from svdbank.adapter.spectra import singular_values, truncated
 from svdbank.adapter.weights import AdaptedWeight
 from svdbank.composition.coordinates import common_coordinates
 from svdbank.composition.sparsification import dropped, elected, summed, trimmed

@@ -16,7 +16,7 @@ def selected(bank: Bank, targets: str | Sequence[str], exclude: str | Sequence[s
         name for name in bank.names if (wanted.all_linear and bank[name].kind == "linear") or wanted.named(bank[name].module)
     )
     modules = [bank[name].module for name in chosen]
-    silent = [name for name in wanted.names if not any(m == name or m.endswith("." + name) for m in modules)]
+    silent = wanted.silent(modules)
     if silent or not chosen:
         held = sorted({bank[name].module.rpartition(".")[2] for name in bank.names})
         shown = silent or ([targets] if isinstance(targets, str) else list(targets))
@@ -27,7 +27,7 @@ def selected(bank: Bank, targets: str | Sequence[str], exclude: str | Sequence[s
     if exclude:
         unwanted = parse_targets(exclude)
         out = {name for name in chosen if unwanted.named(bank[name].module)}
-        silent = [own for own in unwanted.names if not any(m == own or m.endswith("." + own) for m in modules)]
+        silent = unwanted.silent(modules)
         if unwanted.all_linear or silent or not out:
             shown = silent or ([exclude] if isinstance(exclude, str) else list(exclude))
             raise OptionError(f"{', '.join(map(repr, shown))} leaves nothing out: it matches none of the {len(chosen)} weights")

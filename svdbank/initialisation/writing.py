@@ -1,8 +1,8 @@
-"""A fresh adapter as a folder: its factors under PEFT's names, its record, and what it counts."""
+"""A fresh adapter as a folder: its factors under PEFT's names, its record, and what to say of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -54,3 +54,22 @@ def write_fresh(
 def trainable_parameters(factors: Mapping[str, tuple[Tensor, Tensor]], method: InitialisationMethod) -> int:
     """How many numbers train: those of A, and where ``method`` trains both factors also of B."""
     return sum(A.numel() + (B.numel() if method in RESIDUAL_METHODS else 0) for A, B in factors.values())
+
+
+#: What plain PEFT does with a folder whose config names the method.
+_BY_PEFT = {"milora": "refuses it", "pissa": "runs one SVD a weight to load it"}
+
+
+def notes_on(
+    bank: Bank, names: Sequence[str], method: InitialisationMethod, floored: int, residual: Path | None
+) -> Iterator[str]:
+    """What to know before such an adapter is used, in sentences."""
+    if method in RESIDUAL_METHODS and residual is None:
+        yield (
+            "this adapter belongs to W − s·B·A, not to the base itself: load it with svdbank.peft.load_adapter and the bank, "
+            f"or write that base with --residual-out; PEFT alone {_BY_PEFT[method]}"
+        )
+    if floored:
+        yield f"{floored} singular values are zero to rounding and were raised to 1e-6 of the largest, or they would never learn"
+    if method == "mica" and any(bank[name].stacked for name in names):
+        yield "PEFT itself refuses MiCA on experts: load it with svdbank.peft.load_adapter"

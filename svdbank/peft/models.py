@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from svdbank import cache
-from svdbank.adapter.folder import read_folder
+from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_extra
@@ -74,8 +74,8 @@ def load_adapter(
     peft = _peft()
     saved = read_folder(folder)
     opened = cache.opened(bank)
-    if opened is not None and saved.cache is not None:
-        _check_digest(opened, saved.cache.base_digest, saved.cache.weights, folder)
+    if opened is not None:
+        _check_base(opened, saved)
     config = peft.LoraConfig.from_pretrained(str(folder))
     method = method_of(config)
     on_residual = method is None and saved.cache is not None and saved.cache.method in RESIDUAL_METHODS
@@ -155,16 +155,16 @@ def _added_prefix(model: nn.Module, saved: Iterable[str]) -> str:
     return ""
 
 
-def _check_digest(bank: Bank, digest: str, weights: tuple[str, ...], folder: str | Path) -> None:
-    lacking = [name for name in weights if name not in bank]
+def _check_base(bank: Bank, saved: AdapterFolder) -> None:
+    lacking = [name for name in saved.base.weights if name not in bank]
     if lacking:
         raise BankError(
-            f"{bank.path}: the bank lacks {len(lacking)} weights of the adapter {folder}, first {lacking[0]}",
+            f"{bank.path}: the bank lacks {len(lacking)} weights of the adapter {saved.path}, first {lacking[0]}",
             hint="svdbank build MODEL with --targets for them adds them to the bank",
         )
-    if bank.base_digest(weights) != digest:
+    if saved.base.is_of(bank) is False:
         raise WrongBaseError(
-            f"{folder}: this adapter was made on other weights than those of {bank.path}",
+            f"{saved.path}: this adapter was made on other weights than those of {bank.path}",
             hint="open the bank of the adapter's base",
         )
 

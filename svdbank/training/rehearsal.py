@@ -60,7 +60,7 @@ def _check_targets(model: Any, options: TrainOptions) -> None:
     """Raise :class:`OptionError` for a target that matches no module: PEFT goes on where another one matches."""
     targets = parse_targets(options.targets)
     modules = [name for name, _ in model.named_modules()]
-    silent = [name for name in targets.names if not any(m == name or m.endswith("." + name) for m in modules)]
+    silent = targets.silent(modules)
     if targets.pattern is not None and not any(map(targets.named, modules)):
         silent = list(options.targets)
     if silent:

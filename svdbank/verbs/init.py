@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +23,7 @@ from svdbank.initialisation.allocation import allocate
 from svdbank.initialisation.configuration import alphas_by_pattern, shape_fields
 from svdbank.initialisation.residual import write_residual
 from svdbank.initialisation.selection import selected
-from svdbank.initialisation.writing import trainable_parameters, write_fresh
+from svdbank.initialisation.writing import notes_on, trainable_parameters, write_fresh
 
 
 class InitReport(Struct, frozen=True):
@@ -172,7 +172,7 @@ def init(
         floored=floored,
         residual=None if residual is None else str(residual),
         residual_rounding=rounding,
-        notes=tuple(_notes(bank, names, chosen, floored, residual)),
+        notes=tuple(notes_on(bank, names, chosen, floored, residual)),
     )
 
 
@@ -187,21 +187,3 @@ def _checked(method: str, alpha: float | None, dropout: float, residual_out: obj
     if residual_out is not None and chosen not in RESIDUAL_METHODS:
         raise OptionError(f"{chosen} leaves the base as it is: there is no residual to write", hint="leave --residual-out out")
     return chosen
-
-
-#: What plain PEFT does with a folder whose config names the method.
-_BY_PEFT = {"milora": "refuses it", "pissa": "runs one SVD a weight to load it"}
-
-
-def _notes(
-    bank: Bank, names: Sequence[str], method: InitialisationMethod, floored: int, residual: Path | None
-) -> Iterable[str]:
-    if method in RESIDUAL_METHODS and residual is None:
-        yield (
-            "this adapter belongs to W − s·B·A, not to the base itself: load it with svdbank.peft.load_adapter and the bank, "
-            f"or write that base with --residual-out; PEFT alone {_BY_PEFT[method]}"
-        )
-    if floored:
-        yield f"{floored} singular values are zero to rounding and were raised to 1e-6 of the largest, or they would never learn"
-    if method == "mica" and any(bank[name].stacked for name in names):
-        yield "PEFT itself refuses MiCA on experts: load it with svdbank.peft.load_adapter"

@@ -7,7 +7,7 @@ One string ``all-linear``, or names that match a module's last components, or on
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,7 +31,16 @@ class Targets:
         """True when a name or the expression, rather than the shorthand, matches ``module``."""
         if self.pattern is not None:
             return self.pattern.fullmatch(module) is not None
-        return any(module == name or module.endswith("." + name) for name in self.names)
+        return any(_ends(module, name) for name in self.names)
+
+    def silent(self, modules: Iterable[str]) -> list[str]:
+        """The names that match none of ``modules``."""
+        paths = list(modules)
+        return [name for name in self.names if not any(_ends(path, name) for path in paths)]
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
 
 
 def parse_targets(targets: str | Sequence[str]) -> Targets:
