@@ -15,7 +15,7 @@ from torch import Tensor
 
 from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled
 from svdbank.adapter.documents import BaseIdentity
-from svdbank.adapter.naming import missing_prefix
+from svdbank.adapter.naming import common_prefixes
 from svdbank.adapter.settings import LoraSettings
 from svdbank.adapter.spectra import singular_values
 from svdbank.adapter.weights import AdaptedWeight, check_bases, rebased, shares_in, united
@@ -170,9 +170,7 @@ class Adapter:
         stores. The share kept is in the notes. Raises :class:`OptionError` where a weight keeps less than ``minimum_share``, unless
         ``force``; :class:`BankError` for weights that the bank lacks.
         """
-        weights, note = rebased(bank, self.weights, minimum_share, force=force)
-        names = tuple(weight.source.name for weight in weights.values() if weight.source is not None)
-        base = BaseIdentity(bank.manifest.base.name, bank.manifest.base.revision, bank.base_digest(names), names)
+        weights, base, note = rebased(bank, self.weights, minimum_share, force=force)
         return replace(self, weights=weights, base=base, notes=(*self.notes, note))
 
     def bands(self, module: str) -> tuple[tuple[int, int], ...]:
@@ -250,9 +248,7 @@ def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
     A note of an adapter says that it was renamed. Raises :class:`OptionError` where it cannot be told which modules are meant.
     """
     found = []
-    for adapter in adapters:
-        prefixes = [missing_prefix(list(adapter.weights), list(other.weights)) for other in adapters if other is not adapter]
-        prefix = max(prefixes, key=len, default="")
+    for adapter, prefix in zip(adapters, common_prefixes([list(adapter.weights) for adapter in adapters]), strict=True):
         if prefix:
             note = f"its modules are called {prefix}… here, as in the adapters beside it"
             weights = {prefix + key: weight for key, weight in adapter.weights.items()}

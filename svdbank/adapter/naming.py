@@ -71,6 +71,14 @@ def missing_prefix(keys: Sequence[str], others: Sequence[str]) -> str:
     return found.pop() if found else ""
 
 
+def common_prefixes(keys: Sequence[Sequence[str]]) -> list[str]:
+    """What has to be put before each adapter's keys so that all are named as the one with the longest names (:func:`missing_prefix`)."""
+    return [
+        max((missing_prefix(own, other) for j, other in enumerate(keys) if j != i), key=len, default="")
+        for i, own in enumerate(keys)
+    ]
+
+
 def _stems(keys: Sequence[str]) -> set[str]:
     """What comes before the first number of each key; nothing of keys without one."""
     return {match[1] for key in keys if (match := re.match(r"(.+?)\.\d+(?:\.|$)", key))}

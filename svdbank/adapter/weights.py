@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdbank.adapter.bands import projected, share_in
 from svdbank.adapter.components import Component, InBank, Kind, combined, squared_norm
+from svdbank.adapter.documents import BaseIdentity
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.spectra import truncated
 from svdbank.bank.reading import Bank
@@ -93,8 +94,8 @@ def shares_in(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, flo
 
 def rebased(
     bank: Bank, weights: Mapping[str, AdaptedWeight], minimum_share: float, *, force: bool
-) -> tuple[dict[str, AdaptedWeight], str]:
-    """The weights on the directions of another bank, and a note of the least share kept.
+) -> tuple[dict[str, AdaptedWeight], BaseIdentity, str]:
+    """The weights on the directions of another bank, its base, and a note of the least share kept.
 
     Raises :class:`OptionError` where a weight keeps less than ``minimum_share``, unless ``force``.
     """
@@ -115,7 +116,10 @@ def rebased(
         )
         for key, weight in weights.items()
     }
-    return moved, f"carried over to {bank.path.name}: the least share kept is {shares[worst]:.6f}, of {worst}"
+    base = BaseIdentity(
+        bank.manifest.base.name, bank.manifest.base.revision, bank.base_digest(names.values()), tuple(names.values())
+    )
+    return moved, base, f"carried over to {bank.path.name}: the least share kept is {shares[worst]:.6f}, of {worst}"
 
 
 def united(
