@@ -16,9 +16,9 @@ from svdbank.core.errors import OptionError
 from svdbank.core.specs import Struct
 from svdbank.lm.loading import Dtype, LoadIn
 
-Method = Literal["mica", "milora", "pissa", "lora"]
+TrainMethod = Literal["mica", "milora", "pissa", "lora"]
 
-_CHOICES = {"method": get_args(Method), "dtype": get_args(Dtype), "load_in": (None, *get_args(LoadIn))}
+_CHOICES = {"method": get_args(TrainMethod), "dtype": get_args(Dtype), "load_in": (None, *get_args(LoadIn))}
 
 #: Peak learning rates where none is given (docs/training.md says where they come from).
 RATES = {"mica": 2e-3, "milora": 3e-4, "pissa": 3e-4, "lora": 5e-4}
@@ -76,7 +76,7 @@ class TrainOptions(Struct, frozen=True, kw_only=True):
     output: str
     data: tuple[str, ...]
     bank: str | None = None
-    method: Method = "mica"
+    method: TrainMethod = "mica"
     rank: int = 16
     alpha: float | None = None
     rslora: bool = False
