@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from svdbank.core.basis import Certificate as Certificate
     from svdbank.core.specs import Progress as Progress
     from svdbank.fusion.difference import extract as extract
+    from svdbank.training.options import TrainOptions as TrainOptions
     from svdbank.verbs.build import build as build
     from svdbank.verbs.compare import compare as compare
     from svdbank.verbs.demo import demo as demo
@@ -61,6 +62,7 @@ _LAZY = {
     "Certificate": "svdbank.core.basis",
     "Progress": "svdbank.core.specs",
     "StoredBasis": "svdbank.bank.reading",
+    "TrainOptions": "svdbank.training.options",
     "build": "svdbank.verbs.build",
     "compare": "svdbank.verbs.compare",
     "demo": "svdbank.verbs.demo",
