@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, grouped, table
 
 if TYPE_CHECKING:
-    from svdbank.fusion.difference import ExtractedWeight, ExtractReport
+    from svdbank.fusion.extract_report import ExtractedWeight, ExtractReport
 
 
 @click.command("extract", short_help="Write the best LoRA of the difference of two checkpoints.")

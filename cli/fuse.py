@@ -10,7 +10,7 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, grouped, size, table
 
 if TYPE_CHECKING:
-    from svdbank.fusion.report import FusedDtype, FusedWeight, FuseReport
+    from svdbank.fusion.fuse_report import FusedDtype, FusedWeight, FuseReport
 
 
 @click.command("fuse", short_help="Write MODEL with ADAPTER added into its weights.")

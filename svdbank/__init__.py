@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from svdbank.core.basis import Basis as Basis
     from svdbank.core.basis import Certificate as Certificate
     from svdbank.core.specs import Progress as Progress
-    from svdbank.fusion.difference import extract as extract
     from svdbank.training.options import TrainOptions as TrainOptions
     from svdbank.verbs.build import build as build
     from svdbank.verbs.compare import compare as compare
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.env import env as env
     from svdbank.verbs.eval import eval as eval
     from svdbank.verbs.export import export as export
+    from svdbank.verbs.extract import extract as extract
     from svdbank.verbs.fuse import fuse as fuse
     from svdbank.verbs.info import info as info
     from svdbank.verbs.init import init as init
@@ -69,7 +69,7 @@ _LAZY = {
     "env": "svdbank.verbs.env",
     "eval": "svdbank.verbs.eval",
     "export": "svdbank.verbs.export",
-    "extract": "svdbank.fusion.difference",
+    "extract": "svdbank.verbs.extract",
     "fuse": "svdbank.verbs.fuse",
     "info": "svdbank.verbs.info",
     "init": "svdbank.verbs.init",

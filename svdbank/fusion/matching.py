@@ -43,7 +43,7 @@ def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> l
     missing = [key for key in adapter.weights if key not in names]
     if missing:
         raise OptionError(
-            f"{checkpoint.name}: the adapter changes {len(missing)} weights that this model lacks: {some(missing)}",
+            f"{checkpoint.name}: the adapter changes {len(missing)} weights that this model lacks: {abridge(missing)}",
             hint="name the base model of the adapter: base_model_name_or_path in its adapter_config.json",
         )
     found = [(held[names[key]], weight) for key, weight in adapter.weights.items()]
@@ -154,6 +154,7 @@ def whole_tensors(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[Wei
     return full
 
 
-def some(names: Sequence[str]) -> str:
+def abridge(names: Sequence[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -26,7 +26,7 @@ UNTIED = {"tie_word_embeddings": False}
 _CLASSES = ("ForCausalLM", "LMHeadModel")
 
 
-def needed(checkpoint: Checkpoint, adapter: Adapter, saved: SavedModules) -> tuple[str, ...]:
+def tensors_to_untie(checkpoint: Checkpoint, adapter: Adapter, saved: SavedModules) -> tuple[str, ...]:
     """Tensors of the embedding and of the head that there will be, where they are one and the adapter changes or replaces either."""
     pair = _tied_pair(checkpoint)
     if pair is None:

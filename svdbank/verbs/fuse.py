@@ -23,10 +23,10 @@ from svdbank.core.errors import OptionError
 from svdbank.core.processors import available_cpus
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.addition import Addition
+from svdbank.fusion.fuse_report import FusedDtype, FuseReport, report_of
 from svdbank.fusion.matching import check_base, check_kinds, match_weights, whole_tensors
 from svdbank.fusion.opening import open_adapter
-from svdbank.fusion.report import FusedDtype, FuseReport, report_of
-from svdbank.fusion.untying import UNTIED, needed, untied
+from svdbank.fusion.untying import UNTIED, tensors_to_untie, untied
 from svdbank.solver import pinned_threads
 
 #: Left free on a disk that a Hub model is downloaded to.
@@ -90,7 +90,7 @@ def fuse(
         base = stack.enter_context(open_checkpoint(model))
         subject = base if into is None else stack.enter_context(open_checkpoint(into))
         opened, saved, shown = open_adapter(adapter, opened_bank(bank), model)
-        pair = needed(subject, opened, saved) if untie else ()
+        pair = tensors_to_untie(subject, opened, saved) if untie else ()
         if pair:
             subject = untied(subject)
             base = subject if into is None else untied(base)

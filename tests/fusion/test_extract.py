@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import svdbank
 from svdbank.adapter.reading import read_adapter
 from svdbank.core.errors import NotFiniteError, OptionError
-from svdbank.fusion.difference import best_factors
+from svdbank.fusion.approximation import best_factors
 from tests.building.small import write_small_checkpoint
 from tests.fusion.conftest import adapter, logits, saved, small_model, tensors_of
 

@@ -13,7 +13,7 @@ from svdbank.checkpoint.source import Checkpoint
 from svdbank.checkpoint.writing.tensors import WrittenCheckpoint
 from svdbank.core.specs import Struct, WeightSpec
 from svdbank.fusion.addition import Addition
-from svdbank.fusion.matching import some
+from svdbank.fusion.matching import abridge
 
 FusedDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -121,7 +121,7 @@ def report_of(
             f"{dtype} rounds {error:.0%} of the intended change away (norm of the error over norm of ΔW); --dtype float32 keeps all of it"
         )
     if still:
-        notes.append(f"{len(still)} weights did not change at all: {some(still)}")
+        notes.append(f"{len(still)} weights did not change at all: {abridge(still)}")
     return FuseReport(
         checkpoint=written.path,
         base=subject.name if subject.revision is None else f"{subject.name}@{subject.revision}",
