@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from svdbank.core.disk import NewFile
 from svdbank.core.errors import CheckpointError
 
 #: Bytes read, and hashed while they are in the processor's cache, at a time.
@@ -170,6 +171,14 @@ class WeightFile:
             if digest is not None:
                 digest.update(piece[:count])
             position += count
+        self._check(fd)
+
+    def copy_into(self, target: NewFile, begin: int, end: int) -> None:
+        """Append bytes [begin, end) to a file that is being written; raises as :meth:`read_into` does."""
+        fd = self._descriptor()
+        count = target.append_from(fd, begin, end - begin)
+        if count < end - begin:
+            raise CheckpointError(f"{self.path}: ends at byte {begin + count}, inside a tensor", hint="download it again")
         self._check(fd)
 
     def close(self) -> None:

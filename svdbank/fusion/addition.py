@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +17,9 @@ from svdbank.adapter.model import Adapter
 from svdbank.core.errors import NotFiniteError, OptionError
 from svdbank.core.specs import WeightSpec
 
-#: Entries summed at a time: what is in between stays in the processor's cache.
-_PANEL = 1 << 17
+#: Entries summed at a time: little enough that what is in between stays in the processor's cache, enough that threads seldom wait for
+#: the interpreter's lock, which each step of the sum takes once. (Half as many are faster in one thread, and slower in two.)
+_PANEL = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -43,36 +46,42 @@ class Addition:
     ``factors`` are A (r, in) and B (out, r) by the weight's name, ``full`` tensors that replace a stored one.
     """
 
-    def __init__(self, factors: Mapping[str, tuple[Tensor, Tensor]], full: Mapping[str, Tensor], dtype: str | None) -> None:
+    def __init__(self, factors: Mapping[str, tuple[Tensor, Tensor]], full: Mapping[str, Tensor]) -> None:
         self._factors = factors
         self._full = full
-        self._dtype = None if dtype is None else getattr(torch, dtype)
         self._tallies: dict[str, list[Tally]] = {name: [] for name in (*factors, *full)}
         self._dtypes: dict[str, str] = {}
+        self._scratch = _Scratch()
 
-    def __call__(self, spec: WeightSpec, values: Tensor, rows: slice, columns: slice) -> Tensor:
-        """``values``, entries (rows, columns) of the matrix, with those of ΔW added, in the dtype that is to be stored."""
-        to = self._dtype or values.dtype
-        self._dtypes[spec.name] = str(to).removeprefix("torch.")
+    def __call__(self, spec: WeightSpec, values: Tensor, out: Tensor, rows: slice, columns: slice) -> None:
+        """``values``, entries (rows, columns) of the matrix, with those of ΔW added, into ``out``."""
+        self._dtypes[spec.name] = str(out.dtype).removeprefix("torch.")
+        tallies = self._tallies[spec.name]
         if spec.name in self._full:
             full = self._full[spec.name]
-            new = full.reshape(full.shape[0], -1)[rows].to(to).reshape(values.shape)
-            self._tallies[spec.name].append(Tally(values.numel(), _changed(values, new)))
-            return new
+            out.copy_(full.reshape(full.shape[0], -1)[rows].reshape(values.shape))
+            tallies.append(Tally(values.numel(), _changed(values, out, self._scratch)))
+            return
         A, B = self._factors[spec.name]
+        A, B = (A if A.shape[1] == values.shape[1] else A[:, columns]), (B if len(B) == len(values) else B[rows])
         # Panels of rows as they lie in memory: a transposed weight is (in, out) there.
-        turned = spec.operation == "transpose"
-        stored, left, right = (values.mT, A[:, columns].mT, B[rows].mT) if turned else (values, B[rows], A[:, columns])
-        out = torch.empty(stored.shape, dtype=to)
+        stored, left, right = values, B, A
+        if spec.operation == "transpose":
+            stored, out, left, right = values.mT, out.mT, A.mT, B.mT
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        left, right = left.to(wide).contiguous(), right.to(wide).contiguous()
+        left, right = (
+            each if each.dtype == wide and each.is_contiguous() else each.to(wide).contiguous() for each in (left, right)
+        )
+        add = _rounded if out.dtype.itemsize < wide.itemsize else _exact
         step = max(1, _PANEL // max(1, stored.shape[1]))
-        add = _rounded if to.itemsize < wide.itemsize else _exact
-        for begin in range(0, len(stored), step):
-            panel = slice(begin, begin + step)
-            lost = add(stored[panel], left[panel], right, out[panel])
-            self._tallies[spec.name].append(Tally(out[panel].numel(), _changed(stored[panel], out[panel]), lost))
-        return out.mT if turned else out
+        panels = (
+            [(stored, left, out)]
+            if len(stored) <= step
+            else zip(*(torch.split(t, step) for t in (stored, left, out)), strict=True)
+        )
+        for old, factor, new in panels:
+            lost = add(old, factor, right, new, self._scratch)
+            tallies.append(Tally(old.numel(), _changed(old, new, self._scratch), lost))
 
     def tally(self, name: str) -> Tally:
         """Of one weight, once it is written."""
@@ -104,31 +113,59 @@ class Addition:
             )
 
 
-def _rounded(stored: Tensor, left: Tensor, right: Tensor, out: Tensor) -> float:
+class _Scratch(threading.local):
+    """Memory for what is in between, for each thread its own: of the same panel sizes over and over."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._floats: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
+        self._flags = np.empty(0, bool)
+
+    def like(self, shape: torch.Size, dtype: torch.dtype, which: int) -> Tensor:
+        """An uninitialised tensor, of those of the same shape and dtype the one numbered ``which``."""
+        if (shape, dtype, which) not in self._floats:
+            whole = self._memory.get((dtype, which))
+            if whole is None or len(whole) < shape.numel():
+                whole = self._memory[dtype, which] = torch.empty(shape.numel(), dtype=dtype)
+                self._floats = {key: each for key, each in self._floats.items() if key[1:] != (dtype, which)}
+            self._floats[shape, dtype, which] = whole[: shape.numel()].view(shape)
+        return self._floats[shape, dtype, which]
+
+    def flags(self, shape: torch.Size) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        if self._flags.size < shape.numel():
+            self._flags = np.empty(shape.numel(), bool)
+        return self._flags[: shape.numel()].reshape(shape)
+
+
+def _rounded(stored: Tensor, left: Tensor, right: Tensor, out: Tensor, scratch: _Scratch) -> float:
     """The sum into ``out`` of fewer bits than it is taken in; ``‖W' − (W + ΔW)‖²``, beside which the wide sum's own rounding is nothing."""
-    total = stored.to(left.dtype, copy=True).addmm_(left, right)
-    out.copy_(total)
-    return _squared(total.sub_(out))
+    total, rounded = (scratch.like(stored.shape, left.dtype, which) for which in range(2))
+    total.copy_(stored).addmm_(left, right)
+    rounded.copy_(out.copy_(total))
+    return _squared(rounded.sub_(total))
 
 
-def _exact(stored: Tensor, left: Tensor, right: Tensor, out: Tensor) -> float:
+def _exact(stored: Tensor, left: Tensor, right: Tensor, out: Tensor, scratch: _Scratch) -> float:
     """The sum into ``out`` of the dtype that it is taken in; ``‖(W' − W) − ΔW‖²``."""
+    delta, total = (scratch.like(stored.shape, left.dtype, which) for which in range(2))
     old = stored.to(left.dtype)
-    delta = left @ right
-    total = torch.add(old, delta)
+    torch.mm(left, right, out=delta)
+    torch.add(old, delta, out=total)
     out.copy_(total)
     return _squared(total.sub_(old).sub_(delta))
 
 
 def _squared(values: Tensor) -> float:
-    flat = values.reshape(-1)  # what was dequantised may lie in memory turned
+    flat = values.view(-1)
     return float(torch.dot(flat, flat))
 
 
-def _changed(before: Tensor, after: Tensor) -> int:
+def _changed(before: Tensor, after: Tensor, scratch: _Scratch) -> int:
     """How many entries have other bits; across dtypes, other values."""
     if before.dtype == after.dtype:
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[before.element_size()]
-        return int(np.count_nonzero(before.view(bits).numpy() != after.view(bits).numpy()))
-    wide = torch.promote_types(before.dtype, after.dtype)
-    return int(np.count_nonzero(before.to(wide).numpy() != after.to(wide).numpy()))
+        as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[before.element_size()]
+        before, after = before.view(as_bits), after.view(as_bits)
+    else:
+        wide = torch.promote_types(before.dtype, after.dtype)
+        before, after = before.to(wide), after.to(wide)
+    return int(np.count_nonzero(np.not_equal(before.numpy(), after.numpy(), out=scratch.flags(before.shape))))

@@ -41,18 +41,17 @@ def write_residual(
         )
     lost: dict[str, list[float]] = {}
 
-    def without_start(spec: WeightSpec, values: Tensor, rows: slice, columns: slice) -> Tensor:
+    def without_start(spec: WeightSpec, values: Tensor, out: Tensor, rows: slice, columns: slice) -> None:
         A, B = factors[spec.name][0][:, columns], factors[spec.name][1]
         start, scale = B[rows], scales[spec.name]
-        rounded = added(values, A, start, -scale)
+        out.copy_(added(values, A, start, -scale))
         tally = lost.setdefault(spec.name, [0.0, 0.0])
         for first in range(0, values.shape[0], _ROWS):  # float64 copies of a few rows, not of the weight
             block = slice(first, first + _ROWS)
             own = values[block].double()
             exact = own - scale * (start[block].double() @ A.double())
-            tally[0] += float((rounded[block].double() - exact).square().sum())
+            tally[0] += float((out[block].double() - exact).square().sum())
             tally[1] += float(own.square().sum())
-        return rounded
 
     with open_checkpoint(source) as checkpoint:
         modules = sorted({bank[name].module for name in factors})

@@ -103,7 +103,7 @@ def fuse(
             check_kinds(match_weights(opened, base, other=False), matrices, base, subject)
         expected = check_base(opened, match_weights(opened, base, other=False) if into is not None else matrices, base)
         factors = {spec.name: weight.total().factors for spec, weight in matrices}
-        addition = Addition(factors, {spec.name: values for spec, values in full}, dtype)
+        addition = Addition(factors, {spec.name: values for spec, values in full})
         stack.enter_context(_downloads(subject, Path(output).expanduser(), progress))
         specs = [spec for spec, _ in (*matrices, *full)]
         written = write_checkpoint(

@@ -1,24 +1,16 @@
-"""The weights of a checkpoint cut into blocks, each of which can be read, changed and written by itself; several at a time, in order."""
+"""The weights of a checkpoint cut into blocks, each of which can be read, changed and written by itself."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
 
 from svdbank.checkpoint.dtypes import FLOATING
 from svdbank.core.specs import TensorSource, WeightSpec
 
 #: Stored bytes of a block: enough that a block costs more than handing it over, little enough that many fit in the memory allowed.
 _BLOCK = 4 << 20
-
-#: Bytes that all blocks under way may hold; a larger one goes alone.
-_HELD = 64 << 20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,9 +69,11 @@ class FileBlock:
 
 
 def copied(file: str, begin: int, end: int) -> Iterator[FileBlock]:
-    """Blocks of bytes whose meaning does not matter."""
-    for start in range(begin, end, _BLOCK):
-        yield FileBlock(file, start, min(end, start + _BLOCK))
+    """Blocks of bytes whose meaning does not matter, cut where file systems that share blocks between files can share them."""
+    while begin < end:
+        stop = min(end, (begin // _BLOCK + 1) * _BLOCK)
+        yield FileBlock(file, begin, stop)
+        begin = stop
 
 
 def cut(source: TensorSource, piece: Piece | None = None) -> Iterator[FileBlock]:
@@ -96,22 +90,3 @@ def cut(source: TensorSource, piece: Piece | None = None) -> Iterator[FileBlock]
         count = min(step, rows - first)
         begin = source.begin + first * width
         yield FileBlock(source.file, begin, begin + count * width, source, (count, *source.shape[1:]), first, piece)
-
-
-def in_order(pool: Executor, blocks: Iterable[FileBlock], make: Callable[[FileBlock], T]) -> Generator[T, None, None]:
-    """``make(block)`` of each, computed ahead by the pool as far as memory allows, given in order."""
-    waiting: deque[tuple[Future[T], int]] = deque()
-    held = 0
-    try:
-        for block in blocks:
-            while waiting and held + block.held > _HELD:
-                future, size = waiting.popleft()
-                yield future.result()
-                held -= size
-            waiting.append((pool.submit(make, block), block.held))
-            held += block.held
-        while waiting:
-            yield waiting.popleft()[0].result()
-    finally:
-        for future, _ in waiting:
-            future.cancel()

@@ -20,19 +20,23 @@ _NESTED_BYTES = 10 << 20
 def carry(
     checkpoint: Checkpoint, folder: Path, *, settings: Mapping[str, object], dtype: str | None, quantised: bool, anew: bool
 ) -> None:
-    """Write everything else of the model: as it is, except what would be wrong now in ``config.json`` and the index."""
+    """Write what stands beside weights and index: as it is, except what would be wrong now in ``config.json``."""
     for name, path in companions(checkpoint):
         data = path.read_bytes()
         if name == "config.json" and anew:
             data = _config(data, settings, dtype, quantised)
         disk.make_dirs((folder / name).parent)
         disk.write_new(folder / name, data)
-    for path in sorted(checkpoint.folder.glob("*.safetensors.index.json")) if len(checkpoint.files) > 1 else ():
-        data = member(checkpoint.folder, path.name).read_bytes()
-        disk.write_new(folder / path.name, _index(data, folder, checkpoint) if anew else data)
     for nested in folder.iterdir():
         if nested.is_dir():
             disk.fsync_dir(nested)
+
+
+def write_index(checkpoint: Checkpoint, folder: Path, *, anew: bool) -> None:
+    """The index of a checkpoint in several files, which are written: as it is, or what holds for files made ``anew``."""
+    for path in sorted(checkpoint.folder.glob("*.safetensors.index.json")) if len(checkpoint.files) > 1 else ():
+        data = member(checkpoint.folder, path.name).read_bytes()
+        disk.write_new(folder / path.name, _index(data, folder, checkpoint) if anew else data)
 
 
 def companions(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
