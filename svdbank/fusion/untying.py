@@ -75,4 +75,4 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
         )
     source = embedding.sources[0]
     tensors = checkpoint.tensors | {HEAD: msgspec.structs.replace(source, name=HEAD)}
-    return dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config | UNTIED)
+    return dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config | UNTIED, kept={})
