@@ -8,15 +8,20 @@ that is compared with the index, where zarr's machinery costs about a millisecon
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING
 
 import google_crc32c
 
 from svdbank.bank.files import Files, Range
 from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, RANK_CHUNK, FileRecord, rank_extent
 from svdbank.core.errors import DamageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Bytes of chunks asked for at once: enough to hide the latency of a far place, little beside what a lookup returns.
 BATCH_BYTES = 64 << 20
@@ -64,30 +69,51 @@ def checked_crc(data: bytes) -> int | None:
     return crc_before(data, len(data)) if google_crc32c.value(data) == _RESIDUE else None
 
 
-def read_chunks(files: Files, wanted: Sequence[ShardRead]) -> Iterator[list[bytes]]:
-    """For each shard the chunks that hold what is wanted, row by row, each with its crc32c in the last four bytes.
+def read_chunks(files: Files, wanted: Sequence[ShardRead]) -> Iterator[list[NDArray[np.uint8]]]:
+    """For each shard the bytes of the chunks that hold what is wanted, row by row, without their checksums.
 
     Each chunk's crc32c, computed here, is the one that the record holds for its place; anything else is a DamageError.
     """
     for batch in _batches(wanted):
         for shard in batch:
             _check_size(files, shard)
-        places: list[int] = []
-        ranges: list[Range] = []
-        for shard, table in zip(batch, files.read_many([shard.table for shard in batch]), strict=True):
-            for place in _places(files, shard, table):
-                start = place * shard.record.chunk_bytes
-                places.append(place)
-                ranges.append((shard.file, start, start + shard.record.chunk_bytes))
-        parts = iter(zip(places, files.read_many(ranges), strict=True))
-        for shard in batch:
-            checked = []
-            for _ in range(len(shard.rows) * shard.chunks):
-                place, data = next(parts)
-                if checked_crc(data) != shard.record.chunks[place]:
-                    raise DamageError(f"{files.place}/{shard.file}: chunk {place} is not the one recorded")
-                checked.append(data)
-            yield checked
+        tables = files.read_many([shard.table for shard in batch])
+        runs = [list(_runs(_places(files, shard, table))) for shard, table in zip(batch, tables, strict=True)]
+        ranges = [
+            (shard.file, first * shard.record.chunk_bytes, stop * shard.record.chunk_bytes)
+            for shard, own in zip(batch, runs, strict=True)
+            for first, stop in own
+        ]
+        parts = iter(files.read_many(ranges))
+        for shard, own in zip(batch, runs, strict=True):
+            yield [chunk for run in own for chunk in _checked(files, shard, next(parts), *run)]
+
+
+def _checked(files: Files, shard: ShardRead, data: bytes, first: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+    """The chunks of a run, each compared with what is recorded for its place."""
+    import numpy as np
+
+    length = shard.record.chunk_bytes
+    values = np.frombuffer(data, np.uint8)
+    for place in range(first, stop):
+        end = (place - first + 1) * length
+        chunk = values[end - length : end]
+        if google_crc32c.value(chunk) != _RESIDUE or crc_before(data, end) != shard.record.chunks[place]:
+            raise DamageError(f"{files.place}/{shard.file}: chunk {place} is not the one recorded")
+        yield chunk[:-CRC_BYTES]
+
+
+def _runs(places: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours in the file as one half-open interval, in the order asked for."""
+    first = stop = 0
+    for place in places:
+        if place != stop and stop > first:
+            yield first, stop
+        if place != stop or stop == first:
+            first = place
+        stop = place + 1
+    if stop > first:
+        yield first, stop
 
 
 def _batches(wanted: Sequence[ShardRead]) -> Iterator[list[ShardRead]]:

@@ -15,11 +15,13 @@ import msgspec
 from svdbank.bank.chunks import ShardRead, read_chunks
 from svdbank.bank.files import Files, Folder
 from svdbank.bank.index import base_digest, read_coordinate, read_index, read_manifest, read_metadata
-from svdbank.bank.layout import CRC_BYTES, RANK_CHUNK, STORED, Index, Manifest, WeightRecord, shard_file, vector_arrays
+from svdbank.bank.layout import ITEMSIZE, RANK_CHUNK, STORED, Index, Manifest, WeightRecord, shard_file, vector_arrays
 from svdbank.core.errors import BankError, DamageError, OptionError
 from svdbank.core.specs import Alias, FamilySpec
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from svdbank.core.basis import Certificate
@@ -297,17 +299,15 @@ class Bank:
         ]
 
 
-def _tensors(chunks: list[bytes], rows: int, rank: int, dtype: str) -> Iterator[Tensor]:
-    """The first ``rank`` vectors of each row of a shard, (rank, length) in the bank's dtype; each chunk ends in a checksum."""
+def _tensors(chunks: list[NDArray[np.uint8]], rows: int, rank: int, dtype: str) -> Iterator[Tensor]:
+    """The first ``rank`` vectors of each row of a shard, (rank, length) in the bank's dtype."""
     import numpy as np
     import torch
 
-    stored = np.dtype(STORED[dtype][0])
-    count = (len(chunks[0]) - CRC_BYTES) // stored.itemsize
-    values = np.empty((len(chunks), count), dtype=stored)
+    values = np.empty((len(chunks), chunks[0].size), np.uint8)
     for value, chunk in zip(values, chunks, strict=True):
-        value[:] = np.frombuffer(chunk, stored, count)
-    for vectors in values.reshape(rows, -1, count // RANK_CHUNK):
+        value[:] = chunk
+    for vectors in values.view(STORED[dtype][0]).reshape(rows, -1, chunks[0].size // ITEMSIZE[dtype] // RANK_CHUNK):
         tensor = torch.from_numpy(vectors[:rank])
         yield tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
