@@ -269,6 +269,8 @@ def _keep_sums(fields: Fields, small: dict[str, Any]) -> None:
             parts = [name for name in ("qk_nope_head_dim", "qk_rope_head_dim") if type(defaults.get(name)) is int]
             if len(parts) == 2 and type(fields.get(whole)) is int and fields[whole] == sum(defaults[name] for name in parts):
                 small[whole] = sum(new[name] for name in parts)
+    if type(fields.get("head_dim")) is int and fields["head_dim"] == fields.get("qk_rope_head_dim"):
+        small["head_dim"] = small["qk_rope_head_dim"]
     for name, value in fields.items():
         if (
             isinstance(value, list | tuple)
