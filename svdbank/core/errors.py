@@ -6,6 +6,11 @@ An error says what is wrong, where and why; ``hint`` is the next command to run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+#: Names spelled out in an error before "and n more".
+_NAMED = 3
+
 
 class SvdbankError(Exception):
     """Base of all errors raised on purpose. ``hint`` names what to do next."""
@@ -83,3 +88,9 @@ def missing_extra(package: str, extra: str) -> MissingExtraError:
         f"this needs the package {package!r}, which is not installed",
         hint=f"pip install 'svdbank[{extra}]'",
     )
+
+
+def abridge(names: Sequence[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -11,9 +11,9 @@ from torch import Tensor
 from svdbank.adapter.model import Adapter
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.checkpoint.writing.tensors import WrittenCheckpoint
+from svdbank.core.errors import abridge
 from svdbank.core.specs import Struct, WeightSpec
 from svdbank.fusion.addition import Addition
-from svdbank.fusion.matching import abridge
 
 FusedDtype = Literal["float32", "bfloat16", "float16"]
 

@@ -16,7 +16,7 @@ from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.naming.correspondence import Parameter, correspondence
 from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
-from svdbank.core.errors import OptionError, WrongBaseError
+from svdbank.core.errors import OptionError, WrongBaseError, abridge
 from svdbank.core.specs import TensorSource, WeightSpec
 
 #: What to do about whole modules that do not fit a checkpoint's tensors.
@@ -24,9 +24,6 @@ _WITH_PEFT = "merge it with PEFT: PeftModel.from_pretrained(model, ADAPTER).merg
 
 #: What to do about an adapter that changes one of a tied pair.
 _UNTIE = "--untie writes a tensor for each, and tie_word_embeddings: false"
-
-#: Names spelled out in an error before "and n more".
-_NAMED = 3
 
 
 def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> list[tuple[WeightSpec, AdaptedWeight]]:
@@ -152,9 +149,3 @@ def whole_tensors(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[Wei
         )
         full.append((spec, values))
     return full
-
-
-def abridge(names: Sequence[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

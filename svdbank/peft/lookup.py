@@ -16,15 +16,12 @@ from torch import Tensor
 from svdbank.adapter.methods import InitialisationMethod
 from svdbank.adapter.starting import Start, check_rank, check_sides, starting_factors
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, WrongBaseError
+from svdbank.core.errors import BankError, WrongBaseError, abridge
 from svdbank.core.probe import differing, is_readable, sample
 from svdbank.core.specs import Struct
 
 #: Nothing of a model found may mean that its names are not those of its files.
 _NONE_THERE = ", unless its type is loaded under other names than it is stored and not in the table of docs/architectures.md"
-
-#: Names spelled out in an error before "and n more".
-_NAMED = 3
 
 
 class UnverifiedBaseWarning(UserWarning):
@@ -136,7 +133,7 @@ def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[s
     if missing:
         leaves = sorted({label.partition("[")[0].rpartition(".")[2] for label in missing})
         raise BankError(
-            f"{bank.path}: the bank holds no basis for {_listed(missing)}",
+            f"{bank.path}: the bank holds no basis for {abridge(missing)}",
             hint="svdbank build MODEL "
             + " ".join(f"--targets {leaf}" for leaf in leaves)
             + " adds them to the bank"
@@ -178,11 +175,11 @@ def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -
     ):
         raise BankError(
             f"{bank.path}: PEFT takes in and out of these experts the other way round, so their bases do not fit its layers "
-            f"(Llama-4's are such); {_listed(wrong)}",
+            f"(Llama-4's are such); {abridge(wrong)}",
             hint="leave these parameters out of target_parameters: adapters on them are not supported",
         )
     if wrong:
-        raise WrongBaseError(f"{bank.path}: this bank describes another model; {_listed(wrong)}", hint=_REBUILD)
+        raise WrongBaseError(f"{bank.path}: this bank describes another model; {abridge(wrong)}", hint=_REBUILD)
 
 
 def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tuple[str, ...]:
@@ -199,7 +196,7 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
             different = [names[readable[i]] for i in wrong]
             raise WrongBaseError(
                 f"{bank.path}: {len(different)} of {len(readable)} weights of this model are not those the bank was built from: "
-                f"{_listed(different)}",
+                f"{abridge(different)}",
                 hint=_REBUILD,
             )
     known = set(readable)
@@ -212,8 +209,3 @@ def _transpose(target: Target) -> Target:
 
 
 _REBUILD = "load the model the bank was built from, or run svdbank build for this one"
-
-
-def _listed(items: Sequence[str]) -> str:
-    rest = len(items) - _NAMED
-    return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
