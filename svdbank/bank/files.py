@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
+from svdbank.core import disk
 from svdbank.core.errors import DamageError
 
 #: A part of a file: its name inside the bank, first byte, and the byte behind the last one.
@@ -20,9 +21,6 @@ Range = tuple[str, int, int]
 
 #: A small file (manifest, index, plan, record, metadata) is read whole; what claims to be larger than this is none.
 SMALL_FILE = 1 << 30
-
-#: A link could lead out of the bank, and opening a pipe would wait for its writer.
-_NO_LINKS_NO_WAITING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Files(Protocol):
@@ -80,15 +78,8 @@ class Folder:
     @staticmethod
     def _read(path: str, ranges: Iterator[Range]) -> list[bytes]:
         """The parts of one file."""
+        descriptor = disk.open_regular(path, error=DamageError)
         try:
-            descriptor = os.open(path, os.O_RDONLY | _NO_LINKS_NO_WAITING)
-        except (FileNotFoundError, NotADirectoryError) as cause:
-            raise FileNotFoundError(path) from cause
-        except OSError as cause:
-            raise DamageError(f"{path}: {cause.strerror}") from cause
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise DamageError(f"{path}: not a regular file")
             return [_read_exactly(descriptor, start, stop - start, path) for _, start, stop in ranges]
         finally:
             os.close(descriptor)

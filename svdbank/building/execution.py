@@ -19,7 +19,7 @@ from svdbank.building.preparation import PreparedBuild
 from svdbank.building.reading import Loaded, Reader
 from svdbank.building.records import Solved, log, shard_record
 from svdbank.building.shards import Batch, batched, in_order, shard_works
-from svdbank.building.solving import CpuSolver, GpuSolver, batch_solver
+from svdbank.building.solving import BatchSolver, GpuSolver, batch_solver
 from svdbank.building.stopwatch import Stopwatch
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.probe import taken
@@ -154,7 +154,7 @@ class _Worker:
                         yield from self._solved(reader, solver, at_once=at_once, threads=batch.threads)
 
     def _solved(
-        self, reader: Reader, solver: CpuSolver | GpuSolver, *, at_once: int, threads: int | None
+        self, reader: Reader, solver: BatchSolver, *, at_once: int, threads: int | None
     ) -> Iterator[tuple[WeightSpec, ...]]:
         """Solve batches, ``at_once`` at a time, while the next are read: those that follow with this thread count, or all (None)."""
         with ThreadPoolExecutor(at_once, "svdbank-solve") as solvers:
@@ -195,7 +195,7 @@ class _Worker:
         if nbytes and remote is not None:
             self.progress(Progress("download", min(remote.traffic.nbytes, nbytes), nbytes, "bytes"))
 
-    def _solve_and_record(self, batch: Batch, loaded: Loaded, solver: CpuSolver | GpuSolver) -> list[tuple[WeightSpec, ...]]:
+    def _solve_and_record(self, batch: Batch, loaded: Loaded, solver: BatchSolver) -> list[tuple[WeightSpec, ...]]:
         """Solve the weights of a batch's shards, giving each up once it is solved, and write them; the weights of each shard."""
         started = time.perf_counter()
         solved: list[Solved] = []

@@ -6,12 +6,12 @@ import hashlib
 import os
 import re
 import shlex
-import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from svdbank.core import disk
 from svdbank.core.disk import NewFile
 from svdbank.core.errors import CheckpointError
 
@@ -93,18 +93,11 @@ def _is_shared(target: Path, blobs: Path) -> bool:
 
 
 def open_regular(path: Path) -> int:
-    """A file descriptor for reading, close-on-exec. Links, pipes, devices and folders are refused."""
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    """A file descriptor for reading. Links, pipes, devices and folders are refused."""
     try:
-        fd = os.open(path, flags)
+        return disk.open_regular(path, error=CheckpointError)
     except FileNotFoundError as cause:
         raise CheckpointError(f"{path}: there is no such file") from cause
-    except OSError as cause:
-        raise CheckpointError(f"{path}: cannot be opened: {cause.strerror}") from cause
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CheckpointError(f"{path}: not a regular file")
-    return fd
 
 
 def read_document(path: Path, limit: int) -> bytes:

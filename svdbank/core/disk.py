@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -262,6 +263,23 @@ def remove_empty(path: Path) -> None:
     _about_to("rmdir", path)
     with contextlib.suppress(OSError):
         path.rmdir()
+
+
+def open_regular(path: str | os.PathLike[str], *, error: type[SvdbankError]) -> int:
+    """A file descriptor for reading what a stranger may have put there: a link could lead out, and opening a pipe would wait.
+
+    FileNotFoundError where there is no such file; ``error`` for a link, pipe, device or folder, and where it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        raise FileNotFoundError(str(path)) from cause
+    except OSError as cause:
+        raise error(f"{path}: cannot be opened: {cause.strerror}") from cause
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise error(f"{path}: not a regular file")
+    return descriptor
 
 
 def sha256_file(path: Path) -> str:

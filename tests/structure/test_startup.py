@@ -17,14 +17,15 @@ from tests.structure.source import ROOT
 #: Packages of models and trainers, which cost seconds.
 TRAINING = ("transformers", "peft", "accelerate", "datasets", "matplotlib")
 
-#: A command's arguments (BANK stands for a bank's folder, LAW and MED for adapters of its base), and the packages that it must
-#: answer without.
+#: A command's arguments (BANK stands for a bank's folder, MODEL for a model's, PLANNED for one that is not there, LAW and MED for
+#: adapters of the bank's base), and the packages that it must answer without on a machine without a GPU.
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "help": (["--help"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "ls": (["ls"], ("torch", "zarr", "numpy", *TRAINING)),
     "info": (["info", "BANK"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "verify": (["verify", "BANK"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "verify --data": (["verify", "BANK", "--data"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
+    "plan": (["plan", "MODEL", "-o", "PLANNED"], ("torch", "zarr", "huggingface_hub", *TRAINING)),
     "compare": (["compare", "LAW", "MED"], ("zarr", "huggingface_hub", "scipy", *TRAINING)),
 }
 
@@ -48,11 +49,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_loads_only_what_it_uses(name: str, home: Path, tmp_path: Path) -> None:
+def test_a_command_loads_only_what_it_uses(name: str, home: Path, minilm: Path, tmp_path: Path) -> None:
     arguments, absent = COMMANDS[name]
-    places = {"BANK": home / "banks" / "model-0" / "r18-both-float32", "LAW": home / "law", "MED": home / "med"}
+    places = {
+        "BANK": home / "banks" / "model-0" / "r18-both-float32",
+        "LAW": home / "law",
+        "MED": home / "med",
+        "MODEL": minilm,
+        "PLANNED": tmp_path / "planned",
+    }
     command = [sys.executable, "-c", _PROBE, str(tmp_path / "loaded"), *(str(places.get(a, a)) for a in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SVDBANK_HOME": str(home)})
+    environment = os.environ | {"SVDBANK_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "no banks yet" not in done.stdout
     loaded = json.loads((tmp_path / "loaded").read_text())
