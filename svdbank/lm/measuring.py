@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.adapters import acting
-from svdbank.lm.scores import BASE, Score, Tally
+from svdbank.lm.scores import BASE, Score, TextTally
 from svdbank.lm.windows import Window, batches, windows
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def measure(
     tell: ProgressCallback,
 ) -> list[Score]:
     """Scores of the base and every adapter on one text."""
-    tallies = {name: Tally() for name in (BASE, *stacks)}
+    tallies = {name: TextTally() for name in (BASE, *stacks)}
     seen = 0
     for batch in batches(windows(documents, tokenizer, length, limit), batch_size):
         sums = {}

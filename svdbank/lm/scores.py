@@ -68,7 +68,7 @@ class Moments:
 
 
 @dataclass
-class Tally:
+class TextTally:
     """Sums of one adapter on one text, by window and by document."""
 
     windows: tuple[Moments, Moments] = field(default_factory=lambda: (Moments(), Moments()))
