@@ -5,6 +5,10 @@ against the one intended, ‖(W' − W) − ΔW‖ / ‖ΔW‖ over all adapted 
 
     python -m benchmarks.fusion [--model FOLDER] [--repeat N] [--mergekit PATH] [--json]
 
+"recorded" is the same LoRA as svdbank writes it, with the hash of each weight that it belongs to, so that ``fuse`` hashes the base as well.
+"of the copy" is the median over the rounds of work divided by the work of that round's copy, which ends with an fsync of every file as
+``fuse`` does; the copy without fsync shows what of it is the disk.
+
 The model is SmolLM2-135M-Instruct as the demo makes it, the adapter a rank-16 LoRA on every linear weight. mergekit is no dependency:
 install it apart (``python -m venv mk && mk/bin/pip install mergekit==0.1.5``) and name its command: ``--mergekit mk/bin/mergekit-yaml``.
 """
@@ -20,11 +24,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 RANK = 16
+
+COPY_ALONE = """
+import os, shutil, sys, time
+from pathlib import Path
+begun = time.perf_counter()
+target = Path(sys.argv[3])
+target.mkdir()
+for file in Path(sys.argv[1]).iterdir():
+    shutil.copyfile(file, target / file.name)
+"""
 
 COPY = """
 import os, shutil, sys, time
@@ -85,6 +100,23 @@ def make_adapter(model: Path, folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
+def record_base(model: Path, adapter: Path, folder: Path) -> None:
+    """The adapter as svdbank writes it, with the hash of every weight of the base that it changes."""
+    from svdbank.adapter.reading import read_adapter
+    from svdbank.adapter.weights import BaseWeight
+    from svdbank.adapter.writing import write_adapter
+    from svdbank.checkpoint.source import open_checkpoint
+    from svdbank.fusion.matching import match_weights
+
+    opened = read_adapter(adapter)
+    with open_checkpoint(model) as checkpoint:
+        pairs = zip(opened.weights, match_weights(opened, checkpoint, other=False), strict=True)
+        weights = {
+            key: replace(weight, source=BaseWeight(spec.name, checkpoint.read_hashed(spec)[1])) for key, (spec, weight) in pairs
+        }
+    write_adapter(replace(opened, weights=weights), folder)
+
+
 def run(command: list[str], output: Path) -> dict[str, float]:
     """One process from start to end; what it printed last, and its seconds."""
     shutil.rmtree(output, ignore_errors=True)
@@ -136,10 +168,17 @@ def measure(model: Path, *, repeat: int, mergekit: str | None) -> dict[str, Any]
         folder = Path(name)
         adapter, output = folder / "adapter", folder / "output"
         make_adapter(model, adapter)
-        programs = {"plain copy": COPY, "svdbank fuse": FUSE, "PEFT merge_and_unload": PEFT}
+        record_base(model, adapter, folder / "recorded")
+        programs = {
+            "copy without fsync": (COPY_ALONE, adapter),
+            "plain copy": (COPY, adapter),
+            "svdbank fuse": (FUSE, adapter),
+            "svdbank fuse, recorded": (FUSE, folder / "recorded"),
+            "PEFT merge_and_unload": (PEFT, adapter),
+        }
         commands = {
-            way: [sys.executable, "-c", program + ENDING, str(model), str(adapter), str(output)]
-            for way, program in programs.items()
+            way: [sys.executable, "-c", program + ENDING, str(model), str(lora), str(output)]
+            for way, (program, lora) in programs.items()
         }
         if mergekit is not None:
             commands["mergekit"] = mergekit_command(mergekit, folder, model, adapter, output)
@@ -149,8 +188,11 @@ def measure(model: Path, *, repeat: int, mergekit: str | None) -> dict[str, Any]
                 row = rows.setdefault(way, {})
                 for key, value in run(command, output).items():
                     row.setdefault(key, []).append(value)
-                if way != "plain copy" and "error" not in row:
+                if "copy" not in way and "error" not in row:
                     row["error"] = [error_of(model, adapter, output)]
+    for row in rows.values():
+        if "work" in row:
+            row["of_copy"] = [own / copy for own, copy in zip(row["work"], rows["plain copy"]["work"], strict=True)]
     ways = {way: {key: median(values) for key, values in row.items()} for way, row in rows.items()}
     return {"bytes": nbytes, "repeat": repeat, "machine": platform.machine(), "cpus": os.cpu_count(), "ways": ways}
 
@@ -172,10 +214,11 @@ def main() -> None:
     if not options.json:
         megabytes = result["bytes"] / 1e6
         print(f"{model.name}, {megabytes:.0f} MB, LoRA r {RANK} on every linear weight; median of {options.repeat}\n")
-        print(f"{'':24}{'process s':>10}{'work s':>9}{'work MB/s':>11}{'peak MiB':>10}{'error of ΔW':>13}")
+        print(f"{'':24}{'process s':>10}{'work s':>9}{'work MB/s':>11}{'of the copy':>13}{'peak MiB':>10}{'error of ΔW':>13}")
         for way, row in result["ways"].items():
             work = row.get("work", row["process"])
             figures = f"{row['process']:10.2f}{work:9.2f}{megabytes / work:11.0f}"
+            figures += f"{row['of_copy']:13.2f}" if "of_copy" in row else f"{'':>13}"
             peak = f"{row['peak_mib']:10.0f}" if "peak_mib" in row else f"{'':>10}"
             print(f"{way:24}{figures}{peak}" + (f"{row['error']:13.2%}" if "error" in row else ""))
         if options.mergekit is None:
