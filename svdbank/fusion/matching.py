@@ -12,8 +12,7 @@ from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
 from svdbank.adapter.weights import AdaptedWeight
 from svdbank.bank.index import base_digest
-from svdbank.checkpoint.configuration import facts
-from svdbank.checkpoint.naming.correspondence import Parameter, correspondence
+from svdbank.checkpoint.naming.matrices import matrices as matrices_of
 from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError, WrongBaseError, abridge
@@ -115,16 +114,12 @@ def whole_tensors(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[Wei
     """The tensors of ``modules_to_save``, each with the stored tensor that it replaces."""
     if not saved.tensors:
         return []
-    about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
-    found: dict[str, Parameter] = {}
-    for parameter in correspondence(checkpoint.tensors, about).parameters:
-        if parameter.expert is None and len(parameter.sources) == 1:
-            found[parameter.name] = parameter
+    found = matrices_of(checkpoint).whole
     names = matched({key: key for key in found}, list(saved.tensors))
     users = _users(decomposable(checkpoint, (".*",))[0])
     full = []
     for key, values in saved.tensors.items():
-        source = found[names[key]].sources[0] if key in names else None
+        source = found[names[key]] if key in names else None
         why, hint = None, _WITH_PEFT
         if source is None:
             why = "the model stores no tensor of that name"

@@ -10,7 +10,7 @@ from svdbank.adapter.folder import SavedModules
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
 from svdbank.checkpoint.configuration import facts
-from svdbank.checkpoint.naming.correspondence import architecture_of, is_listed
+from svdbank.checkpoint.naming.matrices import matrices
 from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError
@@ -57,22 +57,23 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     embedding, head = pair
     about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
-    row = architecture_of(about)
-    plain = bool(about.architectures) and all(name.endswith(_CLASSES) for name in about.architectures)
-    if not (
-        plain
-        and is_listed(about)
-        and row.prefix
-        and row.head == "lm_head"
-        and not about.parts
-        and HEAD not in checkpoint.tensors
-    ):
+    plain = bool(about.architectures) and all(name.endswith(_CLASSES) for name in about.architectures) and not about.parts
+    source = embedding.sources[0]
+    tensors = checkpoint.tensors | {HEAD: msgspec.structs.replace(source, name=HEAD)}
+    made = dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config | UNTIED, kept={})
+    if HEAD in checkpoint.tensors or not plain or matrices(checkpoint).decided == "names" or not _reads(made):
         kind = ", ".join(about.architectures) or about.model_type or "it has no config.json"
         raise OptionError(
             f"{checkpoint.name}: {embedding.module} and {head.module} cannot be untied: that this model ({kind}) reads a head of its "
             "own and then does the same is not known",
             hint="untie it by its own class: give the head a copy, set tie_word_embeddings to false, save_pretrained",
         )
-    source = embedding.sources[0]
-    tensors = checkpoint.tensors | {HEAD: msgspec.structs.replace(source, name=HEAD)}
-    return dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config | UNTIED, kept={})
+    return made
+
+
+def _reads(checkpoint: Checkpoint) -> bool:
+    """True where the model's output head is :data:`HEAD` under that very name."""
+    return any(
+        role.kind == "head" and f"{role.module}.weight" == HEAD and parameter.sources == (checkpoint.tensors[HEAD],)
+        for role, parameter in matrices(checkpoint).found
+    )

@@ -40,9 +40,11 @@ class Matrices:
     tied
         Module of the output head and the embedding that it is, where it has no tensor of its own.
     names
-        Of each tensor: the parameter that it is, or is part of.
+        Of each tensor: the parameter that it is, or is part of; its own name where the model has none for it.
     reasons
         Of each tensor that makes no matrix: why.
+    whole
+        Of each parameter that is one stored tensor as it is, vectors too: that tensor.
     decided
         Who knew: ``table``, ``names`` (nobody), or Transformers' version and class.
     doubt
@@ -53,6 +55,7 @@ class Matrices:
     tied: tuple[str, Parameter] | None
     names: dict[str, str]
     reasons: dict[str, str]
+    whole: dict[str, TensorSource]
     decided: str
     doubt: str | None = None
 
@@ -115,13 +118,18 @@ def by_table(
         else:
             reasons.update((source.name, role) for source in parameter.sources)
     head = tied_head(about, members, architecture_of(about).head)
-    return Matrices(members, head, found.names, reasons, decided, doubt)
+    whole = {
+        parameter.name: parameter.sources[0]
+        for parameter in found.parameters
+        if parameter.expert is None and len(parameter.sources) == 1
+    }
+    return Matrices(members, head, found.names, reasons, whole, decided, doubt)
 
 
 def by_tree(tensors: Mapping[str, TensorSource], config: Mapping[str, object], about: ModelFacts) -> Matrices:
     """What Transformers makes of the tensors. Raises :class:`~svdbank.checkpoint.naming.tree.UnknownModelError`."""
-    from svdbank.checkpoint.naming.symbolic import NotTracedError
-    from svdbank.checkpoint.naming.tree import ModuleTree
+    from svdbank.checkpoint.naming.symbolic import NotTracedError, View
+    from svdbank.checkpoint.naming.tree import ModuleTree, is_whole
 
     tree = ModuleTree(config, about)
     made = tree.made_from(tensors)
@@ -162,7 +170,13 @@ def by_tree(tensors: Mapping[str, TensorSource], config: Mapping[str, object], a
         ),
         None,
     )
-    return Matrices(members, tied, made.names, reasons, f"Transformers {tree.version}: {tree.name}")
+    whole = {
+        name: tensors[places.source]
+        for name, places in made.places.items()
+        if isinstance(places, View) and is_whole(places, tensors)
+    }
+    names = made.names | {name: name for name in made.reasons if name not in made.names}
+    return Matrices(members, tied, names, reasons, whole, f"Transformers {tree.version}: {tree.name}")
 
 
 def _pieces(

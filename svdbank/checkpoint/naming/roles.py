@@ -48,6 +48,7 @@ _NORM = re.compile(r"(?:.*_)?(?:layer_?norm|rms_?norm|norm\d*|ln(?:_?\d+|_\w+)?)
 _HEAD_NAMES = frozenset({"lm_head", "embed_out", "generator_lm_head", "vocab_projector"})
 _HEAD_ENDS = ("lm_head.decoder", "predictions.decoder", "pred_layer.proj")
 _NUMBERED = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
+_TOWER = re.compile(r"(?:^|[._])(?:visual|vision|image|audio|speech|merger|projector|connector|adapter)(?:[._]|$)")
 _HEAD_HINT = re.compile(r"head|out|decoder|predictions|logits|unembed", re.IGNORECASE)
 
 _WITH_HEAD = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
@@ -109,7 +110,8 @@ def _kind(
     if own in ("gate", "router") and parent in experts_under:
         return "router"
     # Outside the numbered layers, a matrix with a row for each token is one end of the model whatever it is called.
-    if shape[0] == about.vocab_size and not _NUMBERED.search(module):
+    # The table's types have theirs under the names above; elsewhere a tower's matrix may be as wide by chance.
+    if shape[0] == about.vocab_size and not is_listed(about) and not _NUMBERED.search(module) and not _TOWER.search(module):
         return "head" if _HEAD_HINT.search(module) else "embedding"
     return "linear"
 

@@ -1,0 +1,67 @@
+"""A matrix of a tower that has as many rows as there are tokens is no end of the model: its class says so, not its shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import svdbank
+from svdbank.checkpoint import decomposable, open_checkpoint
+from tests.architectures import plain, small
+
+RANK = 2
+
+
+def made(model_type: str, folder: Path) -> tuple[nn.Module, str]:
+    """A small model whose vocabulary is as large as the merger is wide, loaded from its folder, and the merger's matrix."""
+    model = small.small_model(model_type)
+    module, width = next(
+        (path, linear.out_features)
+        for path, linear in model.named_modules()
+        if isinstance(linear, nn.Linear) and path.endswith("merger.linear_fc1") and "deepstack" not in path
+    )
+    anything, generator = model, torch.Generator().manual_seed(3)
+    anything.resize_token_embeddings(width, mean_resizing=False)
+    small.fill(model, 3)
+    for parameter in model.parameters():
+        if parameter.shape[:1] == (width,):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    loaded, lost = small.saved(model, folder)
+    assert not lost and loaded.config.get_text_config().vocab_size == width
+    return loaded, module
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5"])
+def test_a_merger_as_wide_as_the_vocabulary_is_linear_and_fused(model_type: str, tmp_path: Path) -> None:
+    base, module = made(model_type, tmp_path / "model")
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        specs, _ = decomposable(checkpoint)
+        spec = next(spec for spec in specs if spec.module == module)
+        assert spec.kind == "linear" and (spec.out_features, spec.in_features) == base.get_submodule(module).weight.shape
+
+    adapted, generator = plain.attached(base, RANK, lora_alpha=2 * RANK), torch.Generator().manual_seed(1)
+    for name, value in adapted.named_parameters():
+        if ".lora_" in name:
+            value.data = torch.randn(value.shape, generator=generator) * 0.1
+    adapted.save_pretrained(str(tmp_path / "lora"))
+    assert module in {matrix.path for matrix in plain.matrices(adapted)}
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    svdbank.fuse(tmp_path / "model", tmp_path / "lora", tmp_path / "fused")
+    fused = dict(type(base).from_pretrained(tmp_path / "fused").named_parameters())
+    assert merged.keys() == fused.keys()
+    for name, values in merged.items():
+        assert float((fused[name] - values).norm()) <= 1e-5 * float(values.norm()), name
+
+
+def test_tensors_that_the_class_does_not_have_are_left_out_with_that_reason(tmp_path: Path) -> None:
+    """Transformers writes shieldgemma2's language model under names that it does not read again."""
+    _, lost = small.saved(small.small_model("shieldgemma2"), tmp_path / "model")
+    assert lost
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        specs, skips = decomposable(checkpoint)
+        assert specs and {skip.reason for skip in skips if "language_model.model." in skip.name} == {
+            "no parameter of Gemma3ForConditionalGeneration"
+        }
