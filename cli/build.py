@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from svdbank_cli.options import BuildOptions, build_options, device_option, with_output
-from svdbank_cli.output import Output, dequantised, duration, size
+from svdbank_cli.output import Output, dequantised, duration, named_by, size
 
 if TYPE_CHECKING:
     from svdbank.building.fetching import FetchReport
@@ -74,6 +74,7 @@ def _text(report: BuildReport) -> str:
         lines.insert(1, dequantised(report.quantised))
     if not report.same_bytes:
         lines.append("the bank was built from the same values saved in another dtype: it serves this model as it is")
+    lines += [f"names: {line}" for line in named_by(report.decided, report.doubt, report.decided_before)]
     if fetched := _fetch(report.fetch):
         lines.append(fetched)
     if report.fallbacks:

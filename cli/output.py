@@ -120,6 +120,23 @@ def dequantised(formats: dict[str, int]) -> str:
     return f"{sum(formats.values())} weights are stored as {', '.join(codes)} codes: the bank describes the dequantised values"
 
 
+def named_by(decided: str, doubt: str | None, before: Sequence[str]) -> list[str]:
+    """What to say of who knew which matrices there are; nothing where it was this package's own table."""
+    lines = []
+    if decided == "names":
+        lines.append(f"nothing but the stored names was known{f': {doubt}' if doubt else ''}; attaching compares values")
+    elif decided != "table":
+        lines.append(f"modules as {decided} has them")
+    elif doubt:
+        lines.append(f"by svdbank's own table: {doubt}")
+    if before:
+        lines.append(f"what the bank holds already was named by {' and '.join(_KNEW.get(one, one) for one in before)}")
+    return lines
+
+
+_KNEW = {"table": "svdbank's own table", "names": "the stored names alone"}
+
+
 class ProgressView:
     """Shows progress: a bar on a terminal, else a line every few seconds, or JSON lines."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from svdbank_cli.options import BuildOptions, build_options, device_option, with_output
-from svdbank_cli.output import Output, dequantised, duration, size, table
+from svdbank_cli.output import Output, dequantised, duration, named_by, size, table
 
 if TYPE_CHECKING:
     from svdbank.building.fetching import FetchPlan
@@ -93,6 +93,7 @@ def _text(report: PlanReport) -> str:
         lines.insert(-2, _fetch(report.fetch))
     if report.quantised:
         lines.append(f"quantised {dequantised(report.quantised)}")
+    lines += [f"names     {line}" for line in named_by(report.decided, report.doubt, report.decided_before)]
     lines += [f"tied      {alias.name} is {alias.of} with the sides exchanged: solved once" for alias in report.plan.aliases]
     for reason, count in reasons.most_common():
         names = ", ".join(examples[reason][:_SHOWN_SKIPS]) + (", …" if count > _SHOWN_SKIPS else "")

@@ -10,6 +10,7 @@ import numpy as np
 from svdbank.bank.layout import STORED, weights_per_shard
 from svdbank.building.devices import GPU_KINDS
 from svdbank.building.request import MOST_JOBS
+from svdbank.checkpoint.naming.matrices import matrices
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import BankError
 from svdbank.core.processors import available_cpus
@@ -47,6 +48,7 @@ def make_plan(
         family = _family(slug if generation == 0 else f"{slug}-x{generation}", members, options)
         families.append(family)
         shards += _shards(family, options)
+    knew = matrices(checkpoint)
     base = BaseSpec(name=checkpoint.name, revision=checkpoint.revision, config_digest=checkpoint.config_digest)
     return Plan(
         format=1,
@@ -57,6 +59,8 @@ def make_plan(
         skips=tuple(skips),
         aliases=tuple(aliases),
         devices={kind: {family.name: _device_path(family, kind, options.solver) for family in families} for kind in GPU_KINDS},
+        decided=knew.decided,
+        doubt=knew.doubt,
     )
 
 

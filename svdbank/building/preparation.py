@@ -41,6 +41,8 @@ class PreparedBuild:
         How the weights of ``todo`` come.
     same_bytes
         False where the published bank was built from the same values, saved in another dtype.
+    decided_before
+        Who knew which matrices there are for what is published, where that is another than for the plan.
     """
 
     root: Path
@@ -52,6 +54,7 @@ class PreparedBuild:
     recorded: int
     fetch: FetchPlan
     same_bytes: bool
+    decided_before: tuple[str, ...]
 
     @property
     def is_published(self) -> bool:
@@ -72,7 +75,9 @@ def prepare(checkpoint: Checkpoint, request: BuildRequest, *, device: str, progr
     plan = found.plan
     if not plan.families and not plan.aliases:
         fetch = plan_fetch(checkpoint, (), request.fetch, root=found.root, bank_bytes=0)
-        return PreparedBuild(found.root, plan, found.generation, {}, (), len(found.published or ()), 0, fetch, same)
+        return PreparedBuild(
+            found.root, plan, found.generation, {}, (), len(found.published or ()), 0, fetch, same, found.decided_before
+        )
     refuse_full_disk(found.root, plan)
     writer = BankWriter(found.root, plan, generation=found.generation)
     weights = {weight.name: weight for weight in found.new}
@@ -87,7 +92,9 @@ def prepare(checkpoint: Checkpoint, request: BuildRequest, *, device: str, progr
     for work, record in kept:
         check_recorded(checkpoint, work.weights, record, plan.base, found.root)
     count = sum(len(record.weights) for _, record in kept)
-    return PreparedBuild(found.root, plan, found.generation, weights, todo, len(found.published or ()), count, fetch, same)
+    return PreparedBuild(
+        found.root, plan, found.generation, weights, todo, len(found.published or ()), count, fetch, same, found.decided_before
+    )
 
 
 def _check_published(checkpoint: Checkpoint, found: Survey, progress: ProgressCallback) -> bool:

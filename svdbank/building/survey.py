@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from svdbank.building.request import BuildRequest
 from svdbank.cache import default_output, refuse_foreign_folder
 from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
-from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.errors import BankError, OptionError, SvdbankError, WrongBaseError
 from svdbank.core.specs import BuildOptions, Plan, Skip, WeightSpec, from_json
 
 
@@ -35,6 +36,8 @@ class Survey:
         at the place: building the weights of that plan resumes it.
     recorded
         Names of the weights whose shards an unfinished build has recorded.
+    decided_before
+        Who knew which matrices there are for the plans that are published already, where that is another than of :attr:`plan`.
     asked, skips, known
         What was asked for, what is left out of the model and why, and where the published weights lie in the checkpoint.
     """
@@ -48,6 +51,7 @@ class Survey:
     asked: tuple[WeightSpec, ...]
     skips: tuple[Skip, ...]
     known: tuple[WeightSpec, ...]
+    decided_before: tuple[str, ...]
 
     @property
     def new(self) -> list[WeightSpec]:
@@ -85,7 +89,18 @@ def survey(checkpoint: Checkpoint, request: BuildRequest) -> Survey:
     if begun and new:
         plan = _unfinished(frozen, plan)
         recorded = _recorded(root, plan)
-    return Survey(root, published, generation, plan, begun, recorded, tuple(asked), tuple(skips), known)
+    before = _others_decided(root, generation, plan.decided)
+    return Survey(root, published, generation, plan, begun, recorded, tuple(asked), tuple(skips), known, before)
+
+
+def _others_decided(root: Path, generations: int, now: str) -> tuple[str, ...]:
+    """Who decided the published plans, without ``now``. A plan that cannot be read is left to who checks the bank."""
+    before = []
+    for generation in range(generations):
+        with contextlib.suppress(SvdbankError, OSError):
+            where = root / plan_name(generation)
+            before.append(from_json(read_regular(where), Plan, where=str(where), error=BankError).decided)
+    return tuple(dict.fromkeys(decided for decided in before if decided != now))
 
 
 def _published(root: Path, options: BuildOptions) -> tuple[Bank | None, int]:

@@ -308,7 +308,8 @@ class Plan(Struct, frozen=True, omit_defaults=True):
     """What a build will do, from headers alone. Fixes every byte of the bank; frozen into it.
 
     ``shards`` say how a CPU solves; ``devices`` maps each kind of GPU to what it does for each family, so that a bank begun on one machine
-    goes on on another.
+    goes on on another. ``decided`` is who knew which matrices a model of these tensors has: ``table`` (this package's own), Transformers'
+    version and class, or ``names`` where nobody did, and ``doubt`` then says why.
     """
 
     format: Literal[1]
@@ -319,6 +320,8 @@ class Plan(Struct, frozen=True, omit_defaults=True):
     skips: tuple[Skip, ...]
     aliases: tuple[Alias, ...] = ()
     devices: dict[str, dict[str, DevicePath]] = {}
+    decided: str = "table"
+    doubt: str | None = None
 
 
 class Progress(Struct, frozen=True):

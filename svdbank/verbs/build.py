@@ -32,7 +32,8 @@ class BuildReport(Struct, frozen=True):
     """What a build did. ``solved`` weights were decomposed now, ``reused`` were there already.
 
     ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values. ``stages`` are
-    seconds by what they were spent on, summed over threads that work beside each other: they come to more than ``seconds``.
+    seconds by what they were spent on, summed over threads that work beside each other: they come to more than ``seconds``. ``decided``,
+    ``doubt`` and ``decided_before`` as in :class:`~svdbank.verbs.plan.PlanReport`.
     """
 
     bank: str
@@ -48,6 +49,9 @@ class BuildReport(Struct, frozen=True):
     device: str
     stages: dict[str, float]
     same_bytes: bool = True
+    decided: str = "table"
+    doubt: str | None = None
+    decided_before: tuple[str, ...] = ()
 
 
 def build(
@@ -150,6 +154,9 @@ def build(
         device=str(where),
         stages=done.stages,
         same_bytes=prepared.same_bytes,
+        decided=prepared.plan.decided,
+        doubt=prepared.plan.doubt,
+        decided_before=prepared.decided_before,
     )
     if on_report is not None:
         on_report(summary)

@@ -43,7 +43,8 @@ class PlanReport(Struct, frozen=True):
     ``fetch_bytes`` are read from the checkpoint, ``write_bytes`` and ``files`` written to ``output``, ``peak_bytes`` the memory bound.
     ``quantised`` counts the weights stored as codes and scales, by format: the bank describes their dequantised values. ``device`` is the
     kind of device that paths, ``seconds`` and ``device_bytes`` (its memory, of one solve or batch at a time; None on a CPU) are of;
-    ``seconds`` is None where there is none of that kind here to time a solve on.
+    ``seconds`` is None where there is none of that kind here to time a solve on. ``decided`` and ``doubt`` are the plan's: who knew which
+    matrices there are; ``decided_before`` are others who did so for what is in the bank already.
     """
 
     model: str
@@ -62,6 +63,9 @@ class PlanReport(Struct, frozen=True):
     jobs: int
     seconds: float | None
     quantised: dict[str, int]
+    decided: str
+    doubt: str | None
+    decided_before: tuple[str, ...]
 
 
 def plan(
@@ -136,6 +140,9 @@ def plan(
             jobs=request.jobs,
             seconds=None if rate is None else sum(_flops(family) for family in families) / rate / at_once,
             quantised=quantised_formats(weight.dtype for weight in stored_weights),
+            decided=made.decided,
+            doubt=made.doubt,
+            decided_before=found.decided_before,
         )
 
 

@@ -229,7 +229,9 @@ def _made(config: Mapping[str, Any], about: ModelFacts) -> Any:
     from transformers import CONFIG_MAPPING
 
     if about.model_type not in CONFIG_MAPPING:
-        raise UnknownModelError(f"Transformers {transformers.__version__} knows no model type {about.model_type!r}")
+        its_own = "; the model's own code (auto_map) is not run" if "auto_map" in config else ""
+        what = f"knows no model type {about.model_type!r}" if about.model_type else "is told no model type by config.json"
+        raise UnknownModelError(f"Transformers {transformers.__version__} {what}{its_own}")
     _refuse_absurd(config)
     kept = _passed(config)
     with _silent(), torch.device("meta"):
