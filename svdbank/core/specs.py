@@ -19,6 +19,9 @@ from svdbank.core.errors import SvdbankError
 Side = Literal["both", "left"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
+#: What a matrix is in its model. A ``router`` of a mixture of experts is a bare parameter: PEFT adapts it through ``target_parameters``.
+WeightKind = Literal["linear", "embedding", "head", "router"]
+
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every description: immutable, comparable, strict when decoded."""
@@ -178,7 +181,7 @@ class WeightSpec(Struct, frozen=True):
     module
         Dotted path of the module that owns it; for an expert of a stacked parameter, of that parameter.
     kind
-        ``linear``, ``embedding`` or ``head``.
+        ``linear``, ``embedding``, ``head`` or ``router``.
     family
         Slug shared by the weights of the same role and shape; ``[a-z0-9._-]+``.
     out_features, in_features
@@ -194,7 +197,7 @@ class WeightSpec(Struct, frozen=True):
 
     name: str
     module: str
-    kind: Literal["linear", "embedding", "head"]
+    kind: WeightKind
     family: str
     out_features: int
     in_features: int
@@ -268,7 +271,7 @@ class FamilySpec(Struct, frozen=True):
     """Weights of one role and shape, stacked along one axis. ``rank`` is what the bank stores of each, after clamping."""
 
     name: str
-    kind: Literal["linear", "embedding", "head"]
+    kind: WeightKind
     out_features: int
     in_features: int
     rank: int

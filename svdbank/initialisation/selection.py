@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from svdbank.bank.reading import Bank
-from svdbank.checkpoint.naming.targets import parse_targets
+from svdbank.checkpoint.naming.targets import ALL_LINEAR_KINDS, parse_targets
 from svdbank.core.errors import OptionError
 
 
@@ -13,7 +13,9 @@ def selected(bank: Bank, targets: str | Sequence[str], exclude: str | Sequence[s
     """Names of the bank's weights that the options select; an option that matches nothing is an error."""
     wanted = parse_targets(targets)
     chosen = tuple(
-        name for name in bank.names if (wanted.all_linear and bank[name].kind == "linear") or wanted.named(bank[name].module)
+        name
+        for name in bank.names
+        if (wanted.all_linear and bank[name].kind in ALL_LINEAR_KINDS) or wanted.named(bank[name].module)
     )
     modules = [bank[name].module for name in chosen]
     silent = wanted.silent(modules)

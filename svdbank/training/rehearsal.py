@@ -10,7 +10,7 @@ import torch
 
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
-from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
+from svdbank.checkpoint.naming.targets import ALL_LINEAR, ALL_LINEAR_KINDS, parse_targets
 from svdbank.core.errors import BankError, OptionError
 from svdbank.lm.libraries import import_transformers, quiet_transformers
 from svdbank.lm.loading import CausalModel
@@ -24,7 +24,7 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
     transformers = import_transformers()
     if bank is not None:
         start, stop = free_band(options, bank)
-        short = [name for name in bank.names if bank[name].kind == "linear" and stop > bank[name].rank]
+        short = [name for name in bank.names if bank[name].kind in ALL_LINEAR_KINDS and stop > bank[name].rank]
         if options.on_top_of and short:
             raise BankError(
                 f"{bank.path}: the next free band is {start}:{stop}, and the bank holds {bank[short[0]].rank} directions of "

@@ -9,13 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from svdbank.checkpoint.configuration import ModelFacts
 from svdbank.checkpoint.dtypes import FLOATING
 from svdbank.checkpoint.naming.correspondence import Parameter, is_listed
-
-RoleKind = Literal["linear", "embedding", "head", "router"]
+from svdbank.core.specs import WeightKind
 
 #: Last name components of token embeddings, the ones an output head can be tied to; preferred first.
 TOKEN_EMBEDDINGS = (
@@ -59,7 +57,7 @@ class Role:
     """A matrix that can be decomposed: its module (of an expert its stacked parameter), what that is, whether it is stored (in, out)."""
 
     module: str
-    kind: RoleKind
+    kind: WeightKind
     transposed: bool
 
 
@@ -102,7 +100,7 @@ def _why_not_flat(parameter: Parameter, about: ModelFacts) -> str:
 
 def _kind(
     module: str, parent: str, own: str, shape: tuple[int, ...], about: ModelFacts, experts_under: Collection[str]
-) -> RoleKind:
+) -> WeightKind:
     if own in _HEAD_NAMES or any(module == end or module.endswith("." + end) for end in _HEAD_ENDS):
         return "head"
     if own in _EMBEDDING_NAMES or (_EMBEDDING.fullmatch(own) and not _PROJECTION.fullmatch(own)):

@@ -9,23 +9,22 @@ from collections.abc import Sequence
 from svdbank.checkpoint.naming.correspondence import Parameter
 from svdbank.checkpoint.naming.families import natural, with_families
 from svdbank.checkpoint.naming.matrices import matrices
-from svdbank.checkpoint.naming.roles import Role, RoleKind
-from svdbank.checkpoint.naming.targets import ALL_LINEAR, Targets, parse_targets
+from svdbank.checkpoint.naming.roles import Role
+from svdbank.checkpoint.naming.targets import ALL_LINEAR, ALL_LINEAR_KINDS, Targets, parse_targets
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError
-from svdbank.core.specs import Skip, WeightSpec
+from svdbank.core.specs import Skip, WeightKind, WeightSpec
 
-_ON_REQUEST: dict[RoleKind, str] = {
+_ON_REQUEST: dict[WeightKind, str] = {
     "embedding": "an embedding: decomposed when targeted by name",
     "head": "the output head: decomposed when targeted by name",
-    "router": "a mixture-of-experts router: decomposed when targeted by name",
 }
 
 
 def decomposable(checkpoint: Checkpoint, targets: Sequence[str] = (ALL_LINEAR,)) -> tuple[list[WeightSpec], list[Skip]]:
     """The weights that ``targets`` select, and every other tensor with the reason why it is left out.
 
-    ``targets`` speaks PEFT's language: ``all-linear`` (every linear weight, without embeddings, output head and routers), names
+    ``targets`` speaks PEFT's language: ``all-linear`` (every linear weight and router, without embeddings and output head), names
     that match the end of a module path, or one regular expression that matches a whole module path. Names may stand
     beside ``all-linear``: they then add to it.
 
@@ -44,7 +43,9 @@ def decomposable(checkpoint: Checkpoint, targets: Sequence[str] = (ALL_LINEAR,))
         candidates.append(_spec(Role(module, "head", transposed=False), embedding))
     candidates = with_families(candidates)
     chosen = [
-        spec for spec in candidates if (wanted.all_linear and kinds[spec.module] == "linear") or wanted.named(spec.module)
+        spec
+        for spec in candidates
+        if (wanted.all_linear and kinds[spec.module] in ALL_LINEAR_KINDS) or wanted.named(spec.module)
     ]
     unfit = {found.names[name]: reason for name, reason in reasons.items()}
     _refuse_unmatched(checkpoint, wanted, targets, candidates, chosen, unfit)
@@ -65,7 +66,7 @@ def _spec(role: Role, parameter: Parameter) -> WeightSpec:
     return WeightSpec(
         name=f"{role.module}.weight" if expert is None else f"{role.module}.{expert}",
         module=role.module,
-        kind="linear" if role.kind == "router" else role.kind,
+        kind=role.kind,
         family="",
         out_features=columns if role.transposed else rows,
         in_features=rows if role.transposed else columns,

@@ -15,6 +15,9 @@ from svdbank.core.errors import OptionError
 
 ALL_LINEAR = "all-linear"
 
+#: The kinds of weight that it means: PEFT takes routers, which were linear modules in older Transformers, as parameters.
+ALL_LINEAR_KINDS = frozenset({"linear", "router"})
+
 #: Characters that make a target a regular expression. The dot alone does not: it separates the components of a name.
 _META = re.compile(r"[\\^$*+?{}\[\]|()]")
 

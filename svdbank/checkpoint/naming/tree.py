@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdbank.checkpoint.configuration import ModelFacts
-from svdbank.checkpoint.naming.roles import RoleKind
 from svdbank.checkpoint.naming.symbolic import (
     Arrangement,
     NotTracedError,
@@ -28,7 +27,7 @@ from svdbank.checkpoint.naming.symbolic import (
     swapped,
     without_axis,
 )
-from svdbank.core.specs import TensorSource
+from svdbank.core.specs import TensorSource, WeightKind
 
 #: Keys of a configuration that are not passed on: they name code, kernels, other repositories or how weights are stored.
 _NOT_PASSED = re.compile(
@@ -54,7 +53,7 @@ class TreeWeight:
     """
 
     module: str
-    kind: RoleKind
+    kind: WeightKind
     shape: tuple[int, ...]
     transposed: bool
 
