@@ -27,8 +27,29 @@ tags:
 
 # {_NAMES[cache.method]} adapter, rank {cache.rank}
 
-{_mica(base, cache) if cache.method == "mica" else _residual(base, cache, written=settings.init_lora_weights is True)}
+{_body(base, settings, cache)}
 Base digest of these weights: `{cache.base_digest}`
+"""
+
+
+def _body(base: str, settings: LoraSettings, cache: AdapterCache) -> str:
+    if cache.method != "mica":
+        return _residual(base, cache, written=settings.init_lora_weights is True)
+    return _parameters(base, cache) if settings.target_parameters else _mica(base, cache)
+
+
+def _parameters(base: str, cache: AdapterCache) -> str:
+    return f"""A fresh adapter for {escaped(base)}, over {len(cache.weights)} weights, experts or routers among them.
+`B` holds {cache.rank} minor left singular vectors of each weight, and MiCA keeps it as it is; `A` is zero and is what training changes.
+PEFT has no MiCA for experts and routers. [svdbank](https://pypi.org/project/svdbank/) loads the adapter with `B` frozen:
+
+```python
+from svdbank.peft import load_adapter
+
+model = load_adapter(model, "path/to/this/folder")
+```
+
+`PeftModel.from_pretrained` loads the same values as an ordinary LoRA, **in which `B` trains too**.
 """
 
 

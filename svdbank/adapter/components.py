@@ -16,8 +16,9 @@ from torch import Tensor
 
 from svdbank.core.errors import OptionError
 
-#: What a weight is: in its model, a matrix or a table of vectors; of experts that a model keeps in one parameter, one of them.
-Kind = Literal["linear", "embedding", "expert"]
+#: What a weight is: in its model, a matrix or a table of vectors; of experts that a model keeps in one parameter, one of them; a matrix
+#: that PEFT adapts as a parameter, by its name (routers).
+Kind = Literal["linear", "embedding", "expert", "parameter"]
 
 #: A half-open interval [start, stop) of minor indices, 0 = the most minor direction.
 Band = tuple[int, int]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svdbank.adapter.card import composed_card
 from svdbank.adapter.entries import Entry, by_module, entries_of
-from svdbank.adapter.experts import parameters_of
+from svdbank.adapter.experts import target_fields
 from svdbank.adapter.folder import AdapterFolder, Factors, read_folder, write_folder
 from svdbank.adapter.methods import restored, restored_alpha
 from svdbank.adapter.reading import adapter_of
@@ -98,8 +98,7 @@ def for_inference(folder: AdapterFolder, start: Pairs | None) -> Converted:
         rank_pattern={},
         alpha_pattern={},
         base_model_name_or_path=base,
-        target_modules=sorted({entry.key for entry in entries if entry.kind != "expert"}),
-        target_parameters=sorted(set(parameters_of(folder).values())) or None,
+        **target_fields({entry.key: entry.kind for entry in sorted(entries, key=lambda entry: entry.key)}),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -30,7 +30,7 @@ class Entry:
 
 def entries_of(folder: AdapterFolder) -> Iterator[Entry]:
     """Every weight of a folder, stacked experts taken apart, with PEFT's rank, α and scale."""
-    parameters = parameters_of(folder)
+    parameters = parameters_of(folder.settings, folder.factors)
     for module, pair in folder.factors.items():
         path = parameters.get(module, module)
         rank, alpha = folder.rank(path), folder.alpha(path)
@@ -40,7 +40,7 @@ def entries_of(folder: AdapterFolder) -> Iterator[Entry]:
             continue
         pairs = split(pair.A, pair.B, rank, f"{folder.path / WEIGHTS}: {module}")
         if len(pairs) == 1 and path.endswith(".weight"):
-            yield Entry(path.removesuffix(".weight"), *pairs[0], rank, alpha, scale, "linear")
+            yield Entry(path.removesuffix(".weight"), *pairs[0], rank, alpha, scale, "parameter")
             continue
         for expert, (A, B) in enumerate(pairs):
             yield Entry(f"{path}.{expert}", A, B, rank, alpha, scale, "expert", len(pairs))

@@ -1,50 +1,112 @@
-"""Experts in an adapter folder: PEFT keeps the factors of all experts of a parameter in one pair of matrices.
+"""Parameters in an adapter folder: fused experts and routers, to which PEFT attaches by a parameter's name and not a module's.
 
-``A`` is (E·r, in), expert-major; ``B`` is (out, r·E), expert-minor. Each parameter of a module that ``target_parameters`` names has a
-wrapper; several wrap each other in the order in which the module registers its parameters, and the keys of a folder show that as
-``.base_layer``: the last parameter has none, the first one most.
+PEFT keeps the factors of all experts of a parameter in one pair of matrices: ``A`` is (E·r, in), expert-major; ``B`` is (out, r·E),
+expert-minor. Each parameter of a module that ``target_parameters`` names has a wrapper; several wrap each other in the order in which
+the module registers its parameters, and the keys of a folder show that as ``.base_layer``: the last parameter has none, the first one
+most. Ranks and alphas follow patterns of the parameter's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdbank.adapter.folder import AdapterFolder, bare
+from svdbank.adapter.components import Kind
+from svdbank.adapter.settings import LoraSettings
 from svdbank.core.errors import CheckpointError
+from svdbank.core.specs import WeightKind
 
 #: What transformers' expert modules register last: their output projection.
 _LAST = ("down_proj", "w2", "output_linear", "wo", "fc2")
 
 _NESTED = ".base_layer"
 
+#: Ends of module paths that PEFT takes for the experts and routers of older Transformers, where the model's are fused: it turns any
+#: target of these names into parameters of experts, also a shared expert's or a dense layer's. Named as parameters they stay themselves.
+_TAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
-def in_registration_order(parameters: Sequence[str]) -> list[str]:
+
+def kind_in_peft(module: str, kind: WeightKind, *, stacked: bool, fused: bool) -> Kind:
+    """How PEFT adapts a weight of a base. ``fused``: the model has fused experts, so that :data:`_TAKEN` names are to be avoided."""
+    if stacked:
+        return "expert"
+    if kind == "embedding":
+        return "embedding"
+    return "parameter" if kind == "router" or (fused and module.rpartition(".")[2] in _TAKEN) else "linear"
+
+
+def target_fields(kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """``target_modules`` and ``target_parameters`` of a config, from the kind of each weight by its key."""
+    parameters = {key.rpartition(".")[0] for key, kind in kinds.items() if kind == "expert"}
+    parameters |= {f"{key}.weight" for key, kind in kinds.items() if kind == "parameter"}
+    modules = [key for key, kind in kinds.items() if kind not in ("expert", "parameter")]
+    return {"target_modules": modules, "target_parameters": sorted(parameters) or None}
+
+
+def pattern_name(key: str, kind: Kind) -> str:
+    """What PEFT's rank and alpha patterns are matched with: the module of a weight, or its parameter."""
+    return key.rpartition(".")[0] if kind == "expert" else f"{key}.weight" if kind == "parameter" else key
+
+
+def bare(module: str) -> str:
+    """A module path without the ``base_layer`` by which PEFT nests wrappers of several parameters of one module."""
+    return ".".join(part for part in module.split(".") if part != "base_layer")
+
+
+def in_registration_order(parameters: Iterable[str]) -> list[str]:
     """Parameter names of one module in the order in which transformers registers them: the projection down comes last."""
     return sorted(parameters, key=lambda name: (name in _LAST, name))
 
 
-def parameter_of(module: str, modules: Sequence[str], target_parameters: Sequence[str]) -> str | None:
-    """Path of the parameter that a module path in a folder stands for; None for an ordinary module.
+def parameters_of(settings: LoraSettings, modules: Iterable[str]) -> dict[str, str]:
+    """Of the module paths in a folder those that stand for parameters, with the parameter's path.
 
-    ``modules`` are all module paths of the folder: they tell how deep the wrappers of a module go. Raises :class:`CheckpointError` where
-    the folder has another number of wrappers than the config has parameters.
+    ``modules`` are all of the folder: they tell how deep the wrappers of a module go. Raises :class:`CheckpointError` where the folder
+    has another number of wrappers than the config has parameters.
     """
-    owner = bare(module)
-    named = [p.rpartition(".") for p in target_parameters]
-    own = in_registration_order(
-        sorted({leaf for path, _, leaf in named if path and (owner == path or owner.endswith(f".{path}"))})
-    )
-    if not own:
-        return None
-    wrappers = sorted((other for other in modules if bare(other) == owner), key=len, reverse=True)
-    if len(wrappers) != len(own):
-        raise CheckpointError(
-            f"{owner}: the config targets {', '.join(own)}, the folder holds factors for {len(wrappers)} of them"
+    if not settings.target_parameters:
+        return {}
+    wrappers: defaultdict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        wrappers[bare(module)].append(module)
+    found: dict[str, str] = {}
+    for owner, own in wrappers.items():
+        names = _adapted(owner, len(own), settings)
+        found.update(
+            (module, f"{owner}.{name}") for module, name in zip(sorted(own, key=len, reverse=True), names, strict=bool(names))
         )
-    return f"{owner}.{own[wrappers.index(module)]}"
+    return found
+
+
+def _adapted(owner: str, count: int, settings: LoraSettings) -> list[str]:
+    """The ``count`` parameters of a module that PEFT wraps, the innermost first; none of an ordinary target module."""
+    by_path, by_name = set(), set()
+    for target in settings.target_parameters or ():
+        path, _, name = target.rpartition(".")
+        if not path:
+            by_name.add(name)
+        elif owner == path or owner.endswith(f".{path}"):
+            by_path.add(name)
+    if not by_path and (not by_name or _is_target(owner, settings.target_modules)):
+        return []
+    # A name alone is any module's parameter of that name, if it has one: the number of wrappers tells.
+    for names in (by_path, by_name, by_path | by_name):
+        if len(names) == count:
+            return in_registration_order(names)
+    said = ", ".join(in_registration_order(by_path or by_name))
+    raise CheckpointError(f"{owner}: the config targets {said}, the folder holds factors for {count} of them")
+
+
+def _is_target(module: str, targets: list[str] | str | None) -> bool:
+    """PEFT's rule for ``target_modules``."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets or ())
 
 
 def split(A: Tensor, B: Tensor, rank: int, where: str) -> list[tuple[Tensor, Tensor]]:
@@ -78,11 +140,3 @@ def wrapper_paths(parameters: Sequence[str]) -> dict[str, str]:
         for depth, leaf in enumerate(reversed(ordered)):
             paths[f"{owner}.{leaf}"] = owner + _NESTED * depth
     return paths
-
-
-def parameters_of(folder: AdapterFolder) -> Mapping[str, str]:
-    """Module path in the folder → parameter path, for the modules that stand for parameters."""
-    targets = folder.settings.target_parameters or ()
-    modules = tuple(folder.factors)
-    found = {module: parameter_of(module, modules, targets) for module in modules} if targets else {}
-    return {module: parameter for module, parameter in found.items() if parameter is not None}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from svdbank.adapter.card import card
 from svdbank.adapter.documents import Documents, read_documents
+from svdbank.adapter.experts import parameters_of
 from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
@@ -140,18 +141,6 @@ def read_folder(path: str | Path) -> AdapterFolder:
     return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, others)
 
 
-def _is_stacked(module: str, settings: LoraSettings) -> bool:
-    """Whether a module of a folder stands for parameters (experts) that PEFT's ``target_parameters`` names."""
-    owner = bare(module)
-    owners = [parameter.rpartition(".")[0] for parameter in settings.target_parameters or ()]
-    return any(owner == own or owner.endswith(f".{own}") for own in owners if own)
-
-
-def bare(module: str) -> str:
-    """A module path without the ``base_layer`` by which PEFT nests wrappers of several parameters of one module."""
-    return ".".join(part for part in module.split(".") if part != "base_layer")
-
-
 def _finite(tensor: Tensor) -> bool:
     """No NaN and no infinity: their sum would be one. Only where a sum of large values overflows is every entry looked at."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
@@ -177,13 +166,14 @@ def _read_factors(said: Documents) -> tuple[dict[str, Factors], tuple[str, ...]]
     if not halves:
         raise CheckpointError(f"{folder / WEIGHTS}: holds no LoRA factors")
     factors = {}
+    parameters = parameters_of(settings, halves)
     for module, pair in halves.items():
         if set(pair) != {"A", "B"}:
             raise CheckpointError(f"{folder / WEIGHTS}: {module} has only its {', '.join(pair)} factor")
         A, B = pair["A"], pair["B"]
-        rank = said.rank(module)
-        if settings.target_parameters and A.ndim == 2 and _is_stacked(module, settings):
-            rank = A.shape[0]  # experts times a rank whose pattern names the parameter: split_experts looks at it
+        rank = said.rank(parameters.get(module, module))
+        if module in parameters and A.ndim == 2 and A.shape[0] % rank == 0:
+            rank = A.shape[0]  # that of all experts together
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not rank {rank} as {CONFIG} says"

@@ -132,13 +132,15 @@ def read_record(source: Path) -> SlimRecord:
 
 def _references(folder: AdapterFolder, tensors: Mapping[str, Tensor], bank: Bank) -> dict[str, Reference]:
     """Tensors of B that are the bank's vectors to the bit, and which ones they are."""
-    parameters = parameters_of(folder)
+    parameters = parameters_of(folder.settings, folder.factors)
     pieces: dict[str, list[tuple[str, Tensor]]] = {}
     for module, pair in folder.factors.items():
         path = parameters.get(module, module)
         if module in parameters:
             pairs = split(pair.A, pair.B, folder.rank(path), module)
-            pieces[module] = [(f"{path}.{expert}", B) for expert, (_, B) in enumerate(pairs)]
+            alone = len(pairs) == 1 and path.endswith(".weight")
+            own = (path.removesuffix(".weight") if alone else f"{path}.{expert}" for expert in range(len(pairs)))
+            pieces[module] = [(key, B) for key, (_, B) in zip(own, pairs, strict=True)]
         else:
             pieces[module] = [(path, pair.B)]
     names = bank_names(bank, [key for parts in pieces.values() for key, _ in parts])

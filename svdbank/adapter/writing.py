@@ -12,6 +12,7 @@ import safetensors.torch
 from svdbank.adapter.card import composed_card
 from svdbank.adapter.components import Band, InBank
 from svdbank.adapter.entries import by_module
+from svdbank.adapter.experts import pattern_name, target_fields
 from svdbank.adapter.folder import Factors, write_folder
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.parts import parts_of
@@ -39,6 +40,8 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
         raise OptionError("B can stay frozen only where it stands on the bank's directions", hint="write it without trainable")
     factors, ranks = peft_factors(adapter.weights)
     settings = peft_settings(adapter, ranks, init="mica" if trainable else True)
+    if trainable and settings.target_parameters:  # PEFT has no MiCA for parameters
+        settings = msgspec.structs.replace(settings, init_lora_weights=True, inference_mode=False)
     cache = cache_of(adapter)
     extra = {} if len(adapter.names) < 2 else {COMPONENTS: safetensors.torch.save(parts_of(adapter), metadata={"format": "pt"})}
     readme = composed_card(settings, cache, adapter.names)
@@ -52,21 +55,18 @@ def peft_factors(weights: Mapping[str, AdaptedWeight]) -> tuple[dict[str, Factor
     kinds = {key: weight.kind for key, weight in weights.items()}
     counts = {key.rpartition(".")[0]: weight.experts for key, weight in weights.items() if weight.kind == "expert"}
     factors = by_module(pairs, kinds, counts)
-    ranks = {key: A.shape[0] for key, (A, _) in pairs.items() if kinds[key] != "expert"}
-    of_parameter: dict[str, list[int]] = {}
+    ranks: dict[str, int] = {}
     for key, (A, _) in pairs.items():
-        if kinds[key] == "expert":
-            of_parameter.setdefault(key.rpartition(".")[0], []).append(A.shape[0])
-    # PEFT keeps all experts of a parameter at one rank, the largest.
-    return factors, ranks | {parameter: max(own) for parameter, own in of_parameter.items()}
+        name = pattern_name(key, kinds[key])
+        # PEFT keeps all experts of a parameter at one rank, the largest.
+        ranks[name] = max(ranks.get(name, 0), A.shape[0])
+    return factors, ranks
 
 
 def peft_settings(adapter: Adapter, ranks: Mapping[str, int], *, init: bool | str) -> LoraSettings:
     """The config for factors whose scale is 1: α = r everywhere, other ranks by pattern."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     other = {module: rank for module, rank in ranks.items() if rank != common}
-    experts = [key for key, weight in adapter.weights.items() if weight.kind == "expert"]
-    parameters = sorted({key.rpartition(".")[0] for key in experts})
     return msgspec.structs.replace(
         adapter.settings,
         base_model_name_or_path=adapter.base.name,
@@ -74,8 +74,7 @@ def peft_settings(adapter: Adapter, ranks: Mapping[str, int], *, init: bool | st
         r=common,
         lora_alpha=common,
         use_rslora=False,
-        target_modules=[key for key, weight in adapter.weights.items() if weight.kind != "expert"],
-        target_parameters=parameters or None,
+        **target_fields({key: weight.kind for key, weight in adapter.weights.items()}),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

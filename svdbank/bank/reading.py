@@ -17,7 +17,7 @@ from svdbank.bank.files import Files, Folder
 from svdbank.bank.index import base_digest, read_coordinate, read_index, read_manifest, read_metadata
 from svdbank.bank.layout import ITEMSIZE, RANK_CHUNK, STORED, Index, Manifest, WeightRecord, shard_file, vector_arrays
 from svdbank.core.errors import BankError, DamageError, OptionError
-from svdbank.core.specs import Alias, FamilySpec
+from svdbank.core.specs import Alias, FamilySpec, WeightKind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,8 +61,8 @@ class StoredBasis:
         return self.record.name != f"{self.record.module}.weight"
 
     @property
-    def kind(self) -> str:
-        """``linear``, ``embedding`` or ``head``."""
+    def kind(self) -> WeightKind:
+        """``linear``, ``embedding``, ``head`` or ``router``."""
         return self.family.kind
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from svdbank.adapter.components import Free
+from svdbank.adapter.experts import kind_in_peft
 from svdbank.adapter.weights import AdaptedWeight, BaseWeight
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.dtypes import FLOATING
@@ -76,6 +77,7 @@ def differences(
 def adapted_weights(found: Sequence[WeightDifference], component: str) -> dict[str, AdaptedWeight]:
     """Those that differ, as the weights of an adapter with one component of that name."""
     experts = Counter(each.spec.module for each in found)
+    fused = any(each.spec.stacked for each in found)
     weights = {}
     for each in found:
         spec, best = each.spec, each.best
@@ -85,7 +87,7 @@ def adapted_weights(found: Sequence[WeightDifference], component: str) -> dict[s
             out_features=spec.out_features,
             in_features=spec.in_features,
             components={component: Free(best.A, best.B)},
-            kind="expert" if spec.stacked else "embedding" if spec.kind == "embedding" else "linear",
+            kind=kind_in_peft(spec.module, spec.kind, stacked=spec.stacked, fused=fused),
             source=BaseWeight(spec.name, each.sha256),
             experts=experts[spec.module] if spec.stacked else 0,
         )

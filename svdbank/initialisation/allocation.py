@@ -66,6 +66,13 @@ def allocate(
     return {name: (start, start + own) for name, own in ranks.items()}
 
 
+def highest(rank: int | None, band: Band | str | None) -> int:
+    """How many directions a weight without a pattern of its own has to have: the band's end, else the rank."""
+    if band is None or band == "auto":
+        return RANK if rank is None else rank
+    return _parsed(band)[1]
+
+
 def _parsed(band: Band | str) -> Band:
     if isinstance(band, str):
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", band)

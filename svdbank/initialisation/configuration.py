@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from svdbank.adapter.components import Kind
+from svdbank.adapter.experts import kind_in_peft, pattern_name, target_fields
 from svdbank.adapter.settings import by_pattern
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError
@@ -41,19 +43,31 @@ def _check_patterns(pattern: Mapping[str, float], paths: Iterable[str], what: st
             raise OptionError(f"{what} pattern {own!r} matches none of the adapted modules")
 
 
-def shape_fields(bank: Bank, names: Sequence[str], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+def keys_of(bank: Bank, names: Iterable[str]) -> dict[str, str]:
+    """What an adapter calls each weight."""
+    return {name: name if bank[name].stacked else bank[name].module for name in names}
+
+
+def kinds_of(bank: Bank, names: Iterable[str], *, dropout: float) -> dict[str, Kind]:
+    """How PEFT adapts each weight. It has no dropout for parameters, so that with one only experts and routers are taken as such."""
+    fused = not dropout and any(bank[name].stacked for name in bank.names)
+    return {name: kind_in_peft(bank[name].module, bank[name].kind, stacked=bank[name].stacked, fused=fused) for name in names}
+
+
+def shape_fields(
+    bank: Bank, names: Sequence[str], ranks: Mapping[str, int], alphas: Mapping[str, float], *, dropout: float = 0.0
+) -> dict[str, Any]:
     """The fields of a config that follow from ranks and alphas: the common ones, and patterns for the others."""
-    of_path = {bank[name].module: (ranks[name], alphas[name]) for name in names}
+    keys, kinds = keys_of(bank, names), kinds_of(bank, names, dropout=dropout)
+    of_path = {pattern_name(keys[name], kinds[name]): (ranks[name], alphas[name]) for name in names}
     pairs = list(of_path.values())
     rank, alpha = max(dict.fromkeys(pairs), key=pairs.count)
-    parameters = sorted({bank[name].module for name in names if bank[name].stacked})
     return {
         "r": rank,
         "lora_alpha": _as_integer(alpha),
         "rank_pattern": {path: r for path, (r, _) in of_path.items() if r != rank},
         "alpha_pattern": {path: _as_integer(a) for path, (_, a) in of_path.items() if a != alpha},
-        "target_modules": [path for path in of_path if path not in set(parameters)],
-        "target_parameters": parameters or None,
+        **target_fields({keys[name]: kinds[name] for name in names}),
     }
 
 

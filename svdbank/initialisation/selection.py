@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from svdbank.adapter.settings import by_pattern
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.naming.targets import ALL_LINEAR_KINDS, parse_targets
 from svdbank.core.errors import OptionError
@@ -46,3 +47,30 @@ def selected(bank: Bank, targets: str | Sequence[str], exclude: str | Sequence[s
     if not chosen:
         raise OptionError("no weight is left to adapt", hint="leave --exclude or --layers out")
     return chosen
+
+
+def too_small(
+    bank: Bank, names: Sequence[str], targets: str | Sequence[str], rank: int, pattern: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Those of ``names`` that ``all-linear`` alone selected and whose matrix has fewer directions than ``rank``: gates of a shared
+    expert, routers of few experts. None of those that a target or ``pattern`` names, and none where nothing else would be left.
+    """
+    wanted = parse_targets(targets)
+    small = tuple(
+        name
+        for name in names
+        if not wanted.named(bank[name].module)
+        and not by_pattern(pattern, bank[name].module, 0)
+        and min(bank[name].out_features, bank[name].in_features) < rank
+    )
+    return small if len(small) < len(names) else ()
+
+
+def said_small(bank: Bank, names: Sequence[str], rank: int) -> str:
+    """A sentence on weights that are left out because they are :func:`too_small`."""
+    ends = sorted({bank[name].module.rpartition(".")[2] for name in names})
+    least = min(min(bank[name].out_features, bank[name].in_features) for name in names)
+    return (
+        f"{len(names)} weights have fewer than {rank} directions and were left out: {', '.join(ends)}; "
+        f"a rank pattern takes them in, {ends[0]}={least} say"
+    )

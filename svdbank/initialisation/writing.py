@@ -7,13 +7,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svdbank.adapter.components import Band, Kind
+from svdbank.adapter.components import Band
 from svdbank.adapter.entries import by_module
 from svdbank.adapter.folder import write_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod
 from svdbank.adapter.settings import AdapterCache, LoraSettings
 from svdbank.adapter.writing import recorded
 from svdbank.bank.reading import Bank
+from svdbank.initialisation.configuration import keys_of, kinds_of
 
 
 def write_fresh(
@@ -31,12 +32,8 @@ def write_fresh(
 
     The record's ``band`` is the hull of the bands; (0, 0) for ``pissa``, which stands at the other end.
     """
-    keys: dict[str, str] = {}
-    kinds: dict[str, Kind] = {}
-    for name in factors:
-        basis = bank[name]
-        keys[name] = name if basis.stacked else basis.module
-        kinds[keys[name]] = "expert" if basis.stacked else "embedding" if basis.kind == "embedding" else "linear"
+    keys = keys_of(bank, factors)
+    kinds = {keys[name]: kind for name, kind in kinds_of(bank, factors, dropout=settings.lora_dropout).items()}
     hull = (min(start for start, _ in bands.values()), max(stop for _, stop in bands.values()))
     record = recorded(
         method,
@@ -60,9 +57,13 @@ def trainable_parameters(factors: Mapping[str, tuple[Tensor, Tensor]], method: I
 _BY_PEFT = {"milora": "refuses it", "pissa": "runs one SVD a weight to load it"}
 
 
-def notes_on(
-    bank: Bank, names: Sequence[str], method: InitialisationMethod, floored: int, residual: Path | None
-) -> Iterator[str]:
+def in_config(bank: Bank, names: Sequence[str], method: InitialisationMethod) -> InitialisationMethod | bool:
+    """``init_lora_weights`` of the config: PEFT has no MiCA for parameters, and loads the values of such a folder as an ordinary LoRA."""
+    by_parameter = any(kind in ("expert", "parameter") for kind in kinds_of(bank, names, dropout=0.0).values())
+    return True if method == "mica" and by_parameter else method
+
+
+def notes_on(settings: LoraSettings, method: InitialisationMethod, floored: int, residual: Path | None) -> Iterator[str]:
     """What to know before such an adapter is used, in sentences."""
     if method in RESIDUAL_METHODS and residual is None:
         yield (
@@ -71,5 +72,8 @@ def notes_on(
         )
     if floored:
         yield f"{floored} singular values are zero to rounding and were raised to 1e-6 of the largest, or they would never learn"
-    if method == "mica" and any(bank[name].stacked for name in names):
-        yield "PEFT itself refuses MiCA on experts: load it with svdbank.peft.load_adapter"
+    if method == "mica" and settings.target_parameters:
+        yield (
+            "PEFT has no MiCA for experts and routers: it loads this folder as an ordinary LoRA, in which B trains too; "
+            "svdbank.peft.load_adapter keeps B as it is"
+        )

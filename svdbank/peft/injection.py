@@ -30,13 +30,15 @@ class FactorSource:
     """Where factors come from in one block. Without a bank they are left zero: saved ones will be loaded over them.
 
     ``saved`` are the factors of ``folder`` by layer, where one is being loaded: a targeted layer that is not among them would keep
-    what it is given here. ``overwritten`` says that PEFT will put its own values in, whatever the method.
+    what it is given here. ``overwritten`` says that PEFT will put its own values in, whatever the method; ``frozen`` that it is MiCA
+    whatever the folder's config says.
     """
 
     bank: Bank | None
     saved: Mapping[str, Factors] | None = None
     folder: str = ""
     overwritten: bool = False
+    frozen: bool = False
 
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:

@@ -144,7 +144,9 @@ def _parameter_targets(layer: Any, module: str, adapter: str) -> Iterator[Target
     experts = layer._param_ndim == 3
     # A slice of a sharded tensor would be gathered, and a partitioned one (ZeRO-3) has none; nobody reads those.
     sliced = experts and type(values) is Tensor and values.ndim == 3
-    path = module if layer.parameter_name == "weight" and not experts else f"{module}.{layer.parameter_name}"
+    own = layer.parameter_name
+    path = module if own == "weight" and not experts else f"{module}.{own}"
+    name = f"{module.rpartition('.')[2]}.weight" if own == "weight" else own
     for expert in range(layer.num_experts):
         yield Target(
             module=path,
@@ -155,6 +157,7 @@ def _parameter_targets(layer: Any, module: str, adapter: str) -> Iterator[Target
             rank=layer.r[adapter],
             scale=layer.scaling[adapter],
             expert=expert if experts else None,
+            parameter=name,
         )
 
 

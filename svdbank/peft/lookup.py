@@ -16,7 +16,7 @@ from torch import Tensor
 from svdbank.adapter.methods import InitialisationMethod
 from svdbank.adapter.starting import Start, check_rank, check_sides, starting_factors
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, WrongBaseError, abridge
+from svdbank.core.errors import BankError, OptionError, WrongBaseError, abridge
 from svdbank.core.probe import differing, is_readable, sample
 from svdbank.core.specs import Struct
 
@@ -35,6 +35,7 @@ class Target:
     ``weight`` is (out, in), or (in, out) where ``transposed`` (embeddings, Transformers' ``Conv1D``). The two ``features`` are the
     logical shape, also where the tensor in memory is packed, sharded or absent. ``scale`` is PEFT's α/r or α/√r. One expert of a fused
     (experts, …) parameter is a target of its own, with that parameter's path as its module.
+    ``parameter`` is the end of the name under which PEFT's patterns find a parameter: ``gate.weight``, ``gate_up_proj``.
     """
 
     module: str
@@ -45,6 +46,7 @@ class Target:
     rank: int
     scale: float = 1.0
     expert: int | None = None
+    parameter: str = ""
 
     @property
     def label(self) -> str:
@@ -115,6 +117,7 @@ def look_up(bank: Bank, targets: Sequence[Target], *, method: InitialisationMeth
     check_sides(bank, method)
     names = match(bank, targets, prefix=prefix)
     _check_shapes(bank, names, targets)
+    _check_ranks(targets)
     for name, target in zip(names, targets, strict=True):
         check_rank(bank, name, target.rank, method=method)
     unverified = recognise(bank, names, targets)
@@ -123,6 +126,31 @@ def look_up(bank: Bank, targets: Sequence[Target], *, method: InitialisationMeth
     factors, floored = starting_factors(bank, starts, method)
     done = time.perf_counter()
     return Lookup(names, factors, unverified, floored, {"recognise": recognised - begun, "read": done - recognised})
+
+
+def _check_ranks(targets: Sequence[Target]) -> None:
+    """Raise :class:`OptionError` for matrices with fewer directions than are asked for, with what leaves them out or suits them."""
+    small = [target for target in targets if target.rank > min(target.out_features, target.in_features)]
+    if not small:
+        return
+    first, ways = small[0], []
+    if modules := {target.module for target in small if not target.parameter}:
+        ways.append(f"exclude_modules={_shortest(modules, targets)} leaves them out")
+    if parameters := [target for target in small if target.parameter]:
+        most = {target.parameter: min(target.out_features, target.in_features) for target in parameters}
+        ways.append(f"rank_pattern={most} gives the parameters what they allow")
+    raise OptionError(
+        f"rank {first.rank} is outside 1..{min(first.out_features, first.in_features)}, what {first.label} of shape "
+        f"({first.out_features}, {first.in_features}) allows" + (f"; so it is of {len(small) - 1} more" if small[1:] else ""),
+        hint=", ".join(ways),
+    )
+
+
+def _shortest(modules: set[str], targets: Sequence[Target]) -> list[str]:
+    """Names for PEFT that mean ``modules`` and no other target: the last component where that is enough, else the path."""
+    others = {target.module.rpartition(".")[2] for target in targets if target.module not in modules}
+    ends = {module: module.rpartition(".")[2] for module in modules}
+    return sorted({module if end in others else end for module, end in ends.items()})
 
 
 def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[str, ...]:

@@ -83,6 +83,8 @@ def load_adapter(
         # Written beside its residual base, where PEFT loads it as plain LoRA. A bank says that this is the unchanged base.
         config.init_lora_weights = saved.cache.method if saved.cache is not None else None
         method = method_of(config)
+    if method is None and is_mica(saved):
+        config.init_lora_weights = method = "mica"
     if method is not None:
         normalise(config)
     if method in RESIDUAL_METHODS and opened is None:
@@ -95,7 +97,8 @@ def load_adapter(
     added = _added_prefix(model, saved.factors)
     if added:
         options.setdefault("key_mapping", {"^": added})
-    source = FactorSource(opened, saved={added + module: pair for module, pair in saved.factors.items()}, folder=str(folder))
+    pairs = {added + module: pair for module, pair in saved.factors.items()}
+    source = FactorSource(opened, saved=pairs, folder=str(folder), frozen=method == "mica")
     with reroute(source):
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:
@@ -127,6 +130,13 @@ def load_adapter(
                     hint="the checkpoint that init --residual-out wrote takes this adapter as it is: leave bank= out",
                 ) from cause
             raise
+
+
+def is_mica(saved: AdapterFolder) -> bool:
+    """True for a folder that goes on as MiCA though its config says plain LoRA, because PEFT has no MiCA for parameters."""
+    settings = saved.settings
+    plain = settings.init_lora_weights is True and not settings.inference_mode
+    return plain and bool(settings.target_parameters) and saved.cache is not None and saved.cache.method == "mica"
 
 
 def attachment(model: nn.Module, adapter_name: str = "default") -> Attachment:

@@ -114,6 +114,8 @@ def _inject_adapter(
     low_cpu_mem_usage: bool = False,
     state_dict: Any = None,
 ) -> None:
+    if source.frozen:
+        tuner.peft_config[adapter_name].init_lora_weights = "mica"
     if method_of(tuner.peft_config[adapter_name]) is None:
         original(tuner, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
     else:

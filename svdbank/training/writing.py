@@ -52,6 +52,8 @@ def write_adapter(
     model.save_pretrained(str(folder), selected_adapters=[NAME])
     if initial:
         _restore(folder, initial)
+    elif options.method == "mica":
+        _for_peft(folder)
     if bank is not None:
         disk.write_bytes(folder / CACHE, to_json(_record(folder, options, bank), indent=2))
     disk.write_bytes(folder / "README.md", readme.encode())
@@ -73,11 +75,19 @@ def _record(folder: Path, options: TrainOptions, bank: Bank) -> AdapterCache:
     )
 
 
+def _for_peft(folder: Path) -> None:
+    """PEFT has no MiCA for experts and routers, and loads a folder of such as an ordinary LoRA, the values being the same."""
+    config = json.loads((folder / CONFIG).read_bytes())
+    if config.get("target_parameters"):
+        config |= {"init_lora_weights": True, "inference_mode": False}
+        disk.write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+
+
 def _restore(folder: Path, initial: dict[str, Tensor]) -> None:
     """Make an adapter of the residual base ``W − s B₀A₀`` one of W, by rank 2r (see ``restored``)."""
     trained = safetensors.torch.load_file(folder / WEIGHTS)
     saved = read_folder(folder)
-    stacked = {module: saved.rank(parameter) for module, parameter in parameters_of(saved).items()}
+    stacked = {module: saved.rank(parameter) for module, parameter in parameters_of(saved.settings, saved.factors).items()}
     for key in [key for key in trained if "lora_A" in key or "lora_embedding_A" in key]:
         other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         A, B, A0, B0 = trained[key], trained[other], initial[key], initial[other]

@@ -19,11 +19,11 @@ from svdbank.cache import opened
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import ProgressCallback, Struct
-from svdbank.initialisation.allocation import allocate
+from svdbank.initialisation.allocation import allocate, highest
 from svdbank.initialisation.configuration import alphas_by_pattern, shape_fields
 from svdbank.initialisation.residual import write_residual
-from svdbank.initialisation.selection import selected
-from svdbank.initialisation.writing import notes_on, trainable_parameters, write_fresh
+from svdbank.initialisation.selection import said_small, selected, too_small
+from svdbank.initialisation.writing import in_config, notes_on, trainable_parameters, write_fresh
 
 
 class InitReport(Struct, frozen=True):
@@ -41,6 +41,8 @@ class InitReport(Struct, frozen=True):
         Folder of the base without the adapter's start, where it was written.
     residual_rounding
         What rounding that base to its dtype lost, ``‖fl(W') − W'‖ / ‖W‖`` in the Frobenius norm, the largest of all weights.
+    left_out
+        Names in the bank of weights that ``all-linear`` selects and that have fewer directions than the rank.
     notes
         What to know before using it.
     """
@@ -57,6 +59,7 @@ class InitReport(Struct, frozen=True):
     floored: int = 0
     residual: str | None = None
     residual_rounding: float = 0.0
+    left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -95,7 +98,8 @@ def init(
     output
         Folder to write. It appears whole or not at all.
     rank
-        Of every weight, 16 by default. Above what a weight allows or the bank stores, it is an error.
+        Of every weight, 16 by default. Above what the bank stores it is an error, and so is one above what a weight allows that is
+        named; what only ``all-linear`` selects is then left out.
     method
         ``mica`` (arXiv 2604.01694): ``B = U[:, -rank:]``, frozen in training; ``A = 0``, trained. ``milora`` (NAACL 2025) and
         ``pissa`` (NeurIPS 2024): both factors start from the smallest or largest triplets and train; the adapter belongs to the
@@ -134,6 +138,9 @@ def init(
     bank = opened(model_or_bank)
     check_sides(bank, chosen)
     names = selected(bank, targets, exclude, layers)
+    wanted = highest(rank, band)
+    left_out = too_small(bank, names, targets, wanted, rank_pattern or {}) if params is None else ()
+    names = tuple(name for name in names if name not in set(left_out))
     bands = allocate(bank, names, chosen, rank=rank, pattern=rank_pattern, params=params, band=band, beside=beside)
     ranks = {name: stop - start for name, (start, stop) in bands.items()}
     alphas = alphas_by_pattern(bank, ranks, alpha, alpha_pattern or {})
@@ -154,9 +161,9 @@ def init(
         lora_dropout=dropout,
         use_rslora=rslora,
         # PEFT refuses "milora" and takes "pissa" out of the base itself; on the residual these are ordinary factors.
-        init_lora_weights=chosen if residual is None else True,
+        init_lora_weights=in_config(bank, names, chosen) if residual is None else True,
         inference_mode=False,
-        **shape_fields(bank, names, ranks, alphas),
+        **shape_fields(bank, names, ranks, alphas, dropout=dropout),
     )
     record = write_fresh(path, settings, bank, bands, factors, chosen, base, force=force)
     return InitReport(
@@ -172,7 +179,9 @@ def init(
         floored=floored,
         residual=None if residual is None else str(residual),
         residual_rounding=rounding,
-        notes=tuple(notes_on(bank, names, chosen, floored, residual)),
+        left_out=left_out,
+        notes=tuple(notes_on(settings, chosen, floored, residual))
+        + ((said_small(bank, left_out, wanted),) if left_out else ()),
     )
 
 
