@@ -103,6 +103,7 @@ def _text(report: TrainReport) -> str:
         + (f", from the checkpoint of step {report.resumed_from}" if report.resumed_from is not None else ""),
         f"step      {_seconds(report)} s; {report.trainable_parameters:,} trainable parameters, "
         f"{size(report.peak_bytes)} memory at most",
+        *([f"left out  {len(report.left_out)} weights with fewer directions than the rank"] if report.left_out else ()),
     ]
     for change in (report.held_out, *report.retained):
         if change is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, missing_extra
 from svdbank.peft.configuration import method_of
 from svdbank.peft.injection import FactorSource, inject
-from svdbank.peft.layers import slots
+from svdbank.peft.layers import slots, unwrapped
 
 
 @contextlib.contextmanager
@@ -114,12 +114,33 @@ def _inject_adapter(
     low_cpu_mem_usage: bool = False,
     state_dict: Any = None,
 ) -> None:
+    _same_parameters(tuner, model, adapter_name)
     if source.frozen:
         tuner.peft_config[adapter_name].init_lora_weights = "mica"
     if method_of(tuner.peft_config[adapter_name]) is None:
         original(tuner, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
     else:
         inject(source, original, tuner, model, adapter_name, state_dict)
+
+
+def _same_parameters(tuner: Any, model: nn.Module, adapter_name: str) -> None:
+    """Give a config the spelling of ``target_parameters`` of an adapter that is there, where both mean the same: PEFT compares the text."""
+    config = tuner.peft_config[adapter_name]
+    others = (
+        own for name, own in tuner.peft_config.items() if name != adapter_name and getattr(own, "target_parameters", None)
+    )
+    other, mine = next(others, None), getattr(config, "target_parameters", None)
+    if other is None or not mine or set(mine) == set(other.target_parameters):
+        return
+    paths = {unwrapped(name) for name, _ in model.named_parameters()}
+    if _meant(mine, paths) == _meant(other.target_parameters, paths):
+        config.target_parameters = type(mine)(other.target_parameters)
+
+
+def _meant(targets: Iterable[str], paths: Iterable[str]) -> set[str]:
+    """PEFT's rule: a target is a path, or its end from a dot on."""
+    ends = tuple(f".{target}" for target in targets)
+    return {path for path in paths if f".{path}".endswith(ends)}
 
 
 def _cast_adapter_dtype(

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from svdbank.adapter.components import Band
+from svdbank.adapter.experts import target_fields
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
 from svdbank.core.errors import OptionError
-from svdbank.initialisation.selection import selected
+from svdbank.initialisation.configuration import keys_of, kinds_of
+from svdbank.initialisation.selection import selected, too_small
 from svdbank.lm.libraries import import_peft
 from svdbank.training.bands import free_band
 from svdbank.training.options import TrainOptions
@@ -66,16 +68,24 @@ def has_experts(bank: Bank | None) -> bool:
     return bank is not None and any(bank[name].stacked for name in bank.names)
 
 
+def left_out(options: TrainOptions, bank: Bank | None) -> tuple[str, ...]:
+    """Names in the bank of weights that ``all-linear`` selects and that have fewer directions than the new adapter's last one."""
+    if bank is None or not parse_targets(options.targets).all_linear:
+        return ()
+    return too_small(bank, selected(bank, options.targets, (), ()), options.targets, free_band(options, bank)[1], {})
+
+
 def _config(options: TrainOptions, bank: Bank | None) -> Any:
+    small = set(left_out(options, bank))
     if bank is not None and has_experts(bank):
-        # PEFT would adapt routers too, and takes fused experts as parameters, by their path.
-        names = selected(bank, options.targets, (), ())
-        targets: dict[str, Any] = {
-            "target_modules": [bank[name].module for name in names if not bank[name].stacked],
-            "target_parameters": sorted({bank[name].module for name in names if bank[name].stacked}) or None,
-        }
+        # PEFT takes fused experts and routers as parameters, by their path.
+        names = [name for name in selected(bank, options.targets, (), ()) if name not in small]
+        keys, kinds = keys_of(bank, names), kinds_of(bank, names, dropout=options.dropout)
+        targets = target_fields({keys[name]: kinds[name] for name in names})
     else:
         targets = {"target_modules": _target_modules(options.targets)}
+        if bank is not None and small:
+            targets["exclude_modules"] = [bank[name].module for name in small]
     return import_peft().LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
@@ -103,17 +113,12 @@ def _target_modules(targets: tuple[str, ...]) -> str | list[str]:
 def _move_to_band(model: Any, bank: Bank, band: Band) -> None:
     """Put the bank's directions of ``band`` into every B, which holds the most minor ones."""
     from svdbank.peft import attachment
+    from svdbank.peft.layers import slots
 
-    start, stop = band
-    names = attachment(model, NAME).weights
-    left = bank.left(names, stop)
-    modules = dict(model.get_base_model().named_modules())
+    names = iter(attachment(model, NAME).weights)
+    layers = [(slot, [next(names) for _ in slot.targets]) for slot in slots(model.get_base_model(), NAME)]
+    left = bank.left([name for _, own in layers for name in own], band[1])
     with torch.no_grad():
-        for name in names:
-            layer = modules.get(bank[name].module)
-            if layer is None or NAME not in getattr(layer, "lora_B", {}):
-                raise OptionError(
-                    f"{name}: only linear layers can be trained on top of another adapter", hint="--targets all-linear"
-                )
-            B = layer.lora_B[NAME].weight
-            B.copy_(left[name][:, : stop - start])  # PEFT's order: the last column is the most minor one
+        for slot, own in layers:
+            for B, name in zip(slot.parts(slot.factors[1]), own, strict=True):
+                B.copy_(left[name][:, : B.shape[1]])  # PEFT's order: the last column is the most minor one

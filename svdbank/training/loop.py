@@ -18,7 +18,7 @@ from svdbank.lm.libraries import import_transformers
 from svdbank.lm.loading import load_model
 from svdbank.lm.scores import standard_error
 from svdbank.training import checkpoints
-from svdbank.training.attaching import attach, trainable_parameters
+from svdbank.training.attaching import attach, left_out, trainable_parameters
 from svdbank.training.data import HELD_OUT, TrainingData
 from svdbank.training.losses import change_of, measure, release, row_losses
 from svdbank.training.report import Change, TrainReport
@@ -125,4 +125,5 @@ def _report(
         held_out=held_out,
         retained=tuple(changes.values()),
         curve=tuple((entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry),
+        left_out=left_out(options, run.bank),
     )

@@ -14,7 +14,7 @@ from svdbank.checkpoint.naming.targets import ALL_LINEAR, ALL_LINEAR_KINDS, pars
 from svdbank.core.errors import BankError, OptionError
 from svdbank.lm.libraries import import_transformers, quiet_transformers
 from svdbank.lm.loading import CausalModel
-from svdbank.training.attaching import attach, has_experts
+from svdbank.training.attaching import attach, has_experts, left_out
 from svdbank.training.bands import free_band
 from svdbank.training.options import TrainOptions
 
@@ -24,7 +24,9 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
     transformers = import_transformers()
     if bank is not None:
         start, stop = free_band(options, bank)
-        short = [name for name in bank.names if bank[name].kind in ALL_LINEAR_KINDS and stop > bank[name].rank]
+        linear = [name for name in bank.names if bank[name].kind in ALL_LINEAR_KINDS]
+        small = set(left_out(options, bank))
+        short = [name for name in linear if stop > bank[name].rank and name not in small]
         if options.on_top_of and short:
             raise BankError(
                 f"{bank.path}: the next free band is {start}:{stop}, and the bank holds {bank[short[0]].rank} directions of "

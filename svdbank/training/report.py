@@ -24,7 +24,8 @@ class TrainReport(Struct, frozen=True):
 
     ``curve`` holds (step, mean training loss since the point before). ``step_seconds`` and its standard error are over the steps of
     this process but the first; ``peak_bytes`` is the most GPU memory that tensors took, or without a GPU the most memory this
-    process had. ``resumed_from`` is the step of the checkpoint this process began at.
+    process had. ``resumed_from`` is the step of the checkpoint this process began at. ``left_out`` are names in the bank of weights that
+    ``all-linear`` selects and that have too few directions for the rank.
     """
 
     adapter: str
@@ -47,6 +48,7 @@ class TrainReport(Struct, frozen=True):
     held_out: Change | None
     retained: tuple[Change, ...]
     curve: tuple[tuple[int, float], ...]
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.adapter
