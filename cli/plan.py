@@ -26,7 +26,8 @@ def plan_command(
     model: str, bank: str | None, targets: tuple[str, ...], device: str, output: Output, **options: Unpack[BuildOptions]
 ) -> None:
     """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only, on the Hub too:
-    no weights are downloaded. What a bank at the output already holds is left out.
+    no weights are downloaded. MODEL may be a config.json alone, before anything is downloaded. What a bank at the output
+    already holds is left out.
 
     \b
     Examples:
@@ -34,6 +35,7 @@ def plan_command(
       svdbank plan ./my-model --rank 64 --targets q_proj --targets v_proj
       svdbank plan meta-llama/Llama-3.1-70B --disk-budget 20GB
       svdbank plan ./my-model --device cuda
+      svdbank plan ./config.json
       svdbank plan ./my-model --json
     """
     show_plan(model, bank, targets or ("all-linear",), device, output, options)
@@ -98,6 +100,8 @@ def _text(report: PlanReport) -> str:
     for reason, count in reasons.most_common():
         names = ", ".join(examples[reason][:_SHOWN_SKIPS]) + (", …" if count > _SHOWN_SKIPS else "")
         lines.append(f"skipped   {count}: {reason} ({names})")
+    if not report.weights_here:
+        lines.append("weights   none here, config.json alone: build needs them")
     if report.write_bytes > report.free_bytes:
         lines.append("warning   the bank does not fit: choose another disk with -o, a smaller --rank, or --side left")
     return "\n".join(lines)

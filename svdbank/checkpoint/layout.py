@@ -13,6 +13,9 @@ from svdbank.core.errors import CheckpointError
 MAX_INDEX = 100_000_000
 MAX_CONFIG = 10_000_000
 
+#: What to do with a configuration without weights.
+NO_WEIGHTS = "put the model's *.safetensors beside it; svdbank plan alone makes do with config.json"
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -50,6 +53,12 @@ def choose(names: Iterable[str], where: str) -> Layout:
     raise _none_or_many(top, indices or weights, where)
 
 
+def holds_weights(names: Iterable[str]) -> bool:
+    """True where a file is of a format that weights are stored in, an index of them, or a mark of a bank or an adapter."""
+    endings = (".safetensors", ".safetensors.index.json", ".gguf", *_PICKLES, *_FOREIGN)
+    return any(name.endswith(endings) or name == "manifest.json" or name in _ADAPTER for name in names)
+
+
 def _none_or_many(top: list[str], candidates: list[str], where: str) -> CheckpointError:
     if candidates == ["adapter_model.safetensors"]:
         return _adapter(where, _ADAPTER[0])
@@ -74,6 +83,8 @@ def _none_or_many(top: list[str], candidates: list[str], where: str) -> Checkpoi
             f"{where}: no safetensors weights ({foreign[0]} is of another format)",
             hint="name the repository or folder that holds the original model in safetensors",
         )
+    if "config.json" in top:
+        return CheckpointError(f"{where}: no weights there, config.json alone", hint=NO_WEIGHTS)
     return CheckpointError(
         f"{where}: no *.safetensors file there", hint="name a model folder, a .safetensors file or org/name on the Hub"
     )

@@ -18,7 +18,7 @@ from svdbank.checkpoint.documents import parse_object
 from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
 from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, member, open_regular, read_card, read_document
 from svdbank.checkpoint.header import MAX_HEADER, PREFIX, header_length, parse_header
-from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, Layout, choose, gguf, parse_index
+from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, NO_WEIGHTS, Layout, choose, gguf, parse_index
 from svdbank.checkpoint.quantised.dequantisation import dequantise
 from svdbank.checkpoint.quantised.quantisation import full_precision, refuse_unreadable, with_values
 from svdbank.core import disk
@@ -202,6 +202,8 @@ def open_local(path: Path) -> Checkpoint:
         folder, layout = path.parent.resolve(), Layout(single=path.name)
         if path.name.endswith(".gguf"):
             raise gguf(where, path.name)
+        if path.name == "config.json":
+            raise CheckpointError(f"{path}: a configuration, no weights", hint=NO_WEIGHTS)
         if not path.name.endswith(".safetensors"):
             raise CheckpointError(f"{path}: not a .safetensors file", hint="name a model folder or a .safetensors file")
     weight_map = None

@@ -14,6 +14,7 @@ from svdbank.building.planning import make_plan, planned_path
 from svdbank.building.request import build_request
 from svdbank.building.space import bank_bytes, family_bytes, file_count
 from svdbank.building.survey import survey
+from svdbank.checkpoint.configured import is_configuration, open_configuration
 from svdbank.checkpoint.source import open_checkpoint
 from svdbank.core import disk
 from svdbank.core.processors import available_cpus
@@ -45,6 +46,7 @@ class PlanReport(Struct, frozen=True):
     kind of device that paths, ``seconds`` and ``device_bytes`` (its memory, of one solve or batch at a time; None on a CPU) are of;
     ``seconds`` is None where there is none of that kind here to time a solve on. ``decided`` and ``doubt`` are the plan's: who knew which
     matrices there are; ``decided_before`` are others who did so for what is in the bank already.
+    Without ``weights_here`` there was a ``config.json`` alone: a build needs the weights.
     """
 
     model: str
@@ -66,6 +68,7 @@ class PlanReport(Struct, frozen=True):
     decided: str
     doubt: str | None
     decided_before: tuple[str, ...]
+    weights_here: bool = True
 
 
 def plan(
@@ -86,7 +89,8 @@ def plan(
 ) -> PlanReport:
     """What :func:`svdbank.build` with the same arguments would do now, to the bank that is at ``output`` or in an empty place.
 
-    Reads configuration, index and headers only, of a model on the Hub too; writes no bank.
+    Reads configuration, index and headers only, of a model on the Hub too; writes no bank. ``model`` may also be a ``config.json``,
+    or a folder of one without weights: Transformers then says which matrices there are.
 
     Raises OptionError for options that cannot be meant, differ from those of what is at ``output``, or do not fit the disk, and for
     targets that match nothing; WrongBaseError for a bank at ``output`` that names and shapes show to be another model's; CheckpointError
@@ -108,7 +112,8 @@ def plan(
         keep=keep,
     )
     kind, here = planned_device(request.device)
-    with open_checkpoint(request.model) as checkpoint:
+    alone = is_configuration(request.model)
+    with (open_configuration if alone else open_checkpoint)(request.model) as checkpoint:
         found = survey(checkpoint, request)
         left, made = found.left, found.plan
         if found.recorded:
@@ -143,6 +148,7 @@ def plan(
             decided=made.decided,
             doubt=made.doubt,
             decided_before=found.decided_before,
+            weights_here=not alone,
         )
 
 

@@ -16,6 +16,7 @@ from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.naming.architectures import ARCHITECTURES
 from svdbank.checkpoint.naming.correspondence import correspondence
 from svdbank.checkpoint.naming.matrices import by_table, by_tree
+from svdbank.checkpoint.naming.tree import ModuleTree
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import WeightSpec
 from tests.checkpoint.attacks import tensors_file
@@ -211,7 +212,11 @@ def assert_table_and_tree_agree(folder: Path) -> None:
     """The same matrices under the same names, of the same bytes; the tree may take for linear what a table by names takes for a router."""
     with open_checkpoint(folder) as checkpoint:
         about = facts(checkpoint.config)
-        table, tree = by_table(checkpoint.tensors, about), by_tree(checkpoint.tensors, checkpoint.config, about)
+        model = ModuleTree(checkpoint.config, about)
+        table, tree = (
+            by_table(checkpoint.tensors, about),
+            by_tree(checkpoint.tensors, model, model.made_from(checkpoint.tensors)),
+        )
     assert tree.decided.endswith(f": {about.architectures[0]}")
     assert (table.tied is None) == (tree.tied is None)
     known, seen = ({(role.module, parameter.expert): (role, parameter) for role, parameter in m.found} for m in (table, tree))

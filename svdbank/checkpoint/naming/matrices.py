@@ -22,7 +22,7 @@ from svdbank.core.specs import TensorSource
 
 if TYPE_CHECKING:
     from svdbank.checkpoint.naming.symbolic import Arrangement
-    from svdbank.checkpoint.naming.tree import TreeWeight
+    from svdbank.checkpoint.naming.tree import Made, ModuleTree, TreeWeight
     from svdbank.checkpoint.source import Checkpoint
 
 #: Versions of Transformers, first and first not, with which tests compare the table and the tree.
@@ -80,10 +80,11 @@ def _worked_out(checkpoint: Checkpoint, about: ModelFacts) -> Matrices:
             return by_table(checkpoint.tensors, about, "table", None)
         doubt = f"{about.model_type or 'its model type'!s} is not in the table, and Transformers, which may know it, is not installed"
         return by_table(checkpoint.tensors, about, "names", doubt)
-    from svdbank.checkpoint.naming.tree import UnknownModelError
+    from svdbank.checkpoint.naming.tree import ModuleTree, UnknownModelError
 
     try:
-        return by_tree(checkpoint.tensors, checkpoint.config, about)
+        tree = ModuleTree(checkpoint.config, about)
+        return by_tree(checkpoint.tensors, tree, tree.made_from(checkpoint.tensors))
     except UnknownModelError as cause:
         return by_table(checkpoint.tensors, about, "table" if _is_listed(about) else "names", str(cause))
 
@@ -126,27 +127,25 @@ def by_table(
     return Matrices(members, head, found.names, reasons, whole, decided, doubt)
 
 
-def by_tree(tensors: Mapping[str, TensorSource], config: Mapping[str, object], about: ModelFacts) -> Matrices:
-    """What Transformers makes of the tensors. Raises :class:`~svdbank.checkpoint.naming.tree.UnknownModelError`."""
+def by_tree(tensors: Mapping[str, TensorSource], tree: ModuleTree, made: Made) -> Matrices:
+    """What Transformers makes of the tensors, of which ``made`` says where the entries of each parameter lie."""
     from svdbank.checkpoint.naming.symbolic import NotTracedError, View
-    from svdbank.checkpoint.naming.tree import ModuleTree, is_whole
+    from svdbank.checkpoint.naming.tree import is_whole
 
-    tree = ModuleTree(config, about)
-    made = tree.made_from(tensors)
     members: list[tuple[Role, Parameter]] = []
     by_name: dict[str, Parameter] = {}
     reasons = dict(made.reasons)
     of_parameter: dict[str, list[str]] = defaultdict(list)
     for own, target in made.names.items():
         of_parameter[target].append(own)
-    slices = 0
+    count = 0
     for name, weight in tree.weights.items():
         if name not in made.places:
             continue
         stacked = len(weight.shape) == 3
-        slices += made.places[name].shape[0] if stacked else 0
+        count += made.places[name].shape[0] if stacked else 0
         try:
-            pieces = _pieces(name, weight, made.places[name], tensors, slices)
+            pieces = _pieces(name, weight, made.places[name], tensors, count)
         except NotTracedError as cause:
             reason = f"{name} is made of it in a way that is not understood: {cause}"
             reasons.update(dict.fromkeys(of_parameter[name], reason))
@@ -180,11 +179,11 @@ def by_tree(tensors: Mapping[str, TensorSource], config: Mapping[str, object], a
 
 
 def _pieces(
-    name: str, weight: TreeWeight, places: Arrangement, tensors: Mapping[str, TensorSource], slices: int
+    name: str, weight: TreeWeight, places: Arrangement, tensors: Mapping[str, TensorSource], count: int
 ) -> list[tuple[Role, Parameter]]:
     """The matrix of a module, or each expert's of a stacked parameter. NotTracedError where it is made in a way that is not understood."""
-    from svdbank.checkpoint.naming.symbolic import NotTracedError
-    from svdbank.checkpoint.naming.tree import expert_of, is_whole, matrix_of
+    from svdbank.checkpoint.naming.symbolic import NotTracedError, slices
+    from svdbank.checkpoint.naming.tree import is_whole, matrix_of
 
     if len(places.shape) != len(weight.shape):
         raise NotTracedError(f"it has {len(weight.shape)} dimensions in the model, {len(places.shape)} in the file")
@@ -195,11 +194,11 @@ def _pieces(
     if len(weight.shape) == 2:
         matrix = matrix_of(places, tensors, transposed=weight.transposed)
         return [(Role(weight.module, weight.kind, matrix.transposed), Parameter(name, matrix.sources))]
-    if slices > MAX_SLICES:
+    if count > MAX_SLICES:
         raise NotTracedError(f"one of more than {MAX_SLICES:,} stacked experts: no model has so many")
     made = []
-    for expert in range(places.shape[0]):
-        matrix = matrix_of(expert_of(places, expert), tensors, transposed=weight.transposed)
+    for expert, own in enumerate(slices(places)):
+        matrix = matrix_of(own, tensors, transposed=weight.transposed)
         made.append((Role(weight.module, weight.kind, matrix.transposed), Parameter(name, matrix.sources, expert)))
     return made
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -30,7 +31,7 @@ class View:
     offset: int
     axes: tuple[Axis, ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(prod(size for size, _ in axis) for axis in self.axes)
 
@@ -42,7 +43,7 @@ class Joined:
     axis: int
     parts: tuple[View | Joined, ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.parts[0].shape)
         shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
@@ -134,6 +135,16 @@ def without_axis(places: Arrangement, axis: int) -> Arrangement:
     if isinstance(places, Joined):
         return Joined(places.axis - (axis < places.axis), tuple(without_axis(part, axis) for part in places.parts))
     return replace(places, axes=(*places.axes[:axis], *places.axes[axis + 1 :]))
+
+
+def slices(places: Arrangement) -> list[Arrangement]:
+    """Each slice of the leading axis, without that axis."""
+    if isinstance(places, View):
+        return [without_axis(cut(places, 0, index, index + 1), 0) for index in range(places.shape[0])]
+    each = [slices(part) for part in places.parts]
+    if places.axis == 0:
+        return [one for part in each for one in part]
+    return [joined(parts, places.axis - 1) for parts in zip(*each, strict=True)]
 
 
 def reshaped(places: Arrangement, shape: Sequence[int]) -> Arrangement:

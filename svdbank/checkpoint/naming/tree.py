@@ -22,10 +22,8 @@ from svdbank.checkpoint.naming.symbolic import (
     NotTracedError,
     Traced,
     View,
-    cut,
     stored,
     swapped,
-    without_axis,
 )
 from svdbank.core.specs import TensorSource, WeightKind
 
@@ -37,7 +35,9 @@ _NOT_PASSED = re.compile(
 
 #: Largest number that a configuration may give for layers, experts and the like: each is a module to make.
 _MOST_MODULES = 1 << 14
-_COUNTS = re.compile(r".*(layer|expert|block|depth|stage|head).*|n_.*|num_.*")
+_COUNTS = re.compile(
+    r"(?!.*(ctx|position|vocab|label|size|dim|token|length|window|emb))(.*(layer|expert|block|depth|stage|head).*|n_.*|num_.*)"
+)
 
 
 class UnknownModelError(Exception):
@@ -125,6 +125,21 @@ class ModuleTree:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Every parameter and buffer that can be stored, with its shape."""
         return {name: tuple(value.shape) for name, value in self._model.state_dict().items()}
+
+    def stored(self) -> dict[str, tuple[int, ...]]:
+        """:meth:`parameters` without those that are another one too: of a tied pair, the embedding is left."""
+        left: dict[str, tuple[int, ...]] = {}
+        heads = [name for name, weight in self.weights.items() if weight.kind == "head"]
+        shapes = self.parameters()
+        for name in sorted(shapes, key=lambda name: name in heads):
+            if not self.tied.get(name, set()) & left.keys():
+                left[name] = shapes[name]
+        return {name: shape for name, shape in shapes.items() if name in left}
+
+    def as_loaded(self, tensors: Mapping[str, TensorSource]) -> Made:
+        """As :meth:`made_from` of tensors that are the parameters themselves."""
+        places: dict[str, Arrangement] = {name: stored(name, source.shape) for name, source in tensors.items()}
+        return Made(places, {name: name for name in tensors})
 
     def made_from(self, tensors: Mapping[str, TensorSource]) -> Made:
         """Where the entries of each parameter lie in ``tensors``."""
@@ -335,11 +350,6 @@ def matrix_of(places: Arrangement, tensors: Mapping[str, TensorSource], *, trans
 def is_whole(places: Arrangement, tensors: Mapping[str, TensorSource]) -> bool:
     """True where the entries are those of one stored tensor as it is."""
     return isinstance(places, View) and places == stored(places.source, tensors[places.source].shape)
-
-
-def expert_of(places: Arrangement, expert: int) -> Arrangement:
-    """Slice ``expert`` of a (experts, …) parameter."""
-    return without_axis(cut(places, 0, expert, expert + 1), 0)
 
 
 def _rows(places: Arrangement) -> list[View]:
