@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -24,6 +25,7 @@ from svdbank.core.errors import (
     SvdbankError,
     WrongBaseError,
 )
+from svdbank.core.places import OnDisk, OnHub, locate, refuse_empty
 from svdbank.core.specs import BuildOptions, Plan, from_json
 
 if TYPE_CHECKING:
@@ -58,14 +60,8 @@ def output_folder(output: str | os.PathLike[str] | None) -> Path | None:
     """The folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
     if output is None:
         return None
-    return named_place(output, "leave -o out for a bank in the cache, or name a folder")
-
-
-def named_place(place: str | os.PathLike[str], hint: str) -> Path:
-    """A path from outside. An empty one would mean the working folder, which nobody who passes an unset variable means."""
-    if not os.fspath(place).strip():
-        raise OptionError("the bank's name is empty", hint=hint)
-    return disk.expanded(place)
+    refuse_empty(output, "the bank's name", "leave -o out for a bank in the cache, or name a folder")
+    return disk.expanded(output)
 
 
 def refuse_foreign_folder(root: Path) -> None:
@@ -89,29 +85,29 @@ def open(source: str | os.PathLike[str]) -> Bank:
     Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
     Raises BankNotFoundError where there is none, OptionError for an empty name.
     """
-    path = named_place(source, "name a bank's folder or a model; svdbank ls shows the banks there are")
-    if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
-        return open_bank(path)
-    if path.exists():
+    refuse_empty(source, "the bank's name", "name a bank's folder or a model; svdbank ls shows the banks there are")
+    place = locate(os.fspath(source))
+    candidates: list[tuple[Path, Manifest]] = []
+    if isinstance(place, OnDisk):
+        path = place.path
+        if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
+            return open_bank(path)
         if not (path.is_file() or (path / "config.json").is_file() or any(path.glob("*.safetensors"))):
             return open_bank(path)
         from svdbank.checkpoint import open_checkpoint
 
         with open_checkpoint(path) as checkpoint:
-            found = [_complete(folder) for folder in bank_folders(model_folder(checkpoint))]
-    else:
-        name, _, revision = str(source).removeprefix("hf://").partition("@")
-        commit = _commit(name, revision)
-        found = [
-            entry
-            for folder in bank_folders()
-            if (entry := _complete(folder))
-            and entry[1].base.name == name
+            candidates = list(_published(bank_folders(model_folder(checkpoint))))
+    elif isinstance(place, OnHub):
+        commit = _commit(place)
+        candidates = [
+            (folder, manifest)
+            for folder, manifest in _published(bank_folders())
+            if manifest.base.name == place.repository
             # A local model is found by its folder: its name alone could be that of another one.
-            and entry[1].base.revision is not None
-            and (not commit or entry[1].base.revision.startswith(commit))
+            and manifest.base.revision is not None
+            and manifest.base.revision.startswith(commit)
         ]
-    candidates = [entry for entry in found if entry is not None]
     if not candidates:
         raise BankNotFoundError(
             f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {shlex.quote(os.fspath(source))}"
@@ -192,14 +188,16 @@ def is_bank(root: Path) -> bool:
     return True
 
 
-def _commit(name: str, revision: str) -> str:
-    """The commit that a branch or tag of a repository stood for when it was last seen; a commit stays as it is."""
+def _commit(place: OnHub) -> str:
+    """The commit that a branch or tag stood for when it was last seen; a commit stays as it is, empty where none was named."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
-    if revision and ".." not in revision and reference.is_file():
+    if place.revision is None:
+        return ""
+    reference = Path(HF_HUB_CACHE) / f"models--{place.repository.replace('/', '--')}" / "refs" / place.revision
+    if ".." not in place.revision and reference.is_file():
         return reference.read_text().strip()
-    return revision
+    return place.revision
 
 
 def bank_folders(folder: Path | None = None) -> list[Path]:
@@ -214,11 +212,14 @@ def bank_folders(folder: Path | None = None) -> list[Path]:
     return sorted(marks)
 
 
-def _complete(folder: Path) -> tuple[Path, Manifest] | None:
-    try:
-        return folder, read_manifest(Folder(folder))
-    except BankError:
-        return None
+def _published(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
+    """Those of the folders that hold a finished bank, with its manifest."""
+    for folder in folders:
+        try:
+            manifest = read_manifest(Folder(folder))
+        except BankError:
+            continue
+        yield folder, manifest
 
 
 def _richness(manifest: Manifest) -> tuple[float, bool, int]:

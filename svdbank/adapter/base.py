@@ -10,7 +10,7 @@ from pathlib import Path
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.source import read_config
-from svdbank.core import disk
+from svdbank.core.places import OnDisk, OnHub, locate
 
 #: Names of classes that predict next tokens; T5WithLMHeadModel, of old configurations, is an encoder and a decoder.
 _CAUSAL = re.compile(r"(ForCausalLM|(?<!With)LMHeadModel)$")
@@ -21,7 +21,8 @@ _TEXT_TO_TEXT = frozenset({"t5", "mt5", "umt5", "longt5", "bart", "mbart"})
 
 def is_bank(source: str | Path) -> bool:
     """True for the folder of a bank."""
-    return (disk.expanded(source) / "manifest.json").is_file()
+    place = locate(source)
+    return isinstance(place, OnDisk) and (place.path / "manifest.json").is_file()
 
 
 def base_of(model_or_bank: str | Path | Bank, bank: Bank) -> tuple[str, str | None]:
@@ -29,8 +30,9 @@ def base_of(model_or_bank: str | Path | Bank, bank: Bank) -> tuple[str, str | No
 
     A bank knows a folder by its name alone, with which neither PEFT nor the cache finds it again.
     """
-    if not isinstance(model_or_bank, Bank) and disk.expanded(model_or_bank).is_dir() and not is_bank(model_or_bank):
-        return os.path.abspath(disk.expanded(model_or_bank)), None  # noqa: PTH100 - links stay as they were named
+    place = None if isinstance(model_or_bank, Bank) or is_bank(model_or_bank) else locate(model_or_bank)
+    if isinstance(place, OnDisk) and place.path.is_dir():
+        return os.path.abspath(place.path), None  # noqa: PTH100 - links stay as they were named
     return bank.manifest.base.name, bank.manifest.base.revision
 
 
@@ -50,15 +52,16 @@ def task_of(bases: Iterable[tuple[str, str | None]]) -> str | None:
 
 def _configuration(name: str, revision: str | None) -> Path | None:
     """The folder with a base's ``config.json``, of a model on the Hub that in its cache; nothing is fetched."""
-    path = disk.expanded(name)
-    if path.is_dir():
-        return path.resolve() if (path / "config.json").is_file() else None
+    place = locate(name, one_word=True)
+    if isinstance(place, OnDisk):
+        return place.path.resolve() if (place.path / "config.json").is_file() else None
+    if not isinstance(place, OnHub):
+        return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    repository, _, own = name.removeprefix("hf://").partition("@")
     try:
-        found = try_to_load_from_cache(repository, "config.json", revision=own or revision)
+        found = try_to_load_from_cache(place.repository, "config.json", revision=place.revision or revision)
     except HFValidationError:
         return None
     return Path(found).parent.resolve() if isinstance(found, str) else None

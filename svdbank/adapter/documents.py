@@ -12,6 +12,7 @@ import msgspec
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, lora_scale
 from svdbank.adapter.settings import CACHE, CONFIG, FILES, SLIM, WEIGHTS, AdapterCache, LoraSettings, by_pattern
 from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import from_json
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Documents:
     def base_names(self, kind: str) -> tuple[str, ...]:
         """Names under which the base may be found, the likeliest first: a residual method's config may name the base without its start."""
         named = self.settings.base_model_name_or_path
-        if named and self.settings.revision and not Path(named).is_dir():
+        if named and self.settings.revision and not isinstance(locate(named), OnDisk):
             named = f"{named}@{self.settings.revision}"
         own = self.cache.base if self.cache is not None else None
         names = (own, named) if kind in RESIDUAL_METHODS else (named, own)

@@ -9,8 +9,8 @@ from typing import Any
 
 from svdbank.adapter.settings import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.checkpoint.files import sha256_of
-from svdbank.checkpoint.remote.hub import parse_id
 from svdbank.core.errors import CheckpointError
+from svdbank.core.places import Nowhere, OnDisk, OnHub, locate, refusal, refuse_empty
 from svdbank.core.refusals import explain, is_connection_error, status_of
 
 #: What is read of an adapter; a repository may hold checkpoints of its training beside them, which are not wanted.
@@ -22,25 +22,24 @@ _PICKLE = "adapter_model.bin"
 def located(adapter: str | os.PathLike[str]) -> tuple[Path, str]:
     """The folder of an adapter, and what to call it: ``org/name@commit`` where it was fetched.
 
-    A path that exists wins over a Hub id of the same spelling; ``hf://org/name[@revision]`` always means the Hub. Raises
-    :class:`OptionError` for what cannot be a name, :class:`CheckpointError` for what the Hub does not give.
+    Names mean what :func:`svdbank.core.places.locate` says; a path need not exist. Raises :class:`OptionError` for what cannot be a
+    name, :class:`CheckpointError` for what the Hub does not give.
     """
-    text = os.fspath(adapter)
-    remote = text.removeprefix("hf://")
-    path = Path(text).expanduser()
-    named = isinstance(adapter, str) and not text.startswith(("/", ".", "~")) and text.split("@")[0].count("/") == 1
-    if remote == text and (path.exists() or not named):
-        return path, text
-    repository, revision = parse_id(remote)
-    folder = _fetched(repository, revision)
-    return folder, f"{repository}@{folder.name}"
+    refuse_empty(adapter, "the adapter's name", "name its folder, or org/name on the Hub")
+    place = locate(adapter)
+    if isinstance(place, OnHub):
+        folder = _fetched(place)
+        return folder, f"{place.repository}@{folder.name}"
+    if isinstance(place, OnDisk) or (isinstance(place, Nowhere) and place.is_path):
+        return place.path, os.fspath(adapter)
+    raise refusal(place)
 
 
-def _fetched(repository: str, revision: str | None) -> Path:
+def _fetched(place: OnHub) -> Path:
     """The snapshot of a revision in the Hub's cache; without a connection, the one that is there."""
     from huggingface_hub import HfApi, snapshot_download
 
-    shown = f"{repository}@{revision}" if revision else repository
+    repository, revision, shown = place.repository, place.revision, str(place)
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         listed = {file.rfilename: file for file in info.siblings or []}

@@ -21,8 +21,8 @@ from svdbank.checkpoint.header import MAX_HEADER, PREFIX, header_length, parse_h
 from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, NO_WEIGHTS, Layout, choose, gguf, parse_index
 from svdbank.checkpoint.quantised.dequantisation import dequantise
 from svdbank.checkpoint.quantised.quantisation import full_precision, refuse_unreadable, with_values
-from svdbank.core import disk
-from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.errors import CheckpointError
+from svdbank.core.places import Nowhere, OnDisk, OnHub, locate, refusal, refuse_empty
 from svdbank.core.specs import SourceFile, TensorSource, WeightSpec, rows_in_order
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 #: Bytes fetched of a remote file at first, and for each of its tensors beside the name: most headers fit.
 _HEADER_GUESS, _ENTRY_GUESS = 64 << 10, 100
 
-#: How the addresses of the Hub's pages begin; :func:`~svdbank.checkpoint.remote.hub.parse_id` says how to name what they show.
-_ADDRESSES = ("https://", "http://", "huggingface.co/", "hf.co/")
+#: What to do about a name that leads nowhere.
+_NAMES = "name a model folder, a .safetensors file or org/name on the Hub"
 
 #: What to do about an index and headers that disagree.
 _MIXED = "index and weight files are of different versions of the model: download all of them again, from one revision"
@@ -161,30 +161,19 @@ class Checkpoint:
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """Open a model folder, a single ``.safetensors`` file, or ``org/name[@revision]`` on the Hugging Face Hub.
 
-    A path that exists wins over a Hub id of the same spelling; ``hf://org/name[@revision]`` always means the Hub. A Hub model is
-    pinned to the commit its revision resolved to. Only configuration, index and headers are read here; weights that the Hugging
-    Face cache lacks are fetched when they are read, range by range, or as ``checkpoint.remote`` is told. Raises
-    CheckpointError, and OptionError for what cannot be a name.
+    Names mean what :func:`svdbank.core.places.locate` says. A Hub model is pinned to the commit its revision resolved to. Only
+    configuration, index and headers are read here; weights that the Hugging Face cache lacks are fetched when they are read, range by
+    range, or as ``checkpoint.remote`` is told. Raises CheckpointError, and OptionError for what cannot be a name.
     """
-    text = os.fspath(model)
-    if not text.strip():
-        raise OptionError("the model's name is empty", hint="name a model folder, a .safetensors file or org/name on the Hub")
-    if text.startswith("hf://"):
-        return _open_hub(text.removeprefix("hf://"))
-    path = disk.expanded(text)
-    try:
-        exists = path.exists()
-    except OSError as cause:
-        raise CheckpointError(
-            f"{text[:200]}: cannot be looked at: {cause.strerror}", hint="check the path and its permissions"
-        ) from cause
-    if exists:
-        return open_local(path)
-    if isinstance(model, str) and (_could_be_hub_id(text) or text.startswith(_ADDRESSES)):
-        return _open_hub(text)
-    raise CheckpointError(
-        f"{text}: no such file or folder", hint="name a model folder, a .safetensors file or org/name on the Hub"
-    )
+    refuse_empty(model, "the model's name", _NAMES)
+    place = locate(model)
+    if isinstance(place, OnDisk):
+        return open_local(place.path)
+    if isinstance(place, OnHub):
+        return _open_hub(place)
+    if isinstance(place, Nowhere) and place.is_path:
+        raise CheckpointError(f"{place.text}: no such file or folder", hint=_NAMES)
+    raise refusal(place)
 
 
 def open_local(path: Path) -> Checkpoint:
@@ -331,19 +320,11 @@ def _cache_key(files: list[SourceFile]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _could_be_hub_id(text: str) -> bool:
-    return (
-        not text.startswith(("/", "./", "../", "~"))
-        and not text.endswith(".safetensors")
-        and text.split("@")[0].count("/") == 1
-    )
-
-
-def _open_hub(text: str) -> Checkpoint:
+def _open_hub(place: OnHub) -> Checkpoint:
     from svdbank.checkpoint.remote.access import Remote
-    from svdbank.checkpoint.remote.hub import fetch_card, look_up, parse_id
+    from svdbank.checkpoint.remote.hub import fetch_card, look_up
 
-    name, revision = parse_id(text)
+    name, revision = place.repository, place.revision
     snapshot = look_up(name, revision)
     where = f"{name}@{snapshot.commit[:12]}"
     remote = Remote(snapshot, revision) if any(file.path is None for file in snapshot.files) else None

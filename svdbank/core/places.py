@@ -1,13 +1,120 @@
-"""How an adapter or a text is named on a command line."""
+"""How a model, a bank, an adapter or a text is named: a path, a repository of the Hugging Face Hub, ``NAME=PLACE``."""
 
 from __future__ import annotations
 
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
+
+from svdbank.core import disk
+from svdbank.core.errors import CheckpointError, OptionError
+
+_REPOSITORY = re.compile(r"((?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:datasets|spaces)/)"
+    r"([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([\w.-]+))?(?:[/?#].*)?",
+    re.ASCII,
+)
+
+#: How the addresses of web pages begin.
+_ADDRESSES = ("https://", "http://", "huggingface.co/", "hf.co/")
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A path that exists, with ``~`` replaced."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A repository of the Hub, and the branch, tag or commit that was named; None where none was."""
+
+    repository: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}" if self.revision else self.repository
+
+
+@dataclass(frozen=True)
+class WebAddress:
+    """The address of a web page, and what it shows where that is a repository of the Hub."""
+
+    text: str
+    shown: OnHub | None
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """No path that exists, and no name of a repository. ``is_path`` where it can only have been meant as a path."""
+
+    text: str
+    path: Path
+    is_path: bool
+
+
+def locate(name: str | os.PathLike[str], *, one_word: bool = False) -> OnDisk | OnHub | WebAddress | Nowhere:
+    """What a name from outside means: the one place where paths are told from ``org/name[@revision]``.
+
+    A path that exists wins over a repository of the same spelling; ``hf://org/name[@revision]`` always means the Hub. What starts with
+    ``/``, ``.`` or ``~``, ends in ``.safetensors`` or is a ``PathLike`` is only ever a path, an empty name is nowhere, and nothing is
+    asked of the network. With ``one_word``, a word alone is a repository too, as some of the Hub's oldest are (``gpt2``). Raises
+    :class:`CheckpointError` for a path that cannot be looked at.
+    """
+    text = os.fspath(name)
+    remote = text.removeprefix("hf://")
+    path = disk.expanded(text)
+    if remote == text and text.strip() and _exists(path, text):
+        return OnDisk(path)
+    as_path = remote == text and (
+        not isinstance(name, str) or text.startswith(("/", ".", "~")) or text.endswith(".safetensors")
+    )
+    repository = None if as_path else _repository(remote)
+    if repository is not None and (one_word or "/" in repository.repository):
+        return repository
+    page = _PAGE.fullmatch(remote)
+    if page is not None or text.startswith(_ADDRESSES):
+        return WebAddress(remote, _repository(page[1] + (f"@{page[2]}" if page[2] else "")) if page is not None else None)
+    return Nowhere(remote, path, is_path=as_path or (remote == text and text.split("@")[0].count("/") != 1))
+
+
+def refusal(place: WebAddress | Nowhere) -> OptionError:
+    """The error for a name that means nothing here."""
+    shown = place.shown if isinstance(place, WebAddress) else None
+    return OptionError(
+        f"{place.text!r} is neither a path that exists nor a Hub id",
+        hint=f"name it as {shown}" if shown else "write org/name or org/name@revision, or check the path",
+    )
+
+
+def refuse_empty(name: str | os.PathLike[str], what: str, hint: str) -> None:
+    """OptionError for an empty name. As a path it is the working folder, which nobody who passes an unset variable means."""
+    if not os.fspath(name).strip():
+        raise OptionError(f"{what} is empty", hint=hint)
 
 
 def named_place(value: str) -> tuple[str | None, str]:
     """``NAME=PLACE`` as its parts. The name is None where there is only a place: a path that exists, or one with ``=`` further down."""
     name, sign, place = value.partition("=")
-    if not sign or "/" in name or Path(value).expanduser().exists():
+    if not sign or "/" in name or disk.expanded(value).exists():
         return None, value
     return name, place
+
+
+def _exists(path: Path, text: str) -> bool:
+    try:
+        return path.exists()
+    except OSError as cause:
+        raise CheckpointError(
+            f"{text[:200]}: cannot be looked at: {cause.strerror}", hint="check the path and its permissions"
+        ) from cause
+
+
+def _repository(text: str) -> OnHub | None:
+    found = _REPOSITORY.fullmatch(text)
+    if found is None or any(part in ("", ".", "..") for part in (found[2] or "main").split("/")) or ".." in found[1]:
+        return None
+    return OnHub(found[1], found[2])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from svdbank.checkpoint.remote.hub import parse_id
 from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError
+from svdbank.core.places import OnDisk, OnHub, locate, refusal, refuse_empty
 from svdbank.lm.libraries import first_line, import_transformers, quiet_transformers
 from svdbank.lm.memory import out_of_memory
 
@@ -131,11 +130,12 @@ def _quantisation(transformers: Any, load_in: LoadIn, dtype: Any) -> Any:
 
 
 def _place(model: str) -> tuple[str, str | None]:
-    path = Path(model).expanduser()
-    if not model.startswith("hf://") and path.exists():
-        if not path.is_dir():
-            raise OptionError(
-                f"{model}: a file, where the folder of a model is needed", hint="name the folder with config.json"
-            )
-        return str(path), None
-    return parse_id(model.removeprefix("hf://"))
+    refuse_empty(model, "the model's name", "name a model folder or org/name on the Hub")
+    place = locate(model)
+    if isinstance(place, OnHub):
+        return place.repository, place.revision
+    if not isinstance(place, OnDisk):
+        raise refusal(place)
+    if not place.path.is_dir():
+        raise OptionError(f"{model}: a file, where the folder of a model is needed", hint="name the folder with config.json")
+    return str(place.path), None

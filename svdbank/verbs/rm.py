@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 from svdbank import cache
+from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError
+from svdbank.core.places import refuse_empty
 
 
 def rm(path: str | os.PathLike[str]) -> int:
@@ -14,7 +16,8 @@ def rm(path: str | os.PathLike[str]) -> int:
     Raises BankNotFoundError for a folder that is no bank or a link to one, LockedError where somebody writes into it; nothing is
     touched then.
     """
-    root = cache.named_place(path, "svdbank ls shows the banks there are")
+    refuse_empty(path, "the bank's name", "svdbank ls shows the banks there are")
+    root = disk.expanded(path)
     if root.is_symlink() or not cache.is_bank(root):
         why = "a link, which is not followed" if root.is_symlink() else "no bank here"
         raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")

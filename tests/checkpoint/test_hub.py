@@ -17,9 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save
 
 from svdbank.checkpoint import open_checkpoint
-from svdbank.checkpoint.remote.hub import parse_id
 from svdbank.checkpoint.remote.shards import admitted
 from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.places import OnHub, locate
 from svdbank.core.refusals import FIRST_WAIT, wait_before_retry
 from tests.checkpoint.hub_server import Fault, LocalHub
 
@@ -430,7 +430,7 @@ def test_nothing_was_drawn_or_printed_by_the_library(client: Client) -> None:
     ],
 )
 def test_an_id_is_read_in_its_parts(text: str, parts: tuple[str, str | None]) -> None:
-    assert parse_id(text) == parts
+    assert locate(text) == locate(f"hf://{text}") == OnHub(*parts)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_an_id_is_read_in_its_parts(text: str, parts: tuple[str, str | None]) ->
 )
 def test_what_is_no_id_is_refused_before_any_request(text: str) -> None:
     with pytest.raises(OptionError) as caught:
-        parse_id(text)
+        open_checkpoint(f"hf://{text}")
     assert caught.value.hint
 
 

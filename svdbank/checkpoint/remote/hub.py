@@ -16,18 +16,12 @@ from typing import Any
 
 from svdbank.checkpoint.files import CARD, blob_id, member, read_card, read_document, sha256_of
 from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, choose, parse_index
-from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.errors import CheckpointError
 from svdbank.core.refusals import ATTEMPTS, explain, is_connection_error, status_of, wait_before_retry
 
 #: ``progress(stage, done, total)``: bytes done and bytes known so far of a stage such as ``download``.
 DownloadProgress = Callable[[str, int, int], None]
 
-_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
-_PAGE = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:datasets|spaces)/)"
-    r"([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([\w.-]+))?(?:[/?#].*)?",
-    re.ASCII,
-)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_ID = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})?")
 _CONFIG = "config.json"
@@ -55,19 +49,6 @@ class Snapshot:
     weight_map: dict[str, str] | None
     files: tuple[HubFile, ...]
     has_card: bool
-
-
-def parse_id(text: str) -> tuple[str, str | None]:
-    """``org/name[@revision]`` in its two parts; OptionError if it is anything else."""
-    found = _ID.fullmatch(text)
-    if found is None or any(part in ("", ".", "..") for part in (found[2] or "main").split("/")) or ".." in found[1]:
-        page = _PAGE.fullmatch(text)
-        named = page[1] + (f"@{page[2]}" if page[2] else "") if page and _ID.fullmatch(page[1]) else None
-        raise OptionError(
-            f"{text!r} is neither a path that exists nor a Hub id",
-            hint=f"name it as {named}" if named else "write org/name or org/name@revision, or check the path",
-        )
-    return found[1], found[2]
 
 
 def look_up(repository: str, revision: str | None) -> Snapshot:
