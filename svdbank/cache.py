@@ -56,8 +56,8 @@ def default_output(checkpoint: Checkpoint, options: BuildOptions) -> Path:
     return model_folder(checkpoint) / f"r{options.rank}-{options.side}-{options.dtype}{suffix}"
 
 
-def output_folder(output: str | os.PathLike[str] | None) -> Path | None:
-    """The folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
+def given_output(output: str | os.PathLike[str] | None) -> Path | None:
+    """The bank's folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
     if output is None:
         return None
     refuse_empty(output, "the bank's name", "leave -o out for a bank in the cache, or name a folder")

@@ -20,6 +20,7 @@ from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.checkpoint.writing.tensors import check_folder, write_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import OptionError
+from svdbank.core.folders import output_folder
 from svdbank.core.processors import available_cpus
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.addition import Addition
@@ -81,7 +82,7 @@ def fuse(
     """
     if dtype is not None and dtype not in get_args(FusedDtype):
         raise OptionError(f"a fused checkpoint is stored in {', '.join(get_args(FusedDtype))}, not {dtype!r}")
-    target = Path(output).expanduser().resolve()
+    target = output_folder(output)
     check_folder(target)
     check_apart(target, [model, *([into] if into is not None else []), *([] if isinstance(adapter, Adapter) else [adapter])])
     with contextlib.ExitStack() as stack:
@@ -104,7 +105,7 @@ def fuse(
         expected = check_base(opened, match_weights(opened, base, other=False) if into is not None else matrices, base)
         factors = {spec.name: weight.total().factors for spec, weight in matrices}
         addition = Addition(factors, {spec.name: values for spec, values in full})
-        stack.enter_context(_downloads(subject, Path(output).expanduser(), progress))
+        stack.enter_context(_downloads(subject, target, progress))
         specs = [spec for spec, _ in (*matrices, *full)]
         written = write_checkpoint(
             subject,

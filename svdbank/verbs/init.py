@@ -18,6 +18,7 @@ from svdbank.bank.reading import Bank
 from svdbank.cache import opened
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.core.errors import OptionError
+from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
 from svdbank.initialisation.allocation import allocate, highest
 from svdbank.initialisation.configuration import alphas_by_pattern, shape_fields
@@ -133,7 +134,7 @@ def init(
     for a rank or side that the bank lacks; :class:`WrongBaseError` where the base to make a residual of is not the bank's.
     """
     chosen = _checked(method, alpha, dropout, residual_out)
-    path = Path(output).expanduser().resolve()
+    path = output_folder(output)
     check_output(path, force=force)
     bank = opened(model_or_bank)
     check_sides(bank, chosen)
