@@ -100,9 +100,11 @@ def fuse(
         clash = {spec.sources[0].name for spec, _ in full} & {s.name for spec, _ in matrices for s in spec.sources}
         if clash:
             raise OptionError(f"the adapter both changes and replaces {min(clash)}")
+        on_base = matrices
         if into is not None:
-            check_kinds(match_weights(opened, base, other=False), matrices, base, subject)
-        expected = check_base(opened, match_weights(opened, base, other=False) if into is not None else matrices, base)
+            on_base = match_weights(opened, base, other=False)
+            check_kinds(on_base, matrices, base, subject)
+        expected = check_base(opened, on_base, base)
         factors = {spec.name: weight.total().factors for spec, weight in matrices}
         addition = Addition(factors, {spec.name: values for spec, values in full})
         stack.enter_context(_downloads(subject, target, progress))
