@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.building.claims import Claims
+from svdbank.bank.claims import Claims
 from svdbank.building.execution import WorkReport, work
 from svdbank.building.preparation import PreparedBuild, prepare
 from svdbank.building.publication import publish
