@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from svdbank.adapter.documents import Documents
+from svdbank.bank.claims import refuse_claimed
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
@@ -159,12 +160,13 @@ def recorded_bank(adapter: Documents, kind: str) -> Bank:
 
 
 def remove(root: Path) -> int:
-    """Delete a bank's folder and return the bytes freed; LockedError where somebody writes into it.
+    """Delete a bank's folder and return the bytes freed; LockedError where somebody writes into it or has claimed a shard.
 
     The folder leaves its name before anything in it goes: a build that starts meanwhile makes a new one, with a lock of its own.
     """
     aside = root.with_name(f".{secrets.token_hex(8)}{disk.TEMPORARY}")
     with disk.locked(root):
+        refuse_claimed(root)
         freed = sum(file.lstat().st_size for file in root.rglob("*") if file.is_file())
         # Without its manifest it is no bank, whatever of it a crash leaves.
         disk.unlink(root / MANIFEST)
