@@ -70,25 +70,25 @@ def adaptable(
     targets: str | Sequence[str],
     model_type: str,
     *,
-    rank: int | None,
+    stops: Mapping[str, int],
     pattern: Mapping[str, int] = MappingProxyType({}),
 ) -> Adaptable:
     """``names`` without what cannot be adapted and only ``all-linear`` selected.
 
-    Left out are experts that PEFT takes the other way round, and matrices with fewer directions than ``rank`` that no ``pattern`` gives
-    another one: gates of a shared expert, routers of few experts. Raises :class:`OptionError` for such experts that a target names; a
-    rank that is too large for a named weight, or for all, is refused where ranks are looked up.
+    Left out are experts that PEFT takes the other way round, and matrices with fewer directions than ``stops`` says that no ``pattern``
+    gives another rank: gates of a shared expert, routers of few experts. Raises :class:`OptionError` for such experts that a target
+    names; a rank that is too large for a named weight, or for all, is refused where ranks are looked up.
     """
     exchanged = _exchanged_experts(bank, names, targets, model_type)
     rest = tuple(name for name in names if name not in set(exchanged))
-    small = () if rank is None else _too_small(bank, rest, targets, rank, pattern)
+    small = _too_small(bank, rest, targets, stops, pattern)
     notes = []
     if small:
         ends = sorted({bank[name].module.rpartition(".")[2] for name in small})
         least = min(min(bank[name].out_features, bank[name].in_features) for name in small)
         notes.append(
-            f"{len(small)} weights have fewer than {rank} directions and were left out: {', '.join(ends)}; "
-            f"a rank pattern takes them in, {ends[0]}={least} say"
+            f"{len(small)} weights have too few directions for the rank (the least {least}) and were left out: {', '.join(ends)}; "
+            "a rank pattern takes them in"
         )
     if exchanged:
         notes.append("PEFT takes in and out of these experts the other way round, so they were left out")
@@ -96,7 +96,7 @@ def adaptable(
 
 
 def _too_small(
-    bank: Bank, names: Sequence[str], targets: str | Sequence[str], rank: int, pattern: Mapping[str, int]
+    bank: Bank, names: Sequence[str], targets: str | Sequence[str], stops: Mapping[str, int], pattern: Mapping[str, int]
 ) -> tuple[str, ...]:
     wanted = parse_targets(targets)
     small = tuple(
@@ -104,7 +104,7 @@ def _too_small(
         for name in names
         if not wanted.named(bank[name].module)
         and not by_pattern(pattern, bank[name].module, 0)
-        and min(bank[name].out_features, bank[name].in_features) < rank
+        and min(bank[name].out_features, bank[name].in_features) < stops.get(name, 0)
     )
     return small if len(small) < len(names) else ()
 

@@ -78,7 +78,7 @@ def _adaptable(options: TrainOptions, bank: Bank, model_type: str) -> Adaptable:
     if not all_linear and not has_experts(bank):  # names that no bank knows are PEFT's to judge
         return Adaptable(())
     names = selected(bank, options.targets, (), ())
-    return adaptable(bank, names, options.targets, model_type, rank=stop)
+    return adaptable(bank, names, options.targets, model_type, stops=dict.fromkeys(names, stop))
 
 
 def _config(options: TrainOptions, bank: Bank | None, model_type: str) -> Any:

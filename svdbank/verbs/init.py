@@ -20,7 +20,7 @@ from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.core.errors import OptionError
 from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
-from svdbank.initialisation.allocation import allocate, highest
+from svdbank.initialisation.allocation import adapters_of, allocate, stops
 from svdbank.initialisation.configuration import alphas_by_pattern, shape_fields
 from svdbank.initialisation.residual import write_residual
 from svdbank.initialisation.selection import adaptable, selected
@@ -140,11 +140,12 @@ def init(
     check_sides(bank, chosen)
     base, revision = base_of(model_or_bank, bank)
     about = facts_of([*([(base_model, None)] if base_model else []), (base, revision)])
-    most, model_type = highest(rank, band) if params is None else None, about.model_type if about is not None else ""
-    names = selected(bank, targets, exclude, layers)
-    found = adaptable(bank, names, targets, model_type, rank=most, pattern=rank_pattern or {})
+    names, others = selected(bank, targets, exclude, layers), adapters_of(beside, bank)
+    needed = stops(bank, names, rank, band, others) if params is None else {}
+    model_type = about.model_type if about is not None else ""
+    found = adaptable(bank, names, targets, model_type, stops=needed, pattern=rank_pattern or {})
     names = found.names
-    bands = allocate(bank, names, chosen, rank=rank, pattern=rank_pattern, params=params, band=band, beside=beside)
+    bands = allocate(bank, names, chosen, rank=rank, pattern=rank_pattern, params=params, band=band, beside=others)
     ranks = {name: stop - start for name, (start, stop) in bands.items()}
     alphas = alphas_by_pattern(bank, ranks, alpha, alpha_pattern or {})
     scales = {name: lora_scale(ranks[name], alphas[name], rslora=rslora) for name in names}
