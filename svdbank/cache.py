@@ -15,8 +15,8 @@ from svdbank.bank.claims import refuse_claimed
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
-from svdbank.bank.metadata import checked_metadata
 from svdbank.bank.reading import Bank, open_bank
+from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
 from svdbank.core.errors import (
     BankError,
