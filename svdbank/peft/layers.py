@@ -119,7 +119,7 @@ def _slot(layer: Any, name: str, adapter: str) -> Slot:
     if weight is None or isinstance(base, nn.MultiheadAttention) or not (embedding or _is_linear(layer, adapter)):
         raise OptionError(
             f"{module}: a {type(base).__name__} is not one matrix, so a bank holds no basis for it",
-            hint="leave it out with target_modules or exclude_modules, or give it an ordinary LoRA adapter of its own",
+            hint=f"exclude_modules={[module]} leaves it out; an ordinary LoRA adapter of its own may have it",
         )
     target = Target(
         module=module,

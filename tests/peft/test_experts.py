@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import svdbank
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import WrongBaseError
+from svdbank.core.errors import BankError, OptionError, WrongBaseError
+from svdbank.core.specs import Progress
 from svdbank.peft import attachment, get_peft_model, load_adapter, use_bank
 from tests.peft.models import mica, place, quiet, same, sine, trainable, without_svd
 
@@ -190,3 +191,76 @@ def test_plain_peft_has_no_mica_for_experts() -> None:
     """What makes a freeze of our own necessary; when this fails, PEFT can do it."""
     with pytest.raises(ValueError, match="variant"):
         peft.get_peft_model(mixtral(), config())
+
+
+def qwen2_moe() -> nn.Module:
+    """A shared expert with a gate of one row."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    own = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=64, num_hidden_layers=2, **shape, **own)).eval()
+
+
+def test_all_linear_takes_routers_and_a_rank_above_them_is_an_error_whose_hint_works(tmp_path: Path) -> None:
+    with quiet():
+        mixtral().save_pretrained(tmp_path / "model")
+    bank = svdbank.build(tmp_path / "model", tmp_path / "bank", rank=8, device="cpu")
+    assert {bank[name].kind for name in bank.names if name.endswith("mlp.gate.weight")} == {"router"}
+    with pytest.raises(
+        OptionError, match=r"rank 4 is outside 1\.\.3, what model.layers.0.mlp.gate of shape \(3, 24\)"
+    ) as caught:
+        get_peft_model(mixtral(), mica(RANK), bank=bank)
+    assert "rank_pattern={'gate.weight': 3}" in str(caught.value.hint)
+    model = get_peft_model(mixtral(), mica(RANK, rank_pattern={"gate.weight": 3}), bank=bank)
+    layers = wrappers(model)
+    assert len(layers) == 6
+    for layer in (1, 0):
+        own = layers[f"model.layers.{layer}.mlp.gate.weight"]
+        assert same(own.lora_B["default"].weight, bank[f"model.layers.{layer}.mlp.gate.weight"].left(3))
+        experts = layers[f"model.layers.{layer}.mlp.experts.gate_up_proj"]  # of two matrices: PEFT gives it twice the rank
+        assert same(expert_b(experts, 1), bank[f"model.layers.{layer}.mlp.experts.gate_up_proj.1"].left(2 * RANK))
+    assert all(".lora_A." in parameter for parameter in trainable(model))
+
+
+def test_a_gate_of_one_row_is_left_out_as_the_hint_says(tmp_path: Path) -> None:
+    with quiet():
+        qwen2_moe().save_pretrained(tmp_path / "model")
+    bank = svdbank.build(tmp_path / "model", tmp_path / "bank", rank=8, device="cpu")
+    with pytest.raises(
+        OptionError, match=r"rank 4 is outside 1\.\.1, what .*shared_expert_gate .*; so it is of 1 more"
+    ) as caught:
+        get_peft_model(qwen2_moe(), mica(RANK), bank=bank)
+    assert "exclude_modules=['shared_expert_gate']" in str(caught.value.hint)
+    model = get_peft_model(qwen2_moe(), mica(RANK, exclude_modules=["shared_expert_gate"]), bank=bank)
+    assert not any("shared_expert_gate" in name for name in trainable(model))
+
+
+def test_a_bank_without_routers_says_which_build_adds_them_and_that_solves_only_those(
+    banks: dict[str, Bank], tmp_path: Path
+) -> None:
+    with quiet():
+        mixtral().save_pretrained(tmp_path / "model")
+    before = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+    bank = svdbank.build(tmp_path / "model", tmp_path / "bank", rank=8, targets=before, device="cpu")
+    with pytest.raises(BankError, match=r"no basis for model.layers.0.mlp.gate, model.layers.1.mlp.gate") as caught:
+        get_peft_model(mixtral(), mica(3), bank=bank)
+    assert "svdbank build MODEL --targets gate adds them" in str(caught.value.hint)
+    solved = []
+
+    def told(progress: Progress) -> None:
+        if progress.stage == "decompose":
+            solved.append(progress.total)
+
+    bank = svdbank.build(tmp_path / "model", tmp_path / "bank", rank=8, targets=["gate"], device="cpu", progress=told)
+    assert set(solved) == {2}
+    get_peft_model(mixtral(), mica(3), bank=bank)
+
+
+def test_a_second_adapter_may_spell_the_same_parameters_otherwise(fresh: Make, banks: dict[str, Bank]) -> None:
+    model = get_peft_model(fresh("mixtral"), config(), bank=banks["mixtral"])
+    other = mica(RANK, target_modules=["q_proj"], target_parameters=["gate_up_proj", "experts.down_proj"])
+    with use_bank(banks["mixtral"]):
+        model.add_adapter("second", other)
+    assert len(wrappers(model, "second")) == 4
