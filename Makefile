@@ -48,6 +48,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_architectures.py --check
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
