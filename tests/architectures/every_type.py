@@ -139,11 +139,11 @@ def _work(line: Connection) -> None:
 
 
 def sample(types: Sequence[str], count: int = 20, *, always: Iterable[str] = ()) -> list[str]:
-    """``count`` types by rule: ``always`` (those with experts, say, as far as they fit), then every n-th of the sorted others."""
+    """``count`` types by rule: ``always`` (those with experts, say, as far as they fit), then the last of each n of the sorted others."""
     first = sorted(set(always) & set(types))[:count]
     others = [name for name in sorted(types) if name not in first]
     left = count - len(first)
-    return sorted(first + [others[i * len(others) // left] for i in range(left)]) if left else first
+    return sorted(first + [others[(i + 1) * len(others) // left - 1] for i in range(left)]) if left else first
 
 
 def with_experts(types: Sequence[str]) -> list[str]:

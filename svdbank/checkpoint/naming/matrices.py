@@ -130,7 +130,7 @@ def by_table(
 def by_tree(tensors: Mapping[str, TensorSource], tree: ModuleTree, made: Made) -> Matrices:
     """What Transformers makes of the tensors, of which ``made`` says where the entries of each parameter lie."""
     from svdbank.checkpoint.naming.symbolic import NotTracedError, View
-    from svdbank.checkpoint.naming.tree import is_whole
+    from svdbank.checkpoint.naming.tree import is_whole, matrix_of
 
     members: list[tuple[Role, Parameter]] = []
     by_name: dict[str, Parameter] = {}
@@ -156,6 +156,12 @@ def by_tree(tensors: Mapping[str, TensorSource], tree: ModuleTree, made: Made) -
             continue
         by_name[name] = pieces[0][1]
         members += pieces
+    # A linear module that shares another one's tensor: PEFT adapts each, so each has its basis.
+    for name, weight in tree.weights.items():
+        other = next((of for of in sorted(tree.tied.get(name, ())) if of in by_name), None)
+        if weight.kind == "linear" and len(weight.shape) == 2 and name not in made.places and other is not None:
+            matrix = matrix_of(made.places[other], tensors, transposed=weight.transposed)
+            members.append((Role(weight.module, weight.kind, matrix.transposed), Parameter(name, matrix.sources)))
     used = {source.name for _, parameter in members for source in parameter.sources}
     for own, target in made.names.items():
         if own not in used and own not in reasons:

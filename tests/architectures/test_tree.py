@@ -1,4 +1,4 @@
-"""A matrix of a tower that has as many rows as there are tokens is no end of the model: its class says so, not its shape."""
+"""What classes say of matrices that names and shapes would take for something else, and of tensors that are shared or nowhere."""
 
 from __future__ import annotations
 
@@ -65,3 +65,13 @@ def test_tensors_that_the_class_does_not_have_are_left_out_with_that_reason(tmp_
         assert specs and {skip.reason for skip in skips if "language_model.model." in skip.name} == {
             "no parameter of Gemma3ForConditionalGeneration"
         }
+
+
+def test_a_linear_module_that_shares_another_ones_tensor_has_its_own_basis(tmp_path: Path) -> None:
+    base, _ = small.saved(small.small_model("zamba"), tmp_path / "model")
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        specs = {spec.module: spec for spec in decomposable(checkpoint)[0]}
+        wanted = {path for path, module in base.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"}
+        assert wanted <= specs.keys()
+        for path in wanted:
+            assert torch.equal(checkpoint.read(specs[path]), base.get_submodule(path).weight), path
