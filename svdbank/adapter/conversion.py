@@ -17,6 +17,7 @@ from svdbank.adapter.folder import AdapterFolder, Factors, read_folder, write_fo
 from svdbank.adapter.methods import restored, restored_alpha
 from svdbank.adapter.reading import adapter_of
 from svdbank.adapter.settings import AdapterCache, LoraSettings
+from svdbank.adapter.whole import WholeTensors
 from svdbank.adapter.writing import cache_of, recorded
 from svdbank.core.errors import CheckpointError, OptionError
 
@@ -29,16 +30,17 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Converted:
-    """A folder to be written: its config, its factors by PEFT's module paths, its record."""
+    """A folder to be written: its config, its factors by PEFT's module paths, its record, its whole tensors."""
 
     settings: LoraSettings
     factors: dict[str, Factors]
     cache: AdapterCache
+    whole: WholeTensors
 
     def write(self, output: Path, *, force: bool) -> None:
         """Write it as a folder that appears whole or not at all."""
         readme = composed_card(self.settings, self.cache, ())
-        write_folder(output, self.settings, self.factors, self.cache, readme=readme, force=force)
+        write_folder(output, self.settings, self.factors, self.cache, whole=self.whole, readme=readme, force=force)
 
 
 def start_in(initial: str | Path, folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
@@ -64,14 +66,15 @@ def as_lora(folder: AdapterFolder, start: Pairs | None) -> Converted:
     settings = msgspec.structs.replace(
         settings, init_lora_weights=True, base_model_name_or_path=base or settings.base_model_name_or_path, inference_mode=True
     )
-    return Converted(settings, factors, cache)
+    return Converted(settings, factors, cache, folder.whole)
 
 
 def for_inference(folder: AdapterFolder, start: Pairs | None) -> Converted:
     """One rank, one α = r, every scale in A: right also in servers that know a single α/r. ``start`` as in :func:`as_lora`.
 
-    Raises :class:`OptionError` for a rank above what vLLM serves.
+    Raises :class:`OptionError` for a rank above what vLLM serves, and for whole trained tensors, which it does not take.
     """
+    folder.whole.refuse_replacing(folder.path, "servers take factors alone")
     entries = list(entries_of(folder))
     pairs = {entry.key: (entry.A, entry.B) for entry in entries}
     base = folder.settings.base_model_name_or_path
@@ -107,20 +110,7 @@ def for_inference(folder: AdapterFolder, start: Pairs | None) -> Converted:
         inference_mode=True,
     )
     cache = msgspec.structs.replace(_outside_the_bank(folder, entries), rank=rank)
-    return Converted(settings, _by_module(entries, folded), cache)
-
-
-def check_others(folder: AdapterFolder) -> tuple[str, ...]:
-    """Refuse what training changed and a LoRA cannot say; a note for copies of embeddings that PEFT adds."""
-    others = [key for key in folder.others if "lora_" not in key]
-    copies = [key for key in others if ".base_layer." in key]
-    if len(others) > len(copies):
-        raise CheckpointError(
-            f"{folder.path}: holds {len(others) - len(copies)} tensors that are not LoRA factors, first "
-            f"{next(key for key in others if key not in copies)}: they would be lost",
-            hint="modules_to_save are whole modules: merge them into the base",
-        )
-    return (f"{len(copies)} copies of the base's own embeddings were left out",) if copies else ()
+    return Converted(settings, _by_module(entries, folded), cache, folder.whole)
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

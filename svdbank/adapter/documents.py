@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,31 +52,60 @@ class BaseIdentity:
         return BaseIdentity(self.name, self.revision)
 
 
-class _Beyond(msgspec.Struct, frozen=True):
-    """Keys of ``adapter_config.json`` with which an adapter is more than factors."""
+#: Fields of PEFT's config that say nothing of what a saved adapter does: how its training began, ran and was stored, and by whom.
+SILENT = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+    }
+)
 
-    trainable_token_indices: object = None
-    use_qalora: object = False
-    arrow_config: object = None
-    alora_invocation_tokens: object = None
-    layer_replication: object = None
-
-
-_BEYOND = msgspec.json.Decoder(_Beyond)
-_KINDS_BEYOND = {
-    "trainable_token_indices": "trained tokens",
-    "use_qalora": "QALoRA",
-    "arrow_config": "a mixture of LoRAs (Arrow)",
+#: Fields with which an adapter is no sum ``s·B·A`` on the base's own weights, where they are set.
+KINDS_BEYOND = {
     "alora_invocation_tokens": "an activated LoRA, which acts on some tokens only,",
+    "arrow_config": "a mixture of LoRAs (Arrow)",
+    "bias": "a LoRA with biases",
+    "ensure_weight_tying": "a LoRA that is tied as embedding and head are",
+    "kasa_config": "KaSA, whose base lacks its smallest singular values,",
     "layer_replication": "a LoRA over replicated layers",
+    "lora_bias": "a LoRA with biases of its own",
+    "megatron_config": "a LoRA of a model that is parallel by Megatron",
+    "monteclora_config": "MonteCLoRA, which samples its factors,",
+    "trainable_token_indices": "a LoRA with trained tokens",
+    "use_bdlora": "a LoRA of diagonal blocks (BD-LoRA)",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
 }
+
+#: Values of ``init_lora_weights`` with which training begins on the base as it is.
+_UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva", "mica"})
+
+
+def _set_beyond(config: Mapping[str, object]) -> str | None:
+    """The first field of a config that is set and makes the adapter another than ``s·B·A``, as a sentence names it; None for a LoRA."""
+    for name, value in config.items():
+        if value in (None, False, "", "none", [], {}):
+            continue
+        if name in KINDS_BEYOND:
+            return f"{KINDS_BEYOND[name]} ({name})"
+        if name not in SILENT and name not in LoraSettings.__struct_fields__:
+            return f"an adapter with {name!r} in its {CONFIG}, which svdbank does not know,"
+    return None
 
 
 @dataclass(frozen=True)
 class Documents:
     """The two documents of a folder. ``cache`` is svdbank's own, None where there is none.
 
-    ``beyond`` is the kind of training in which the config says more than that there are factors, None for an ordinary LoRA.
+    ``beyond`` names the field of the config with which the adapter is something else than ``s·B·A``, None for an ordinary LoRA.
     """
 
     path: Path
@@ -131,6 +161,10 @@ class Documents:
                 "another model",
                 hint="save it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…): that is for the base",
             )
+        if known not in METHODS and str(said).lower() not in _UNCHANGED_BASE:
+            raise CheckpointError(
+                f"{self.path}: init_lora_weights is {said!r}, which svdbank does not know: whether it changed the base cannot be told"
+            )
         return known if known in METHODS else "lora"
 
 
@@ -154,8 +188,7 @@ def read_documents(path: str | Path, *, slim: bool = False) -> Documents:
     cache = None
     if (inside / CACHE).is_file():
         cache = from_json((inside / CACHE).read_bytes(), AdapterCache, where=str(inside / CACHE), error=CheckpointError)
-    beyond = _BEYOND.decode(config)
-    return Documents(folder, settings, cache, next((what for key, what in _KINDS_BEYOND.items() if getattr(beyond, key)), None))
+    return Documents(folder, settings, cache, _set_beyond(msgspec.json.decode(config)))
 
 
 def check_there(folder: Path, *, slim: bool = False) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +25,17 @@ from svdbank.adapter.card import card
 from svdbank.adapter.documents import Documents, read_documents
 from svdbank.adapter.experts import parameters_of
 from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
+from svdbank.adapter.whole import WholeTensors
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.folders import appearing
-from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import to_json
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
 _ROOT = "base_model.model."
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
 _EMBEDDING_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
+_BENEATH_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.base_layer\.weight$")
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,16 @@ class Factors:
 
 @dataclass(frozen=True)
 class AdapterFolder(Documents):
-    """A folder read and checked: its documents, and by module path of the model the factors.
+    """A folder read and checked, every key of it: its documents, by module path of the model the factors, and the whole tensors.
 
-    ``others`` are the keys of what lies beside the factors: whole modules, copies of embeddings, what other kinds of training left.
+    ``others`` are the keys of what is neither, with what each kind of it is, where the folder was read with ``any_kind``.
+    ``names`` are the keys in the file that wrappers (torch.compile, FSDP, DDP) changed, by the key that PEFT would write.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict)
+    whole: WholeTensors = field(default_factory=WholeTensors)
     others: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class SavedModules:
-    """``tensors``: whole tensors that replace the model's, by their name in the loaded model."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_folder(
@@ -69,6 +67,7 @@ def write_folder(
     factors: Mapping[str, Factors],
     cache: AdapterCache,
     *,
+    whole: WholeTensors | None = None,
     readme: str | None = None,
     extra: Mapping[str, bytes] = MappingProxyType({}),
     force: bool = False,
@@ -84,6 +83,9 @@ def write_folder(
         for module, pair in factors.items():
             tensors[key_of(module, "A", embedding=pair.embedding)] = pair.A.contiguous()
             tensors[key_of(module, "B", embedding=pair.embedding)] = pair.B.contiguous()
+        if whole is not None:
+            tensors |= {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in whole.replacing.items()}
+            tensors |= {f"{_ROOT}{module}.base_layer.weight": tensor.contiguous() for module, tensor in whole.beneath.items()}
         disk.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         disk.write_new(folder / CONFIG, to_json(settings, indent=2))
         disk.write_new(folder / CACHE, to_json(cache, indent=2))
@@ -122,9 +124,8 @@ def check_output(output: Path, *, force: bool) -> None:
 def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Refuse an output inside a folder that is read: that would no longer be an adapter, or a model, and nothing else."""
     for place in inputs:
-        found = locate(place)
-        folder = found.path.resolve() if isinstance(found, OnDisk) else None
-        if folder is not None and folder.is_dir() and folder in output.parents:
+        folder = Path(place).expanduser().resolve()
+        if folder.is_dir() and folder in output.parents:
             raise OptionError(f"{output} lies inside {place}, which is read", hint="name an output beside it")
 
 
@@ -133,14 +134,57 @@ def key_of(module: str, factor: Literal["A", "B"], *, embedding: bool = False) -
     return f"{_ROOT}{module}.lora_embedding_{factor}" if embedding else f"{_ROOT}{module}.lora_{factor}.weight"
 
 
-def read_folder(path: str | Path) -> AdapterFolder:
-    """Read a LoRA adapter folder, PEFT's or ours, and check shapes, ranks and values.
+def read_folder(path: str | Path, *, any_kind: bool = False) -> AdapterFolder:
+    """Read a LoRA adapter folder, PEFT's or ours, and check shapes, ranks and values; every key and every setting is accounted for.
 
-    Raises :class:`CheckpointError` for a folder that is no adapter, for pickled weights, and for tensors that do not fit together.
+    Raises :class:`CheckpointError` for a folder that is no adapter, for pickled weights, for tensors that do not fit together, and for
+    a setting or a tensor with which the adapter is no sum ``s·B·A`` and whole tensors. The last is left to PEFT with ``any_kind``.
     """
     said = read_documents(path)
-    factors, others = _read_factors(said)
-    return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, others)
+    if said.beyond is not None and not any_kind:
+        raise _refused(said.path, said.beyond)
+    keys, names = _keys_of(said.path / WEIGHTS)
+    others = _others(keys, said)
+    if others and not any_kind:
+        raise _refused_tensor(said.path, others[0])
+    factors, whole = _read(said, keys, set(others))
+    return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, whole, others, names)
+
+
+def _keys_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Each key of a file as PEFT would write it, with the one that is there; and of these those that differ.
+
+    Wrappers leave their names in keys: ``_orig_mod`` (torch.compile), ``module`` (DDP), FSDP's and those of checkpointed activations. A
+    state dict saved by hand has the adapter's name in them (``lora_A.default.weight``), or lacks ``base_model.model``.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            stored = list(file.keys())
+    except safetensors.SafetensorError as cause:
+        raise CheckpointError(f"{path}: {cause}") from cause
+    bare = {key: _unwrapped(key) for key in stored}
+    rooted = any(key.startswith(_ROOT) for key in bare.values())
+    keys: dict[str, str] = {}
+    for key, own in bare.items():
+        plain = own if rooted else _ROOT + own
+        if plain in keys:
+            raise CheckpointError(f"{path}: {keys[plain]!r} and {key!r} are one tensor: this file holds several adapters")
+        keys[plain] = key
+    return keys, {plain: key for plain, key in keys.items() if plain != key}
+
+
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_NAMED = re.compile(r"\.(?P<factor>lora_[AB])\.(?P<name>[^.]+)\.weight$|\.(?P<embedding>lora_embedding_[AB])\.(?P<own>[^.]+)$")
+
+
+def _unwrapped(key: str) -> str:
+    key = _WRAPPERS.sub("", key)
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    found = _NAMED.search(key)
+    if found is None:
+        return key
+    return key[: found.start()] + (f".{found['factor']}.weight" if found["factor"] else f".{found['embedding']}")
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -148,31 +192,61 @@ def _finite(tensor: Tensor) -> bool:
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _read_factors(said: Documents) -> tuple[dict[str, Factors], tuple[str, ...]]:
+def _others(keys: Mapping[str, str], said: Documents) -> tuple[str, ...]:
+    """The keys of what is neither a factor nor a whole tensor."""
+    adapted = {found["module"] for key in keys if (found := _KEY.match(key) or _EMBEDDING_KEY.match(key))}
+    others = []
+    for key in keys:
+        if _KEY.match(key) or _EMBEDDING_KEY.match(key):
+            continue
+        beneath = _BENEATH_KEY.match(key)
+        strange = "base_layer" in key if beneath is None else beneath["module"] not in adapted
+        if strange or "lora_" in key or any(re.search(pattern, key) for pattern in _OTHER):
+            others.append(key)
+    return tuple(others)
+
+
+def _read(said: Documents, keys: Mapping[str, str], others: AbstractSet[str]) -> tuple[dict[str, Factors], WholeTensors]:
     folder, settings = said.path, said.settings
     halves: dict[str, dict[str, Tensor]] = {}
-    embeddings, others = set(), []
-    try:
-        with safetensors.safe_open(str(folder / WEIGHTS), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                linear, embedding = _KEY.match(key), _EMBEDDING_KEY.match(key)
-                found = linear or embedding
-                if found is None:
-                    others.append(key)  # base_layer copies of embeddings, modules_to_save: not factors
-                    continue
-                halves.setdefault(found["module"], {})[found["factor"][-1]] = file.get_tensor(key)
+    embeddings: set[str] = set()
+    replacing: dict[str, Tensor] = {}
+    beneath: dict[str, Tensor] = {}
+    with safetensors.safe_open(str(folder / WEIGHTS), framework="pt") as file:
+        for key, stored in keys.items():
+            if key in others:
+                continue
+            linear, embedding, under = _KEY.match(key), _EMBEDDING_KEY.match(key), _BENEATH_KEY.match(key)
+            if found := linear or embedding:
+                halves.setdefault(found["module"], {})[found["factor"][-1]] = file.get_tensor(stored)
                 if embedding:
                     embeddings.add(found["module"])
-    except safetensors.SafetensorError as cause:
-        raise CheckpointError(f"{folder / WEIGHTS}: {cause}") from cause
+            elif under:
+                beneath[under["module"]] = file.get_tensor(stored)
+            else:
+                replacing[key.removeprefix(_ROOT).replace(".modules_to_save.", ".")] = file.get_tensor(stored)
+    for name, tensor in (*replacing.items(), *beneath.items()):
+        if not tensor.is_floating_point() or not _finite(tensor):
+            raise CheckpointError(f"{folder / WEIGHTS}: {name} is no tensor of finite numbers")
     if not halves:
-        raise CheckpointError(f"{folder / WEIGHTS}: holds no LoRA factors")
+        first = f": the first of its {len(keys)} keys is {next(iter(keys.values()))!r}" if keys else ": it is empty"
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: holds no LoRA factors, {_ROOT}MODULE.lora_A.weight and .lora_B.weight{first}"
+        )
     factors = {}
     parameters = parameters_of(settings, halves)
     for module, pair in halves.items():
         if set(pair) != {"A", "B"}:
             raise CheckpointError(f"{folder / WEIGHTS}: {module} has only its {', '.join(pair)} factor")
         A, B = pair["A"], pair["B"]
+        if said.beyond is not None:
+            factors[module] = Factors(A, B, embedding=module in embeddings)  # PEFT's, of whatever shape
+            continue
+        if A.ndim > 2 or B.ndim > 2:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {module} is a convolution, with A {tuple(A.shape)} and B {tuple(B.shape)}: only adapters of "
+                "matrices are read"
+            )
         rank = said.rank(parameters.get(module, module))
         if module in parameters and A.ndim == 2 and A.shape[0] % rank == 0:
             rank = A.shape[0]  # that of all experts together
@@ -183,46 +257,23 @@ def _read_factors(said: Documents) -> tuple[dict[str, Factors], tuple[str, ...]]
         if not (_finite(A) and _finite(B)):
             raise CheckpointError(f"{folder / WEIGHTS}: {module} holds NaN or infinity")
         factors[module] = Factors(A, B, embedding=module in embeddings)
-    return factors, tuple(others)
+    return factors, WholeTensors(replacing, beneath)
 
 
-_FACTOR = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")
-
-#: Ends of keys → what was trained; none of it is a sum s·B·A.
+#: Parts of keys → what was trained; none of it is a sum s·B·A or a whole tensor.
 _OTHER = {
-    r"lora_magnitude_vector(\.weight)?$": "DoRA magnitudes",
+    r"lora_magnitude_vector(\.weight)?$": "DoRA magnitudes (use_dora)",
     r"lora_B\.bias$": "biases of LoRA's own (lora_bias)",
     r"(token_adapter\.|trainable_tokens_).*": "trained tokens (trainable_token_indices)",
+    r"base_layer\.bias$": "biases (bias)",
 }
 
 
-def saved_modules(folder: AdapterFolder) -> SavedModules:
-    """Read the whole modules beside the factors (``modules_to_save``).
-
-    Raises :class:`CheckpointError` for kinds of training that are no LoRA, and for what is neither a factor nor a whole tensor. PEFT
-    saves the layer under an adapted embedding too (``base_layer``); that copy of the base is left alone.
-    """
-    if folder.beyond is not None:
-        raise _refused(folder.path, folder.beyond)
-    keys: dict[str, str] = {}
-    for key in folder.others:
-        if _FACTOR.search(key) or key.endswith(".base_layer.weight"):
-            continue
-        name = key.removeprefix(_ROOT)
-        for pattern, what in _OTHER.items():
-            if re.search(pattern, name):
-                raise _refused(folder.path, what)
-        if name == key or "lora_" in name:
-            raise CheckpointError(f"{folder.path / WEIGHTS}: {key!r} is neither a LoRA factor nor a module of the model")
-        keys[key] = name.replace(".modules_to_save.", ".")
-    if not keys:
-        return SavedModules()
-    with safetensors.safe_open(str(folder.path / WEIGHTS), framework="pt") as file:
-        tensors = {name: file.get_tensor(key) for key, name in keys.items()}
-    for name, values in tensors.items():
-        if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
-            raise CheckpointError(f"{folder.path / WEIGHTS}: {name} is no tensor of finite numbers")
-    return SavedModules(tensors)
+def _refused_tensor(folder: Path, key: str) -> CheckpointError:
+    for pattern, what in _OTHER.items():
+        if re.search(pattern, key):
+            return _refused(folder, f"{what}, {key},")
+    return CheckpointError(f"{folder / WEIGHTS}: {key!r} is neither a LoRA factor nor a module of the model")
 
 
 def _refused(folder: Path, what: str) -> CheckpointError:

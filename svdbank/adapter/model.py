@@ -19,6 +19,7 @@ from svdbank.adapter.naming import common_prefixes
 from svdbank.adapter.settings import LoraSettings
 from svdbank.adapter.spectra import singular_values
 from svdbank.adapter.weights import AdaptedWeight, check_bases, rebased, shares_in, united
+from svdbank.adapter.whole import WholeTensors, summed
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError
 
@@ -39,6 +40,9 @@ class Adapter:
         The config it was read with: task type, dropout and the like are written again, ranks and scales follow from the components.
     notes
         What a reader should know, in sentences: a cache that contradicts its tensors, a base that could not be compared.
+    whole
+        What it brings along whole: trained modules that replace the model's, and the base beneath adapted embeddings. Sums take them
+        along as ``W₀ + Σ wᵢ (Wᵢ − W₀)`` where that needs no W₀; what looks at ΔW alone refuses the first.
     """
 
     weights: Mapping[str, AdaptedWeight]
@@ -46,6 +50,7 @@ class Adapter:
     method: str = "lora"
     settings: LoraSettings = field(default_factory=lambda: LoraSettings(r=1, lora_alpha=1))
     notes: tuple[str, ...] = ()
+    whole: WholeTensors = field(default_factory=WholeTensors)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
@@ -92,7 +97,8 @@ class Adapter:
     def __mul__(self, factor: float) -> Adapter:
         if not isinstance(factor, int | float) or not math.isfinite(factor):
             raise OptionError(f"an adapter is scaled by a finite number, not {factor!r}")
-        return self._each(lambda _, component: scaled(component, factor))
+        changed = self._each(lambda _, component: scaled(component, factor))
+        return replace(changed, whole=summed([(factor, self.whole)]))
 
     __rmul__ = __mul__
 
@@ -104,6 +110,8 @@ class Adapter:
         self._check(name)
         if not math.isfinite(factor):
             raise OptionError(f"a component is scaled by a finite number, not {factor!r}")
+        if factor != 1:
+            self.whole.refuse_replacing(self, f"which of them are of {name!r} is not known")
         return self._each(lambda own, component: scaled(component, factor) if own == name else component)
 
     def drop(self, name: str) -> Adapter:
@@ -128,6 +136,8 @@ class Adapter:
 
     def inner(self, other: Adapter) -> float:
         """``⟨ΔW₁, ΔW₂⟩`` summed over the weights that both touch, from coefficients or factors alone."""
+        for adapter in (self, other):
+            adapter.whole.refuse_replacing(adapter, "what they change of the base's own is not known without it")
         one, two = aligned([self, other])
         check_bases([one.weights, two.weights])
         shared = [key for key in one.weights if key in two.weights]
@@ -170,6 +180,12 @@ class Adapter:
         stores. The share kept is in the notes. Raises :class:`OptionError` where a weight keeps less than ``minimum_share``, unless
         ``force``; :class:`BankError` for weights that the bank lacks.
         """
+        self.whole.refuse_replacing(self, "they are of the base they were trained on")
+        if self.whole.beneath:
+            raise OptionError(
+                f"{self}: holds the base's own {next(iter(self.whole.beneath))}.base_layer.weight, which is not another base's",
+                hint="leave embedding and head out of the adapter, or start from the other base",
+            )
         weights, base, note = rebased(bank, self.weights, minimum_share, force=force)
         return replace(self, weights=weights, base=base, notes=(*self.notes, note))
 
@@ -198,7 +214,9 @@ class Adapter:
             components = {name: c for name, c in weight.components.items() if wanted(name)}
             if components:
                 chosen[key] = replace(weight, components=components)
-        return replace(self._weights(chosen), base=self.base.alone())
+        if len(self.names) > 1:
+            self.whole.refuse_replacing(self, "whose they are is not known")
+        return replace(self._weights(chosen), base=self.base.alone(), whole=self.whole.kept(chosen))
 
     def _weights(self, weights: Mapping[str, AdaptedWeight]) -> Adapter:
         return replace(self, weights=weights)
@@ -212,33 +230,44 @@ def combination(terms: Sequence[tuple[float, Adapter]], *, name: str | None = No
     """
     factors = [factor for factor, _ in terms]
 
-    def summed(_: str, parts: Mapping[int, AdaptedWeight]) -> Mapping[str, Component]:
+    def added(_: str, parts: Mapping[int, AdaptedWeight]) -> Mapping[str, Component]:
         grouped: dict[str, list[tuple[float, Component]]] = {}
         for number, weight in parts.items():
             for own, component in weight.components.items():
                 grouped.setdefault(name or own, []).append((factors[number], component))
         return {own: combined(found) for own, found in grouped.items()}
 
-    return joined([adapter for _, adapter in terms], summed)
+    return joined([adapter for _, adapter in terms], added, factors)
 
 
 def joined(
-    adapters: Sequence[Adapter], components_of: Callable[[str, Mapping[int, AdaptedWeight]], Mapping[str, Component]]
+    adapters: Sequence[Adapter],
+    components_of: Callable[[str, Mapping[int, AdaptedWeight]], Mapping[str, Component]],
+    factors: Sequence[float] | None = None,
 ) -> Adapter:
     """One adapter on the weights of all. ``components_of`` gives a weight's components from its name and what each adapter, by number,
-    does to it.
+    does to it; ``factors`` multiply whole tensors, which are refused without them.
 
     Raises as :func:`combination` does.
     """
     if not adapters:
         raise OptionError("a combination of no adapters")
+    if factors is None:
+        for adapter in adapters:
+            adapter.whole.refuse_replacing(adapter, "only a linear combination takes them along")
     adapters = aligned(adapters)
+    whole = summed([(1.0 if factors is None else factors[i], adapter.whole) for i, adapter in enumerate(adapters)])
     weights = united([adapter.weights for adapter in adapters], components_of)
     methods = {adapter.method for adapter in adapters}
     notes = tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
     base = adapters[0].base.alone()
     return replace(
-        adapters[0], weights=weights, base=base, notes=notes, method=adapters[0].method if len(methods) == 1 else "lora"
+        adapters[0],
+        weights=weights,
+        base=base,
+        notes=notes,
+        method=adapters[0].method if len(methods) == 1 else "lora",
+        whole=whole,
     )
 
 
@@ -252,6 +281,6 @@ def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
         if prefix:
             note = f"its modules are called {prefix}… here, as in the adapters beside it"
             weights = {prefix + key: weight for key, weight in adapter.weights.items()}
-            adapter = replace(adapter, weights=weights, notes=(*adapter.notes, note))
+            adapter = replace(adapter, weights=weights, notes=(*adapter.notes, note), whole=adapter.whole.prefixed(prefix))
         found.append(adapter)
     return found

@@ -21,7 +21,7 @@ from svdbank.adapter.parts import with_parts
 from svdbank.adapter.starting import initial_of
 from svdbank.adapter.weights import AdaptedWeight, BaseWeight
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, CheckpointError, WrongBaseError
+from svdbank.core.errors import BankError, WrongBaseError
 
 
 def read_adapter(path: str | Path, *, bank: Bank | None = None, name: str | None = None, method: str | None = None) -> Adapter:
@@ -51,7 +51,6 @@ def adapter_of(
     folder: AdapterFolder, *, bank: Bank | None = None, name: str | None = None, method: str | None = None
 ) -> Adapter:
     """:func:`read_adapter` of a folder that is read already."""
-    _refuse_other_kinds(folder)
     own = name or folder.path.resolve().name
     kind = folder.made_as(method)
     entries = list(entries_of(folder))
@@ -77,17 +76,7 @@ def adapter_of(
         )
         for entry in entries
     }
-    return Adapter(adapted, folder.base, kind, folder.settings, tuple(notes))
-
-
-def _refuse_other_kinds(folder: AdapterFolder) -> None:
-    settings = folder.settings
-    what = "DoRA" if settings.use_dora else "a LoRA with biases" if settings.lora_bias or settings.bias != "none" else None
-    if what is not None:
-        raise CheckpointError(
-            f"{folder.path}: {what} is not a sum ΔW = s·B·A of low rank",
-            hint="merge it into its base with PEFT's merge_and_unload(), if that is what it is for",
-        )
+    return Adapter(adapted, folder.base, kind, folder.settings, tuple(notes), folder.whole)
 
 
 def _check_base(folder: AdapterFolder, bank: Bank | None, names: Mapping[str, str]) -> list[str]:

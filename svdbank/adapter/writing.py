@@ -21,7 +21,6 @@ from svdbank.adapter.spectra import compact
 from svdbank.adapter.weights import AdaptedWeight
 from svdbank.bank.index import base_digest
 from svdbank.core.errors import OptionError
-from svdbank.core.folders import output_folder
 
 
 def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = False, force: bool = False) -> Path:
@@ -34,7 +33,7 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
 
     Raises :class:`OptionError` for an adapter that touches no weight, ``trainable`` with factors outside the bank, or an output in use.
     """
-    path = output_folder(output)
+    path = Path(output).expanduser().resolve()
     if not adapter.weights:
         raise OptionError("this adapter touches no weight")
     if trainable and not all(weight.in_bank for weight in adapter.weights.values()):
@@ -46,7 +45,7 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
     cache = cache_of(adapter)
     extra = {} if len(adapter.names) < 2 else {COMPONENTS: safetensors.torch.save(parts_of(adapter), metadata={"format": "pt"})}
     readme = composed_card(settings, cache, adapter.names)
-    write_folder(path, settings, factors, cache, readme=readme, extra=extra, force=force)
+    write_folder(path, settings, factors, cache, whole=adapter.whole, readme=readme, extra=extra, force=force)
     return path
 
 
@@ -79,7 +78,7 @@ def peft_settings(adapter: Adapter, ranks: Mapping[str, int], *, init: bool | st
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        modules_to_save=None,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in adapter.whole.replacing}) or None,
         rank_pattern=other,
         alpha_pattern=dict(other),
         init_lora_weights=init,

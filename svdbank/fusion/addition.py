@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,18 @@ class Tally:
 class Addition:
     """``W + ΔW`` in any number of threads; the ``edit`` of :func:`svdbank.checkpoint.writing.tensors.write_checkpoint`.
 
-    ``factors`` are A (r, in) and B (out, r) by the weight's name, ``full`` tensors that replace a stored one.
+    ``factors`` are A (r, in) and B (out, r) by the weight's name, ``full`` tensors that replace a stored one; ``beneath`` are weights
+    (out, in) that stand in place of the stored W.
     """
 
-    def __init__(self, factors: Mapping[str, tuple[Tensor, Tensor]], full: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        full: Mapping[str, Tensor],
+        beneath: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self._factors = factors
+        self._beneath = beneath
         self._full = full
         self._tallies: dict[str, list[Tally]] = {name: [] for name in (*factors, *full)}
         self._dtypes: dict[str, str] = {}
@@ -62,6 +70,8 @@ class Addition:
             out.copy_(full.reshape(full.shape[0], -1)[rows].reshape(values.shape))
             tallies.append(Tally(values.numel(), _changed(values, out, self._scratch)))
             return
+        if spec.name in self._beneath:
+            values = self._beneath[spec.name][rows, columns].to(values.dtype)
         A, B = self._factors[spec.name]
         A, B = (A if A.shape[1] == values.shape[1] else A[:, columns]), (B if len(B) == len(values) else B[rows])
         # Panels of rows as they lie in memory: a transposed weight is (in, out) there.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from svdbank.adapter.folder import SavedModules
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
 from svdbank.adapter.weights import AdaptedWeight
@@ -19,7 +19,10 @@ from svdbank.core.errors import OptionError, WrongBaseError, abridge
 from svdbank.core.specs import TensorSource, WeightSpec
 
 #: What to do about whole modules that do not fit a checkpoint's tensors.
-_WITH_PEFT = "merge it with PEFT: PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(…)"
+_OTHER_HEAD = (
+    "name a checkpoint of the class that was trained: save the model, with this head, by save_pretrained before get_peft_model"
+)
+_RESIZE = "model.resize_token_embeddings({0}), model.save_pretrained(FOLDER), and fuse into FOLDER"
 
 #: What to do about an adapter that changes one of a tied pair.
 _UNTIE = "--untie writes a tensor for each, and tie_word_embeddings: false"
@@ -110,27 +113,32 @@ def check_base(adapter: Adapter, matrices: Sequence[tuple[WeightSpec, AdaptedWei
     return expected
 
 
-def whole_tensors(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[WeightSpec, Tensor]]:
+def whole_tensors(adapter: Adapter, checkpoint: Checkpoint) -> list[tuple[WeightSpec, Tensor]]:
     """The tensors of ``modules_to_save``, each with the stored tensor that it replaces."""
-    if not saved.tensors:
+    replacing = adapter.whole.replacing
+    if not replacing:
         return []
     found = matrices_of(checkpoint).whole
-    names = matched({key: key for key in found}, list(saved.tensors))
-    users = _users(decomposable(checkpoint, (".*",))[0])
+    names = matched({key: key for key in found}, list(replacing))
+    specs = decomposable(checkpoint, (".*",))[0]
+    users = _users(specs)
+    tied = {f"{module}.weight" for modules in users.values() if len(modules) > 1 for module in modules}
     full = []
-    for key, values in saved.tensors.items():
+    for key, values in replacing.items():
         source = found[names[key]] if key in names else None
-        why, hint = None, _WITH_PEFT
+        why, hint = None, ""
         if source is None:
             why = "the model stores no tensor of that name"
+            hint = _UNTIE if key in tied else _OTHER_HEAD
         elif source.shape != tuple(values.shape):
             why = f"its shape is {tuple(values.shape)}, the model's {source.shape}: a vocabulary that was resized, or another head"
+            hint = _RESIZE if len(source.shape) == 2 and source.shape[1:] == tuple(values.shape)[1:] else _OTHER_HEAD
         elif len(shared := users.get(source, ())) > 1:
             why, hint = f"{' and '.join(shared)} are one tensor", _UNTIE
         if source is None or why is not None:
             raise OptionError(
                 f"the adapter holds a whole {key} (modules_to_save) that cannot be carried over: {why}",
-                hint=hint,
+                hint=hint.format(len(values)),
             )
         spec = WeightSpec(
             name=f"{names[key]} (whole)",
@@ -144,3 +152,40 @@ def whole_tensors(saved: SavedModules, checkpoint: Checkpoint) -> list[tuple[Wei
         )
         full.append((spec, values))
     return full
+
+
+def matrices_beneath(adapter: Adapter, matrices: Sequence[tuple[WeightSpec, AdaptedWeight]]) -> dict[str, Tensor]:
+    """What the adapter says the base's own weights were in training, (out, in), by the name of the weight that it changes.
+
+    Raises :class:`WrongBaseError` where that has another shape than the weight, as after a vocabulary was resized.
+    """
+    beneath = {}
+    for (spec, weight), key in zip(matrices, adapter.weights, strict=True):
+        values = adapter.whole.beneath.get(key)
+        if values is None:
+            continue
+        matrix = values.mT if weight.kind == "embedding" else values
+        if tuple(matrix.shape) != (spec.out_features, spec.in_features):
+            raise WrongBaseError(
+                f"the adapter was trained on a {key}.base_layer.weight of shape {tuple(values.shape)}, the model's {spec.name} is "
+                f"{spec.out_features}×{spec.in_features}",
+                hint=_RESIZE.format(len(values)),
+            )
+        beneath[spec.name] = matrix
+    return beneath
+
+
+def check_beneath(
+    beneath: Mapping[str, Tensor], matrices: Sequence[tuple[WeightSpec, AdaptedWeight]], base: Checkpoint
+) -> None:
+    """Raise :class:`WrongBaseError` where the base stores other values than the adapter was trained on: another model lacks them too."""
+    for spec, _ in matrices:
+        if spec.name not in beneath:
+            continue
+        stored, held = base.read(spec), beneath[spec.name]
+        if not (torch.equal(stored.to(held.dtype), held) or torch.equal(held.to(stored.dtype), stored)):
+            raise WrongBaseError(
+                f"{base.name}: the adapter was trained on another {spec.name} than this model stores, and holds it "
+                f"({spec.module}.base_layer.weight): ΔW alone is not what was trained",
+                hint="without --into, the adapter's own values are written",
+            )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from svdbank.adapter.fetching import located
-from svdbank.adapter.folder import SavedModules, read_folder, saved_modules
+from svdbank.adapter.folder import read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.reading import adapter_of
@@ -14,15 +14,12 @@ from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError
 
 
-def open_adapter(
-    adapter: str | Path | Adapter, bank: Bank | None, model: str | os.PathLike[str]
-) -> tuple[Adapter, SavedModules, str]:
-    """The adapter, what its folder holds beside its factors, and its name for a report."""
+def open_adapter(adapter: str | Path | Adapter, bank: Bank | None, model: str | os.PathLike[str]) -> tuple[Adapter, str]:
+    """The adapter, and its name for a report."""
     if isinstance(adapter, Adapter):
-        return _not_zero(adapter, SavedModules()), SavedModules(), repr(adapter)
+        return _not_zero(adapter), repr(adapter)
     place, shown = located(adapter)
     folder = read_folder(place)
-    saved = saved_modules(folder)
     method = folder.made_as()
     residual = method in RESIDUAL_METHODS
     if residual and bank is None:
@@ -30,7 +27,7 @@ def open_adapter(
     # Without a need for it the bank is not asked: it would only be compared.
     name = shown.partition("@")[0].rpartition("/")[2] if shown != str(adapter) else None
     opened = adapter_of(folder, bank=bank if residual else None, name=name)
-    return _not_zero(opened, saved), saved, shown
+    return _not_zero(opened), shown
 
 
 def _cached_bank(model: str | os.PathLike[str], folder: Path, method: str) -> Bank:
@@ -45,9 +42,9 @@ def _cached_bank(model: str | os.PathLike[str], folder: Path, method: str) -> Ba
         ) from cause
 
 
-def _not_zero(adapter: Adapter, saved: SavedModules) -> Adapter:
+def _not_zero(adapter: Adapter) -> Adapter:
     """The adapter, unless it adds nothing to any weight."""
-    if saved.tensors:
+    if adapter.whole.replacing or adapter.whole.beneath:
         return adapter
     for weight in adapter.weights.values():
         A, B = weight.total().factors

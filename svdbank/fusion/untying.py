@@ -6,7 +6,6 @@ import dataclasses
 
 import msgspec
 
-from svdbank.adapter.folder import SavedModules
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
 from svdbank.checkpoint.configuration import facts
@@ -26,7 +25,7 @@ UNTIED = {"tie_word_embeddings": False}
 _CLASSES = ("ForCausalLM", "LMHeadModel")
 
 
-def tensors_to_untie(checkpoint: Checkpoint, adapter: Adapter, saved: SavedModules) -> tuple[str, ...]:
+def tensors_to_untie(checkpoint: Checkpoint, adapter: Adapter) -> tuple[str, ...]:
     """Tensors of the embedding and of the head that there will be, where they are one and the adapter changes or replaces either."""
     pair = _tied_pair(checkpoint)
     if pair is None:
@@ -34,7 +33,8 @@ def tensors_to_untie(checkpoint: Checkpoint, adapter: Adapter, saved: SavedModul
     modules = {spec.module: spec.module for spec in pair}
     whole = {f"{module}.weight": module for module in modules}
     changed = bool(adapter.weights) and matched(modules, list(adapter.weights))
-    if not changed and not (saved.tensors and matched(whole, list(saved.tensors))):
+    replacing = list(adapter.whole.replacing)
+    if not changed and not (replacing and matched(whole, replacing)):
         return ()
     return pair[0].sources[0].name, HEAD
 

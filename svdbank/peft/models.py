@@ -16,6 +16,7 @@ from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import FactorSource, attachments, check_reload
 from svdbank.peft.layers import unwrapped
+from svdbank.peft.loading import as_peft_writes, check_known, explained
 from svdbank.peft.lookup import Attachment
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
@@ -68,15 +69,18 @@ def load_adapter(
     whose ``B`` is not of this bank. A MiLoRA or PiSSA folder needs the bank: the base becomes the same ``W − s B₀ A₀`` that the adapter
     was trained on. ``options`` go to ``PeftModel.from_pretrained`` or ``PeftModel.load_adapter``.
 
-    Raises :class:`CheckpointError` for a folder that is no adapter or lacks factors of targeted modules, and what
+    Raises :class:`CheckpointError` for a folder that is no adapter or lacks factors of targeted modules, for tensors and settings that
+    would be left out, and what
     :func:`get_peft_model` raises. A plain LoRA folder loads as in PEFT.
     """
     peft = _peft()
-    saved = read_folder(folder)
+    saved = read_folder(folder, any_kind=True)
+    check_known(peft, saved)
     opened = cache.opened(bank)
     if opened is not None:
         _check_base(opened, saved)
-    config = peft.LoraConfig.from_pretrained(str(folder))
+    with explained(saved):
+        config = peft.LoraConfig.from_pretrained(str(folder))
     method = method_of(config)
     on_residual = method is None and saved.cache is not None and saved.cache.method in RESIDUAL_METHODS
     if on_residual and opened is not None:
@@ -99,7 +103,7 @@ def load_adapter(
         options.setdefault("key_mapping", {"^": added})
     pairs = {added + module: pair for module, pair in saved.factors.items()}
     source = FactorSource(opened, saved=pairs, folder=str(folder), frozen=method == "mica")
-    with reroute(source):
+    with reroute(source), as_peft_writes(saved) as place, explained(saved):
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:
                 raise OptionError(
@@ -117,11 +121,11 @@ def load_adapter(
                 if method == "mica":
                     check_reload(source, model.get_base_model(), adapter_name)
             # It reads the config by itself, with whatever spelling is on disk: the injection normalises it.
-            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **options)
+            model.load_adapter(place, adapter_name, is_trainable=is_trainable, **options)
             return model
         try:
             return peft.PeftModel.from_pretrained(
-                model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **options
+                model, place, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **options
             )
         except WrongBaseError as cause:
             if on_residual:

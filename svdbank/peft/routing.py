@@ -23,6 +23,7 @@ from svdbank.core.errors import BankError, missing_extra
 from svdbank.peft.configuration import method_of
 from svdbank.peft.injection import FactorSource, inject
 from svdbank.peft.layers import slots, unwrapped
+from svdbank.peft.loading import check_loaded
 
 
 @contextlib.contextmanager
@@ -67,6 +68,7 @@ def reroute(source: FactorSource) -> Iterator[None]:
 def _patch() -> None:
     """Wrap the places where PEFT makes layers and decides their dtype, and those where Transformers forgets what PEFT knows."""
     try:
+        from peft import PeftModel
         from peft.tuners.lora.layer import Embedding, LoraLayer
         from peft.tuners.lora.model import LoraModel
         from peft.tuners.tuners_utils import BaseTuner
@@ -79,6 +81,7 @@ def _patch() -> None:
     _wrap(BaseTuner, "inject_adapter", _inject_adapter)
     _wrap(BaseTuner, "_cast_adapter_dtype", _cast_adapter_dtype)
     _wrap(LoraModel, "add_weighted_adapter", _add_weighted_adapter)
+    _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(PeftAdapterMixin, "add_adapter", _transformers_add_adapter)
     _wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
 
@@ -164,6 +167,14 @@ def _add_weighted_adapter(source: FactorSource, original: Callable[..., Any], tu
         return original(tuner, *args, **kwargs)
     finally:
         _source.reset(token)
+
+
+def _load_adapter(source: FactorSource, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT leaves out tensors whose names it does not find in the model, and keeps what it made where it finds no tensor."""
+    result = original(model, *args, **kwargs)
+    if source.folder:
+        check_loaded(source.folder, result.missing_keys, result.unexpected_keys)
+    return result
 
 
 def _transformers_add_adapter(

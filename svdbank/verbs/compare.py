@@ -52,6 +52,8 @@ def compare(
         check_image(Path(image))
     opened = cache.opened(bank)
     read = read_inputs(adapters, bank=opened, rebase=rebase)
+    for name, adapter in read.items():
+        adapter.whole.refuse_replacing(name, "how far they are from the base's own is not known without it")
     parts = domains_of(read)
     if len(parts) < 2 and opened is None:
         raise OptionError(

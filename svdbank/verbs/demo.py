@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def demo(
     from svdbank.verbs.build import BuildReport, build
     from svdbank.verbs.init import init
 
-    root = cache.given_output(output) or cache.home() / "demo"
+    root = Path(output) if output is not None else cache.home() / "demo"
     texts = licence_texts()
     folder = smollm2_folder(progress=progress)
     reports: list[BuildReport] = []

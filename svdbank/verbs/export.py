@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import msgspec
 
 from svdbank import cache
-from svdbank.adapter.conversion import Pairs, as_lora, check_others, for_inference, start_in
+from svdbank.adapter.conversion import Pairs, as_lora, for_inference, start_in
 from svdbank.adapter.documents import read_documents
 from svdbank.adapter.entries import entries_of
 from svdbank.adapter.folder import AdapterFolder, Factors, check_output, read_folder
@@ -19,8 +19,7 @@ from svdbank.adapter.settings import COEFFICIENTS, SLIM, WEIGHTS
 from svdbank.adapter.slim import expand_slim, write_slim
 from svdbank.adapter.starting import initial_of
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import OptionError
-from svdbank.core.folders import output_folder
+from svdbank.core.errors import OptionError, abridge
 from svdbank.core.specs import Struct
 
 Form = Literal["peft", "lora", "slim"]
@@ -84,13 +83,13 @@ def export(
     """
     if to not in get_args(Form):
         raise OptionError(f"{to!r} is not a form: {', '.join(get_args(Form))}", hint="--to lora")
-    source, target = Path(adapter).expanduser(), output_folder(output)
+    source, target = Path(adapter).expanduser(), Path(output).expanduser().resolve()
     check_output(target, force=force)
     opened = cache.opened(bank)
     if to == "slim":
         if inference:
             raise OptionError("a slim adapter is not for serving: it lacks B", hint="--to peft --for inference")
-        folder = read_folder(source)
+        folder = read_folder(source, any_kind=True)  # every byte but the bank's comes back
         record = write_slim(folder, target, opened or cache.recorded_bank(folder, "slim"), force=force)
         full = len(folder.factors) - len(record.references)
         kept = f"{full} of {len(folder.factors)} weights are not the bank's vectors to the bit and keep their B"
@@ -101,16 +100,23 @@ def export(
                 f"{source} is slim", hint=f"first svdbank export {source} --to peft --bank BANK -o FOLDER, then that folder"
             )
         expand_slim(source, target, opened or cache.recorded_bank(read_documents(source, slim=True), "slim"), force=force)
-        return _report(read_folder(target).factors, output, to, (target / WEIGHTS, (source / COEFFICIENTS).stat().st_size))
+        return _report(
+            read_folder(target, any_kind=True).factors, output, to, (target / WEIGHTS, (source / COEFFICIENTS).stat().st_size)
+        )
     folder = read_folder(source)
     kind = folder.made_as(method)
-    notes = check_others(folder)
     if to == "peft" and not inference:
         raise OptionError(f"{source} is a PEFT folder already", hint="--to lora, --to slim, or --for inference")
     start = _start(folder, kind, opened, initial) if kind in RESIDUAL_METHODS else None
     made = (for_inference if inference else as_lora)(folder, start)
     made.write(target, force=force)
-    report = _report(made.factors, output, to, (target / WEIGHTS, (source / WEIGHTS).stat().st_size), notes)
+    notes = []
+    if inference and folder.whole.beneath:
+        beneath = abridge([f"{module}.base_layer.weight" for module in folder.whole.beneath])
+        notes = [
+            f"{beneath}: the base's own at training, which PEFT loads; vLLM leaves it out, so serve a base that has these values"
+        ]
+    report = _report(made.factors, output, to, (target / WEIGHTS, (source / WEIGHTS).stat().st_size), tuple(notes))
     if inference:
         report = msgspec.structs.replace(report, rank=made.settings.r, flag=f"--max-lora-rank {made.settings.r}")
     return report

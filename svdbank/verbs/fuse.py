@@ -20,12 +20,11 @@ from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.checkpoint.writing.tensors import check_folder, write_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import OptionError
-from svdbank.core.folders import output_folder
 from svdbank.core.processors import available_cpus
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.addition import Addition
 from svdbank.fusion.fuse_report import FusedDtype, FuseReport, report_of
-from svdbank.fusion.matching import check_base, check_kinds, match_weights, whole_tensors
+from svdbank.fusion.matching import check_base, check_beneath, check_kinds, match_weights, matrices_beneath, whole_tensors
 from svdbank.fusion.opening import open_adapter
 from svdbank.fusion.untying import UNTIED, tensors_to_untie, untied
 from svdbank.solver import pinned_threads
@@ -82,7 +81,7 @@ def fuse(
     """
     if dtype is not None and dtype not in get_args(FusedDtype):
         raise OptionError(f"a fused checkpoint is stored in {', '.join(get_args(FusedDtype))}, not {dtype!r}")
-    target = output_folder(output)
+    target = Path(output).expanduser().resolve()
     check_folder(target)
     check_apart(target, [model, *([into] if into is not None else []), *([] if isinstance(adapter, Adapter) else [adapter])])
     with contextlib.ExitStack() as stack:
@@ -90,24 +89,26 @@ def fuse(
         stack.enter_context(pinned_threads(1))
         base = stack.enter_context(open_checkpoint(model))
         subject = base if into is None else stack.enter_context(open_checkpoint(into))
-        opened, saved, shown = open_adapter(adapter, opened_bank(bank), model)
-        pair = tensors_to_untie(subject, opened, saved) if untie else ()
+        opened, shown = open_adapter(adapter, opened_bank(bank), model)
+        pair = tensors_to_untie(subject, opened) if untie else ()
         if pair:
             subject = untied(subject)
             base = subject if into is None else untied(base)
         matrices = match_weights(opened, subject, other=into is not None)
-        full = whole_tensors(saved, subject)
+        full = whole_tensors(opened, subject)
         clash = {spec.sources[0].name for spec, _ in full} & {s.name for spec, _ in matrices for s in spec.sources}
         if clash:
             raise OptionError(f"the adapter both changes and replaces {min(clash)}")
-        on_base = matrices
+        own = matrices if into is None else match_weights(opened, base, other=False)
         if into is not None:
-            on_base = match_weights(opened, base, other=False)
-            check_kinds(on_base, matrices, base, subject)
-        expected = check_base(opened, on_base, base)
+            check_kinds(own, matrices, base, subject)
+        expected = check_base(opened, own, base)
+        beneath = matrices_beneath(opened, own)
+        if into is not None:
+            check_beneath(beneath, own, base)
         factors = {spec.name: weight.total().factors for spec, weight in matrices}
-        addition = Addition(factors, {spec.name: values for spec, values in full})
-        stack.enter_context(_downloads(subject, target, progress))
+        addition = Addition(factors, {spec.name: values for spec, values in full}, beneath if into is None else {})
+        stack.enter_context(_downloads(subject, Path(output).expanduser(), progress))
         specs = [spec for spec, _ in (*matrices, *full)]
         written = write_checkpoint(
             subject,

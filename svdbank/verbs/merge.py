@@ -13,7 +13,6 @@ from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
 from svdbank.composition.inputs import Places, check_touching, named_places, notes_of, read_inputs
 from svdbank.composition.merging import DENSITY, METHODS, Cut, MergeMethod, cut, merged, sizes_of
 from svdbank.core.errors import OptionError
-from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
 
 
@@ -91,7 +90,7 @@ def merge(
 
     Raises :class:`OptionError` for what cannot be meant, :class:`WrongBaseError` for adapters of different bases, before any work.
     """
-    path = output_folder(output)
+    path = Path(output).expanduser().resolve()
     check_output(path, force=force)
     check_apart(path, (place for place, _ in named_places(adapters).values()))
     _check_options(method, density, rank)
@@ -99,6 +98,8 @@ def merge(
     if len(read) < 2:
         raise OptionError("merging takes two adapters or more", hint="svdbank stack NAME --scale NAME=0.5 scales one")
     check_touching(read)
+    for name, adapter in read.items() if fit is not None else ():
+        adapter.whole.refuse_replacing(name, "fitted weights do not sum to one")
     used = _checked_weights(weights, method, len(read))
     if fit is None and not any(used):
         raise OptionError("every weight is 0: the result would change nothing", hint="--weights 0.5,0.5")

@@ -14,7 +14,6 @@ from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
 from svdbank.composition.inputs import Places, domains_of, named_places, notes_of, read_inputs
 from svdbank.composition.stacking import Domain, Overlap, as_domain, overlaps, stacked
 from svdbank.core.errors import OptionError
-from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
 
 
@@ -62,10 +61,12 @@ def stack(
     Raises :class:`OptionError` for unknown or repeated names and an output in use, :class:`WrongBaseError` for adapters of different
     bases, before any work.
     """
-    path = output_folder(output)
+    path = Path(output).expanduser().resolve()
     check_output(path, force=force)
     check_apart(path, (place for place, _ in named_places(adapters).values()))
     read = read_inputs(adapters, bank=bank, rebase=rebase)
+    for name, adapter in read.items():
+        adapter.whole.refuse_replacing(name, "the sum of several needs the base's own")
     domains = domains_of(read)
     scales = _checked_scales(domains, scale or {}, drop)
     if len(domains) == 1 and not scale and fit is None:

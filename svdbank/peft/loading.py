@@ -1,0 +1,87 @@
+"""What stands around PEFT's own loading: every tensor and every setting of a folder arrives, or is named."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import safetensors
+import safetensors.torch
+
+from svdbank.adapter.folder import AdapterFolder
+from svdbank.adapter.settings import CONFIG, WEIGHTS
+from svdbank.core.errors import CheckpointError, SvdbankError
+
+#: How ``init_lora_weights`` begins where the base was changed by data, by a quantiser or by a random draw that loading does not repeat.
+_LOST_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
+
+_BASE = "load the base model of the adapter, in the class that was trained"
+
+
+def check_loaded(folder: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raise :class:`CheckpointError` where PEFT found no place for a tensor of a folder, or no tensor for a factor of the model."""
+    if unexpected:
+        raise CheckpointError(
+            f"{folder}: {len(unexpected)} of its tensors belong to no module of this model, first {unexpected[0]}", hint=_BASE
+        )
+    if missing:
+        raise CheckpointError(
+            f"{folder}: holds no factors for {len(missing)} places that its config targets in this model, first {missing[0]}",
+            hint=_BASE,
+        )
+
+
+def check_known(peft: Any, saved: AdapterFolder) -> None:
+    """Raise :class:`CheckpointError` for a setting that this PEFT does not know and would leave out, and for an initialisation that changed
+    the base so that loading does not get the same base again."""
+    said = saved.settings.init_lora_weights
+    if isinstance(said, str) and said.lower().startswith(_LOST_BASE):
+        raise CheckpointError(
+            f"{saved.path}: init_lora_weights is {said!r}, which changed the base that it was trained on, and loading does not get that "
+            "base again",
+            hint=f"where the model is that changed base, say so: init_lora_weights true in {CONFIG}",
+        )
+    config = msgspec.json.decode((saved.path / CONFIG).read_bytes())
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    for name, value in config.items():
+        if name not in known and value not in (None, False, "", [], {}):
+            raise CheckpointError(
+                f"{saved.path}: {CONFIG} sets {name!r}, which PEFT {peft.__version__} does not know and would leave out",
+                hint=f"it was written by PEFT {config['peft_version']}: install that" if config.get("peft_version") else None,
+            )
+
+
+@contextlib.contextmanager
+def as_peft_writes(saved: AdapterFolder) -> Iterator[str]:
+    """The folder, or where wrappers left their names in its keys, one for the time being with the keys that PEFT looks for."""
+    if not saved.names:
+        yield str(saved.path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        plain = {stored: key for key, stored in saved.names.items()}
+        tensors = safetensors.torch.load_file(saved.path / WEIGHTS)
+        safetensors.torch.save_file({plain.get(key, key): value for key, value in tensors.items()}, place / WEIGHTS)
+        (place / CONFIG).write_bytes((saved.path / CONFIG).read_bytes())
+        yield folder
+
+
+@contextlib.contextmanager
+def explained(saved: AdapterFolder) -> Iterator[None]:
+    """What PEFT raises about an adapter that it cannot load as an error that names the folder."""
+    try:
+        yield
+    except SvdbankError:
+        raise
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as cause:
+        import torch
+
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise
+        what = saved.beyond or f"an adapter with init_lora_weights {saved.settings.init_lora_weights!r}"
+        raise CheckpointError(f"{saved.path}: PEFT does not load {what} onto this model: {cause}", hint=_BASE) from cause
