@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from svdbank.adapter.documents import Documents
+from svdbank.bank.claims import refuse_claimed
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
-from svdbank.bank.metadata import checked_metadata
 from svdbank.bank.reading import Bank, open_bank
+from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
 from svdbank.core.errors import (
     BankError,
@@ -56,8 +57,8 @@ def default_output(checkpoint: Checkpoint, options: BuildOptions) -> Path:
     return model_folder(checkpoint) / f"r{options.rank}-{options.side}-{options.dtype}{suffix}"
 
 
-def output_folder(output: str | os.PathLike[str] | None) -> Path | None:
-    """The folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
+def given_output(output: str | os.PathLike[str] | None) -> Path | None:
+    """The bank's folder that an ``output=`` argument names, None where it names none; OptionError for an empty name."""
     if output is None:
         return None
     refuse_empty(output, "the bank's name", "leave -o out for a bank in the cache, or name a folder")
@@ -159,12 +160,13 @@ def recorded_bank(adapter: Documents, kind: str) -> Bank:
 
 
 def remove(root: Path) -> int:
-    """Delete a bank's folder and return the bytes freed; LockedError where somebody writes into it.
+    """Delete a bank's folder and return the bytes freed; LockedError where somebody writes into it or has claimed a shard.
 
     The folder leaves its name before anything in it goes: a build that starts meanwhile makes a new one, with a lock of its own.
     """
     aside = root.with_name(f".{secrets.token_hex(8)}{disk.TEMPORARY}")
     with disk.locked(root):
+        refuse_claimed(root)
         freed = sum(file.lstat().st_size for file in root.rglob("*") if file.is_file())
         # Without its manifest it is no bank, whatever of it a crash leaves.
         disk.unlink(root / MANIFEST)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from svdbank.bank.reading import Bank
-from svdbank.checkpoint.configuration import facts
+from svdbank.checkpoint.configuration import ModelFacts, facts
 from svdbank.checkpoint.source import read_config
 from svdbank.core.places import OnDisk, OnHub, locate
 
@@ -36,18 +36,23 @@ def base_of(model_or_bank: str | Path | Bank, bank: Bank) -> tuple[str, str | No
     return bank.manifest.base.name, bank.manifest.base.revision
 
 
-def task_of(bases: Iterable[tuple[str, str | None]]) -> str | None:
-    """PEFT's task type for the first of these names and revisions whose ``config.json`` is on this machine; None where it is not plain."""
+def facts_of(bases: Iterable[tuple[str, str | None]]) -> ModelFacts | None:
+    """What the first of these names and revisions whose ``config.json`` is on this machine says there; None where none is."""
     for name, revision in bases:
         folder = _configuration(name, revision)
-        if folder is None:
-            continue
-        about = facts(read_config(folder), f"{folder}: config.json")
-        if about.architectures and all(_CAUSAL.search(own) for own in about.architectures):
-            return "CAUSAL_LM"
-        generates = bool(about.architectures) and all(own.endswith("ForConditionalGeneration") for own in about.architectures)
-        return "SEQ_2_SEQ_LM" if generates and about.model_type in _TEXT_TO_TEXT else None
+        if folder is not None:
+            return facts(read_config(folder), f"{folder}: config.json")
     return None
+
+
+def task_of(about: ModelFacts | None) -> str | None:
+    """PEFT's task type for such a model; None where it is not plain."""
+    if about is None or not about.architectures:
+        return None
+    if all(_CAUSAL.search(own) for own in about.architectures):
+        return "CAUSAL_LM"
+    generates = all(own.endswith("ForConditionalGeneration") for own in about.architectures)
+    return "SEQ_2_SEQ_LM" if generates and about.model_type in _TEXT_TO_TEXT else None
 
 
 def _configuration(name: str, revision: str | None) -> Path | None:

@@ -10,8 +10,8 @@ from typing import Any
 from svdbank.adapter.settings import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.checkpoint.files import sha256_of
 from svdbank.core.errors import CheckpointError
+from svdbank.core.hub_refusals import explain, is_connection_error, status_of
 from svdbank.core.places import Nowhere, OnDisk, OnHub, locate, refusal, refuse_empty
-from svdbank.core.refusals import explain, is_connection_error, status_of
 
 #: What is read of an adapter; a repository may hold checkpoints of its training beside them, which are not wanted.
 _FILES = (CONFIG, WEIGHTS, CACHE, COMPONENTS)

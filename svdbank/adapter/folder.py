@@ -29,6 +29,7 @@ from svdbank.adapter.whole import WholeTensors
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.folders import appearing
+from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import to_json
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
@@ -124,8 +125,9 @@ def check_output(output: Path, *, force: bool) -> None:
 def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Refuse an output inside a folder that is read: that would no longer be an adapter, or a model, and nothing else."""
     for place in inputs:
-        folder = Path(place).expanduser().resolve()
-        if folder.is_dir() and folder in output.parents:
+        found = locate(place)
+        folder = found.path.resolve() if isinstance(found, OnDisk) else None
+        if folder is not None and folder.is_dir() and folder in output.parents:
             raise OptionError(f"{output} lies inside {place}, which is read", hint="name an output beside it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -138,21 +139,26 @@ def united(
     return weights
 
 
-def check_bases(adapters: Sequence[Mapping[str, AdaptedWeight]]) -> None:
-    """Raise :class:`WrongBaseError` where one weight has two shapes or two hashes."""
-    seen: dict[str, AdaptedWeight] = {}
-    for weights in adapters:
-        for key, weight in weights.items():
-            other = seen.setdefault(key, weight)
-            if (weight.out_features, weight.in_features) != (other.out_features, other.in_features):
+def check_bases(
+    adapters: Sequence[Mapping[str, AdaptedWeight]],
+    names: Sequence[str] = (),
+    *,
+    hint: str = "adapter.rebase(bank) carries one over",
+) -> None:
+    """Raise :class:`WrongBaseError` where one weight has two shapes or two hashes; it says in which adapters where ``names`` has theirs."""
+    for (i, first), (j, second) in itertools.combinations(enumerate(adapters), 2):
+        one, other = (names[i], names[j]) if names else ("one adapter", "another")
+        for key, mine in first.items():
+            theirs = second.get(key)
+            if theirs is None:
+                continue
+            if (mine.out_features, mine.in_features) != (theirs.out_features, theirs.in_features):
                 raise WrongBaseError(
-                    f"{key} is ({weight.out_features}, {weight.in_features}) in one adapter and "
-                    f"({other.out_features}, {other.in_features}) in another: they belong to different models"
+                    f"{key} is ({mine.out_features}, {mine.in_features}) in {one} and ({theirs.out_features}, {theirs.in_features}) "
+                    f"in {other}: they belong to different models"
                 )
-            if weight.source and other.source and weight.source.sha256 != other.source.sha256:
+            if mine.source and theirs.source and mine.source.sha256 != theirs.source.sha256:
                 raise WrongBaseError(
-                    f"these adapters were made on different bases: {key} had other bytes",
-                    hint="adapter.rebase(bank) carries one over",
+                    f"{f'{one} and {other}' if names else 'these adapters'} were made on different bases: {key} had other bytes",
+                    hint=hint,
                 )
-            if weight.source and not other.source:
-                seen[key] = weight

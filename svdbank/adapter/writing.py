@@ -21,6 +21,7 @@ from svdbank.adapter.spectra import compact
 from svdbank.adapter.weights import AdaptedWeight
 from svdbank.bank.index import base_digest
 from svdbank.core.errors import OptionError
+from svdbank.core.folders import output_folder
 
 
 def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = False, force: bool = False) -> Path:
@@ -33,7 +34,7 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
 
     Raises :class:`OptionError` for an adapter that touches no weight, ``trainable`` with factors outside the bank, or an output in use.
     """
-    path = Path(output).expanduser().resolve()
+    path = output_folder(output)
     if not adapter.weights:
         raise OptionError("this adapter touches no weight")
     if trainable and not all(weight.in_bank for weight in adapter.weights.values()):

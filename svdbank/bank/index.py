@@ -29,7 +29,7 @@ from svdbank.bank.layout import (
     shard_file,
     vector_arrays,
 )
-from svdbank.bank.metadata import ArrayMetadata, checked_metadata
+from svdbank.bank.zarr_metadata import ArrayMetadata, checked_metadata
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError
 from svdbank.core.specs import from_json
 

@@ -17,7 +17,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from svdbank.bank.chunks import crc_before
 from svdbank.bank.files import read_regular
 from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, FileRecord
-from svdbank.bank.metadata import checked_metadata
+from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
 from svdbank.core.errors import DamageError
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdbank.bank.claims import Claims
 from svdbank.bank.writing import BankWriter
-from svdbank.building.claims import Claims
 from svdbank.building.fetching import READ_AHEAD, Downloads, fetched, files_of
 from svdbank.building.memory import DEVICE_AHEAD, WRITERS, give_back
 from svdbank.building.preparation import PreparedBuild

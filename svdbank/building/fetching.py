@@ -10,7 +10,7 @@ from typing import Literal, Protocol, get_args
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import OptionError
-from svdbank.core.ranges import PIECE, REQUESTS
+from svdbank.core.hub_ranges import PIECE, REQUESTS
 from svdbank.core.specs import Progress, ProgressCallback, Struct, WeightSpec
 
 Fetch = Literal["auto", "cache", "shards", "ranges"]

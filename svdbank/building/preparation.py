@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from svdbank.bank.claims import refuse_claimed
 from svdbank.bank.writing import BankWriter, clean
 from svdbank.building.base import check_recorded, same_bytes
 from svdbank.building.checking import examine, rebuild_command
-from svdbank.building.claims import refuse_claimed
 from svdbank.building.fetching import FetchPlan, plan_fetch
 from svdbank.building.records import log
 from svdbank.building.request import BuildRequest

@@ -9,7 +9,7 @@ from typing import Literal
 
 from svdbank.bank.layout import STORED
 from svdbank.building.fetching import FetchOptions, checked_fetch
-from svdbank.cache import output_folder
+from svdbank.cache import given_output
 from svdbank.core.errors import OptionError
 from svdbank.core.processors import available_cpus
 from svdbank.core.specs import BuildOptions, Side, StoredDtype, Struct
@@ -56,7 +56,7 @@ def build_request(
     """The request that these arguments of ``svdbank.plan`` and ``svdbank.build`` make; OptionError for one that cannot be meant."""
     return BuildRequest(
         model=model if isinstance(model, str) else Path(model),
-        output=output_folder(output),
+        output=given_output(output),
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
         options=_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal),
         device=device,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from svdbank.adapter.folder import read_folder
 from svdbank.adapter.model import Adapter, aligned
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import adapter_of, read_adapter
+from svdbank.adapter.weights import check_bases
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.places import named_place
@@ -80,7 +80,7 @@ def read_inputs(
     if rebase is None:
         _check_digests(adapters)
     adapters = dict(zip(adapters, aligned(list(adapters.values())), strict=True))
-    _check_bases(adapters)
+    check_bases([adapter.weights for adapter in adapters.values()], list(adapters), hint=_REBASE)
     return adapters
 
 
@@ -124,24 +124,6 @@ def _check_digests(adapters: Mapping[str, Adapter]) -> None:
         other, digest = seen.setdefault(tuple(sorted(adapter.base.weights)), (name, adapter.base.digest))
         if digest != adapter.base.digest:
             raise WrongBaseError(f"{other} and {name} were made on different bases: their base digests differ", hint=_REBASE)
-
-
-def _check_bases(adapters: Mapping[str, Adapter]) -> None:
-    for (one, first), (other, second) in itertools.combinations(adapters.items(), 2):
-        for key, weight in first.weights.items():
-            twin = second.weights.get(key)
-            if twin is None:
-                continue
-            if (weight.out_features, weight.in_features) != (twin.out_features, twin.in_features):
-                raise WrongBaseError(
-                    f"{key} is ({weight.out_features}, {weight.in_features}) in {one} and ({twin.out_features}, {twin.in_features}) "
-                    f"in {other}: they belong to different models"
-                )
-            if weight.source and twin.source and weight.source.sha256 != twin.source.sha256:
-                raise WrongBaseError(
-                    f"{one} and {other} were made on different bases: {key} had other bytes",
-                    hint=_REBASE,
-                )
 
 
 def notes_of(adapters: Mapping[str, Adapter]) -> list[str]:

@@ -1,12 +1,20 @@
-"""Folders that appear whole or not at all."""
+"""Folders to write: named, and then there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from svdbank.core import disk
+from svdbank.core.places import refuse_empty
+
+
+def output_folder(output: str | os.PathLike[str]) -> Path:
+    """The folder that an ``output=`` argument names, absolute and without links; OptionError for an empty name."""
+    refuse_empty(output, "the output's name", "name a folder with -o")
+    return disk.expanded(output).resolve()
 
 
 @contextlib.contextmanager

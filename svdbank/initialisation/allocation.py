@@ -49,7 +49,7 @@ def allocate(
         raise OptionError("a band given and adapters to stay beside contradict each other", hint="--band auto")
     if fixed is not None and rank is not None and rank != fixed[1] - fixed[0]:
         raise OptionError(f"rank {rank} and band {fixed[0]}:{fixed[1]} contradict each other", hint="leave --rank out")
-    others = [other if isinstance(other, Adapter) else read_adapter(other, bank=bank) for other in beside]
+    others = adapters_of(beside, bank)
     if params is not None:
         starts = dict.fromkeys(names, fixed[0]) if fixed is not None else {}
         if automatic:
@@ -66,11 +66,19 @@ def allocate(
     return {name: (start, start + own) for name, own in ranks.items()}
 
 
-def highest(rank: int | None, band: Band | str | None) -> int:
-    """How many directions a weight without a pattern of its own has to have: the band's end, else the rank."""
-    if band is None or band == "auto":
-        return RANK if rank is None else rank
-    return _parsed(band)[1]
+def adapters_of(beside: Sequence[str | Path | Adapter], bank: Bank) -> list[Adapter]:
+    """Folders read."""
+    return [other if isinstance(other, Adapter) else read_adapter(other, bank=bank) for other in beside]
+
+
+def stops(
+    bank: Bank, names: Sequence[str], rank: int | None, band: Band | str | None, beside: Sequence[Adapter]
+) -> dict[str, int]:
+    """How many minor directions each weight has to have, at the common rank: the end of its band, also next to those ``beside``."""
+    if band is not None and band != "auto":
+        return dict.fromkeys(names, _parsed(band)[1])
+    common, taken = RANK if rank is None else rank, _taken(bank, beside)
+    return {name: first_free(bands_of(taken.get(name, ())), common) + common for name in names}
 
 
 def _parsed(band: Band | str) -> Band:
@@ -151,11 +159,7 @@ def next_bands(bank: Bank, ranks: Mapping[str, int], beside: Iterable[Adapter]) 
     Outputs of adapters in disjoint bands are orthogonal. Components outside the bank take no band. Raises :class:`BankError` where the
     bank stores too few directions for that.
     """
-    taken: dict[str, set[int]] = {}
-    for adapter in beside:
-        for key, name in bank_names(bank, list(adapter.weights)).items():
-            taken.setdefault(name, set()).update(indices_of(adapter.bands(key)))
-    bands = {}
+    taken, bands = _taken(bank, beside), {}
     for name, rank in ranks.items():
         start = first_free(bands_of(taken.get(name, ())), rank)
         if start + rank > bank[name].rank:
@@ -168,6 +172,15 @@ def next_bands(bank: Bank, ranks: Mapping[str, int], beside: Iterable[Adapter]) 
             )
         bands[name] = (start, start + rank)
     return bands
+
+
+def _taken(bank: Bank, adapters: Iterable[Adapter]) -> dict[str, set[int]]:
+    """Minor indices that adapters use, by name in the bank."""
+    taken: dict[str, set[int]] = {}
+    for adapter in adapters:
+        for key, name in bank_names(bank, list(adapter.weights)).items():
+            taken.setdefault(name, set()).update(indices_of(adapter.bands(key)))
+    return taken
 
 
 def first_free(taken: Sequence[Band], rank: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from svdbank.adapter.settings import by_pattern
 from svdbank.bank.reading import Bank
@@ -49,28 +51,71 @@ def selected(bank: Bank, targets: str | Sequence[str], exclude: str | Sequence[s
     return chosen
 
 
-def too_small(
-    bank: Bank, names: Sequence[str], targets: str | Sequence[str], rank: int, pattern: Mapping[str, int]
-) -> tuple[str, ...]:
-    """Those of ``names`` that ``all-linear`` alone selected and whose matrix has fewer directions than ``rank``: gates of a shared
-    expert, routers of few experts. None of those that a target or ``pattern`` names, and none where nothing else would be left.
+#: Model types whose experts are (experts, in, out) without a word of it (``is_transposed``), so that PEFT exchanges their sides.
+_EXCHANGED = frozenset({"llama4", "llama4_text"})
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """Of selected weights those that take an adapter, by name in the bank; those ``left_out``, and in sentences why."""
+
+    names: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def adaptable(
+    bank: Bank,
+    names: Sequence[str],
+    targets: str | Sequence[str],
+    model_type: str,
+    *,
+    stops: Mapping[str, int],
+    pattern: Mapping[str, int] = MappingProxyType({}),
+) -> Adaptable:
+    """``names`` without what cannot be adapted and only ``all-linear`` selected.
+
+    Left out are experts that PEFT takes the other way round, and matrices with fewer directions than ``stops`` says that no ``pattern``
+    gives another rank: gates of a shared expert, routers of few experts. Raises :class:`OptionError` for such experts that a target
+    names; a rank that is too large for a named weight, or for all, is refused where ranks are looked up.
     """
+    exchanged = _exchanged_experts(bank, names, targets, model_type)
+    rest = tuple(name for name in names if name not in set(exchanged))
+    small = _too_small(bank, rest, targets, stops, pattern)
+    notes = []
+    if small:
+        ends = sorted({bank[name].module.rpartition(".")[2] for name in small})
+        least = min(min(bank[name].out_features, bank[name].in_features) for name in small)
+        notes.append(
+            f"{len(small)} weights have too few directions for the rank (the least {least}) and were left out: {', '.join(ends)}; "
+            "a rank pattern takes them in"
+        )
+    if exchanged:
+        notes.append("PEFT takes in and out of these experts the other way round, so they were left out")
+    return Adaptable(tuple(name for name in rest if name not in set(small)), (*exchanged, *small), tuple(notes))
+
+
+def _too_small(
+    bank: Bank, names: Sequence[str], targets: str | Sequence[str], stops: Mapping[str, int], pattern: Mapping[str, int]
+) -> tuple[str, ...]:
     wanted = parse_targets(targets)
     small = tuple(
         name
         for name in names
         if not wanted.named(bank[name].module)
         and not by_pattern(pattern, bank[name].module, 0)
-        and min(bank[name].out_features, bank[name].in_features) < rank
+        and min(bank[name].out_features, bank[name].in_features) < stops.get(name, 0)
     )
     return small if len(small) < len(names) else ()
 
 
-def said_small(bank: Bank, names: Sequence[str], rank: int) -> str:
-    """A sentence on weights that are left out because they are :func:`too_small`."""
-    ends = sorted({bank[name].module.rpartition(".")[2] for name in names})
-    least = min(min(bank[name].out_features, bank[name].in_features) for name in names)
-    return (
-        f"{len(names)} weights have fewer than {rank} directions and were left out: {', '.join(ends)}; "
-        f"a rank pattern takes them in, {ends[0]}={least} say"
-    )
+def _exchanged_experts(bank: Bank, names: Sequence[str], targets: str | Sequence[str], model_type: str) -> tuple[str, ...]:
+    found = tuple(name for name in names if model_type in _EXCHANGED and bank[name].stacked)
+    wanted = parse_targets(targets)
+    named = next((name for name in found if wanted.named(bank[name].module)), None)
+    if named is not None:
+        raise OptionError(
+            f"{named}: PEFT takes in and out of the experts of {model_type} the other way round: adapters on them are not supported",
+            hint="leave them out of --targets",
+        )
+    return found

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from svdbank.core.errors import OptionError
-from svdbank.peft.lookup import Target
+from svdbank.peft.targets import Target
 
 #: Parts of a module path that wrappers add: torch.compile, PEFT, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "base_layer", "_checkpoint_wrapped_module"})

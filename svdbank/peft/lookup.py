@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -19,6 +19,8 @@ from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError, abridge
 from svdbank.core.probe import differing, is_readable, sample
 from svdbank.core.specs import Struct
+from svdbank.peft.parts import under_other_paths
+from svdbank.peft.targets import Target, as_in, of_module
 
 #: Nothing of a model found may mean that its names are not those of its files.
 _NONE_THERE = ", unless its type is loaded under other names than it is stored and not in the table of docs/architectures.md"
@@ -26,32 +28,6 @@ _NONE_THERE = ", unless its type is loaded under other names than it is stored a
 
 class UnverifiedBaseWarning(UserWarning):
     """Some weights could not be read (meta device, quantised, sharded), so only their names and shapes were compared."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """One weight that wants a basis: its path in the model, its values as they lie in memory, and the rank asked for.
-
-    ``weight`` is (out, in), or (in, out) where ``transposed`` (embeddings, Transformers' ``Conv1D``). The two ``features`` are the
-    logical shape, also where the tensor in memory is packed, sharded or absent. ``scale`` is PEFT's α/r or α/√r. One expert of a fused
-    (experts, …) parameter is a target of its own, with that parameter's path as its module.
-    ``parameter`` is the end of the name under which PEFT's patterns find a parameter: ``gate.weight``, ``gate_up_proj``.
-    """
-
-    module: str
-    weight: Tensor
-    transposed: bool
-    out_features: int
-    in_features: int
-    rank: int
-    scale: float = 1.0
-    expert: int | None = None
-    parameter: str = ""
-
-    @property
-    def label(self) -> str:
-        """The module for people."""
-        return self.module if self.expert is None else f"{self.module}[{self.expert}]"
 
 
 class Attachment(Struct, frozen=True):
@@ -108,7 +84,8 @@ def look_up(bank: Bank, targets: Sequence[Target], *, method: InitialisationMeth
     """Find, recognise and read what ``method`` starts ``targets`` from; nothing is read before every check has passed.
 
     ``prefix`` is the model's ``base_model_prefix``: a name is looked up as it is, else with the prefix added or removed, because a
-    checkpoint saved from ``BertModel`` names its weights without the ``bert.`` that ``BertForMaskedLM`` has.
+    checkpoint saved from ``BertModel`` names its weights without the ``bert.`` that ``BertForMaskedLM`` has. What is not found so is looked
+    for under other paths: a language model is a part of a multimodal one.
 
     Raises :class:`BankError` for weights the bank lacks or holds at a lower rank, and for a side that the method needs and the bank
     lacks; :class:`OptionError` for a rank above ``min(out, in)``; :class:`WrongBaseError` where shape or values differ.
@@ -157,6 +134,9 @@ def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[s
     """Bank names of the targets, in the same order. Raises :class:`BankError` for those the bank lacks."""
     held = modules_of(bank)
     found = [_find(bank, held, target, prefix) for target in targets]
+    lacking = [i for i, name in enumerate(found) if name is None]
+    for i, name in zip(lacking, under_other_paths(bank, held, [targets[i] for i in lacking]), strict=True):
+        found[i] = name
     missing = [target.label for target, name in zip(targets, found, strict=True) if name is None]
     if missing:
         leaves = sorted({label.partition("[")[0].rpartition(".")[2] for label in missing})
@@ -183,9 +163,7 @@ def _find(bank: Bank, held: Mapping[str, Sequence[str]], target: Target, prefix:
     if prefix:
         candidates += [f"{prefix}.{target.module}", target.module.removeprefix(f"{prefix}.")]
     names = next((held[candidate] for candidate in candidates if candidate in held), ())
-    if target.expert is None:
-        return names[0] if len(names) == 1 else None
-    return next((name for name in names if bank[name].record.expert == target.expert), None)
+    return of_module(bank, names, target)
 
 
 def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> None:
@@ -215,7 +193,7 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
 
     Raises :class:`WrongBaseError` naming the first weights that differ.
     """
-    targets = [_transpose(target) if bank[name].exchanged else target for name, target in zip(names, targets, strict=True)]
+    targets = [as_in(bank, name, target) for name, target in zip(names, targets, strict=True)]
     readable = [i for i, target in enumerate(targets) if is_readable(target)]
     if readable:
         stored = bank.probes([names[i] for i in readable])
@@ -229,11 +207,6 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
             )
     known = set(readable)
     return tuple(name for i, name in enumerate(names) if i not in known)
-
-
-def _transpose(target: Target) -> Target:
-    """The same weight with its sides exchanged, as the bank has the probe of a tied head."""
-    return replace(target, transposed=not target.transposed, out_features=target.in_features, in_features=target.out_features)
 
 
 _REBUILD = "load the model the bank was built from, or run svdbank build for this one"

@@ -13,7 +13,7 @@ from svdbank.core.errors import OptionError
 from svdbank.core.probe import is_readable
 from svdbank.peft import sharding
 from svdbank.peft.layers import Slot
-from svdbank.peft.lookup import Target
+from svdbank.peft.targets import Target
 
 #: Rows of a weight that its rounding is measured on.
 _ROWS = 64

@@ -13,7 +13,7 @@ from svdbank.bank.reading import Bank
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
 from svdbank.core.errors import OptionError
 from svdbank.initialisation.configuration import keys_of, kinds_of
-from svdbank.initialisation.selection import selected, too_small
+from svdbank.initialisation.selection import Adaptable, adaptable, selected
 from svdbank.lm.libraries import import_peft
 from svdbank.training.bands import free_band
 from svdbank.training.options import TrainOptions
@@ -30,11 +30,11 @@ def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:
 
     torch.manual_seed(options.seed)
     if options.method == "lora":
-        wrapped = peft.get_peft_model(model, _config(options, bank))
+        wrapped = peft.get_peft_model(model, _config(options, bank, model.config.model_type))
         keep_gradients(model)
     else:
         assert bank is not None
-        wrapped = get_peft_model(model, _config(options, bank), bank=bank)
+        wrapped = get_peft_model(model, _config(options, bank, model.config.model_type), bank=bank)
         band = free_band(options, bank)
         if band[0]:
             _move_to_band(wrapped, bank, band)
@@ -68,24 +68,30 @@ def has_experts(bank: Bank | None) -> bool:
     return bank is not None and any(bank[name].stacked for name in bank.names)
 
 
-def left_out(options: TrainOptions, bank: Bank | None) -> tuple[str, ...]:
-    """Names in the bank of weights that ``all-linear`` selects and that have fewer directions than the new adapter's last one."""
-    if bank is None or not parse_targets(options.targets).all_linear:
-        return ()
-    return too_small(bank, selected(bank, options.targets, (), ()), options.targets, free_band(options, bank)[1], {})
+def left_out(options: TrainOptions, bank: Bank | None, model_type: str) -> tuple[str, ...]:
+    """Names in the bank of weights that ``all-linear`` selects and that cannot be adapted, mostly for want of directions."""
+    return () if bank is None else _adaptable(options, bank, model_type).left_out
 
 
-def _config(options: TrainOptions, bank: Bank | None) -> Any:
-    small = set(left_out(options, bank))
-    if bank is not None and has_experts(bank):
+def _adaptable(options: TrainOptions, bank: Bank, model_type: str) -> Adaptable:
+    stop, all_linear = free_band(options, bank)[1], parse_targets(options.targets).all_linear
+    if not all_linear and not has_experts(bank):  # names that no bank knows are PEFT's to judge
+        return Adaptable(())
+    names = selected(bank, options.targets, (), ())
+    return adaptable(bank, names, options.targets, model_type, stops=dict.fromkeys(names, stop))
+
+
+def _config(options: TrainOptions, bank: Bank | None, model_type: str) -> Any:
+    if bank is None:
+        targets: dict[str, Any] = {"target_modules": _target_modules(options.targets)}
+    elif has_experts(bank):
         # PEFT takes fused experts and routers as parameters, by their path.
-        names = [name for name in selected(bank, options.targets, (), ()) if name not in small]
+        names = _adaptable(options, bank, model_type).names
         keys, kinds = keys_of(bank, names), kinds_of(bank, names, dropout=options.dropout)
         targets = target_fields({keys[name]: kinds[name] for name in names})
     else:
-        targets = {"target_modules": _target_modules(options.targets)}
-        if bank is not None and small:
-            targets["exclude_modules"] = [bank[name].module for name in small]
+        out = [bank[name].module for name in left_out(options, bank, model_type)]
+        targets = {"target_modules": _target_modules(options.targets), "exclude_modules": out or None}
     return import_peft().LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,

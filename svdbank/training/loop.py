@@ -125,5 +125,5 @@ def _report(
         held_out=held_out,
         retained=tuple(changes.values()),
         curve=tuple((entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry),
-        left_out=left_out(options, run.bank),
+        left_out=left_out(options, run.bank, run.model.config.model_type),
     )

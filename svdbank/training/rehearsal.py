@@ -25,7 +25,7 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
     if bank is not None:
         start, stop = free_band(options, bank)
         linear = [name for name in bank.names if bank[name].kind in ALL_LINEAR_KINDS]
-        small = set(left_out(options, bank))
+        small = set(left_out(options, bank, causal.config.model_type))
         short = [name for name in linear if stop > bank[name].rank and name not in small]
         if options.on_top_of and short:
             raise BankError(

@@ -10,7 +10,6 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +93,7 @@ def demo(
     from svdbank.verbs.build import BuildReport, build
     from svdbank.verbs.init import init
 
-    root = Path(output) if output is not None else cache.home() / "demo"
+    root = cache.given_output(output) or cache.home() / "demo"
     texts = licence_texts()
     folder = smollm2_folder(progress=progress)
     reports: list[BuildReport] = []

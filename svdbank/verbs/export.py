@@ -20,6 +20,7 @@ from svdbank.adapter.slim import expand_slim, write_slim
 from svdbank.adapter.starting import initial_of
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError, abridge
+from svdbank.core.folders import output_folder
 from svdbank.core.specs import Struct
 
 Form = Literal["peft", "lora", "slim"]
@@ -83,7 +84,7 @@ def export(
     """
     if to not in get_args(Form):
         raise OptionError(f"{to!r} is not a form: {', '.join(get_args(Form))}", hint="--to lora")
-    source, target = Path(adapter).expanduser(), Path(output).expanduser().resolve()
+    source, target = Path(adapter).expanduser(), output_folder(output)
     check_output(target, force=force)
     opened = cache.opened(bank)
     if to == "slim":

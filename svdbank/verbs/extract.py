@@ -18,6 +18,7 @@ from svdbank.cache import opened
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.checkpoint.source import open_checkpoint
 from svdbank.core.errors import BankError, OptionError
+from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.difference import adapted_weights, differences, differing_tensors
 from svdbank.fusion.extract_report import ExtractReport, report_of
@@ -55,7 +56,7 @@ def extract(
     """
     if rank < 1:
         raise OptionError(f"a rank is at least 1, not {rank}")
-    target = Path(output).expanduser().resolve()
+    target = output_folder(output)
     check_output(target, force=force)
     check_apart(target, [base, finetuned])
     with open_checkpoint(base) as one, open_checkpoint(finetuned) as other:

@@ -20,6 +20,7 @@ from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.checkpoint.writing.tensors import check_folder, write_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import OptionError
+from svdbank.core.folders import output_folder
 from svdbank.core.processors import available_cpus
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.addition import Addition
@@ -81,7 +82,7 @@ def fuse(
     """
     if dtype is not None and dtype not in get_args(FusedDtype):
         raise OptionError(f"a fused checkpoint is stored in {', '.join(get_args(FusedDtype))}, not {dtype!r}")
-    target = Path(output).expanduser().resolve()
+    target = output_folder(output)
     check_folder(target)
     check_apart(target, [model, *([into] if into is not None else []), *([] if isinstance(adapter, Adapter) else [adapter])])
     with contextlib.ExitStack() as stack:
@@ -99,16 +100,17 @@ def fuse(
         clash = {spec.sources[0].name for spec, _ in full} & {s.name for spec, _ in matrices for s in spec.sources}
         if clash:
             raise OptionError(f"the adapter both changes and replaces {min(clash)}")
-        own = matrices if into is None else match_weights(opened, base, other=False)
+        on_base = matrices
         if into is not None:
-            check_kinds(own, matrices, base, subject)
-        expected = check_base(opened, own, base)
-        beneath = matrices_beneath(opened, own)
+            on_base = match_weights(opened, base, other=False)
+            check_kinds(on_base, matrices, base, subject)
+        expected = check_base(opened, on_base, base)
+        beneath = matrices_beneath(opened, on_base)
         if into is not None:
-            check_beneath(beneath, own, base)
+            check_beneath(beneath, on_base, base)
         factors = {spec.name: weight.total().factors for spec, weight in matrices}
         addition = Addition(factors, {spec.name: values for spec, values in full}, beneath if into is None else {})
-        stack.enter_context(_downloads(subject, Path(output).expanduser(), progress))
+        stack.enter_context(_downloads(subject, target, progress))
         specs = [spec for spec, _ in (*matrices, *full)]
         written = write_checkpoint(
             subject,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from svdbank.adapter.base import base_of, is_bank, task_of
+from svdbank.adapter.base import base_of, facts_of, is_bank, task_of
 from svdbank.adapter.components import Band
 from svdbank.adapter.folder import check_output
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, InitialisationMethod, lora_scale
@@ -18,11 +18,12 @@ from svdbank.bank.reading import Bank
 from svdbank.cache import opened
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.core.errors import OptionError
+from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
-from svdbank.initialisation.allocation import allocate, highest
+from svdbank.initialisation.allocation import adapters_of, allocate, stops
 from svdbank.initialisation.configuration import alphas_by_pattern, shape_fields
 from svdbank.initialisation.residual import write_residual
-from svdbank.initialisation.selection import said_small, selected, too_small
+from svdbank.initialisation.selection import adaptable, selected
 from svdbank.initialisation.writing import in_config, notes_on, trainable_parameters, write_fresh
 
 
@@ -42,7 +43,7 @@ class InitReport(Struct, frozen=True):
     residual_rounding
         What rounding that base to its dtype lost, ``‖fl(W') − W'‖ / ‖W‖`` in the Frobenius norm, the largest of all weights.
     left_out
-        Names in the bank of weights that ``all-linear`` selects and that have fewer directions than the rank.
+        Names in the bank of weights that ``all-linear`` selects, with fewer directions than the rank, or experts of Llama-4.
     notes
         What to know before using it.
     """
@@ -133,15 +134,18 @@ def init(
     for a rank or side that the bank lacks; :class:`WrongBaseError` where the base to make a residual of is not the bank's.
     """
     chosen = _checked(method, alpha, dropout, residual_out)
-    path = Path(output).expanduser().resolve()
+    path = output_folder(output)
     check_output(path, force=force)
     bank = opened(model_or_bank)
     check_sides(bank, chosen)
-    names = selected(bank, targets, exclude, layers)
-    wanted = highest(rank, band)
-    left_out = too_small(bank, names, targets, wanted, rank_pattern or {}) if params is None else ()
-    names = tuple(name for name in names if name not in set(left_out))
-    bands = allocate(bank, names, chosen, rank=rank, pattern=rank_pattern, params=params, band=band, beside=beside)
+    base, revision = base_of(model_or_bank, bank)
+    about = facts_of([*([(base_model, None)] if base_model else []), (base, revision)])
+    names, others = selected(bank, targets, exclude, layers), adapters_of(beside, bank)
+    needed = stops(bank, names, rank, band, others) if params is None else {}
+    model_type = about.model_type if about is not None else ""
+    found = adaptable(bank, names, targets, model_type, stops=needed, pattern=rank_pattern or {})
+    names = found.names
+    bands = allocate(bank, names, chosen, rank=rank, pattern=rank_pattern, params=params, band=band, beside=others)
     ranks = {name: stop - start for name, (start, stop) in bands.items()}
     alphas = alphas_by_pattern(bank, ranks, alpha, alpha_pattern or {})
     scales = {name: lora_scale(ranks[name], alphas[name], rslora=rslora) for name in names}
@@ -152,10 +156,9 @@ def init(
         residual = Path(residual_out).expanduser()
         source = base_model if isinstance(model_or_bank, Bank) or is_bank(model_or_bank) else model_or_bank
         rounding = write_residual(bank, source, residual, factors, scales, progress)
-    base, revision = base_of(model_or_bank, bank)
     named = str(residual) if residual is not None else base_model or base
     settings = LoraSettings(
-        task_type=task_type or task_of([*([(base_model, None)] if base_model else []), (base, revision)]),
+        task_type=task_type or task_of(about),
         base_model_name_or_path=named,
         revision=None if base_model or residual is not None else revision,
         lora_dropout=dropout,
@@ -179,9 +182,8 @@ def init(
         floored=floored,
         residual=None if residual is None else str(residual),
         residual_rounding=rounding,
-        left_out=left_out,
-        notes=tuple(notes_on(settings, chosen, floored, residual))
-        + ((said_small(bank, left_out, wanted),) if left_out else ()),
+        left_out=found.left_out,
+        notes=(*notes_on(settings, chosen, floored, residual), *found.notes),
     )
 
 

@@ -13,6 +13,7 @@ from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
 from svdbank.composition.inputs import Places, check_touching, named_places, notes_of, read_inputs
 from svdbank.composition.merging import DENSITY, METHODS, Cut, MergeMethod, cut, merged, sizes_of
 from svdbank.core.errors import OptionError
+from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
 
 
@@ -90,7 +91,7 @@ def merge(
 
     Raises :class:`OptionError` for what cannot be meant, :class:`WrongBaseError` for adapters of different bases, before any work.
     """
-    path = Path(output).expanduser().resolve()
+    path = output_folder(output)
     check_output(path, force=force)
     check_apart(path, (place for place, _ in named_places(adapters).values()))
     _check_options(method, density, rank)

@@ -13,8 +13,8 @@ from svdbank.core.places import refuse_empty
 def rm(path: str | os.PathLike[str]) -> int:
     """Delete a bank folder, finished, unfinished or damaged; returns the bytes freed.
 
-    Raises BankNotFoundError for a folder that is no bank or a link to one, LockedError where somebody writes into it; nothing is
-    touched then.
+    Raises BankNotFoundError for a folder that is no bank or a link to one, LockedError where somebody writes into it or works
+    on a shard of it; nothing is touched then.
     """
     refuse_empty(path, "the bank's name", "svdbank ls shows the banks there are")
     root = disk.expanded(path)

@@ -14,6 +14,7 @@ from svdbank.composition.fitting import FitOptions, FitReport, fit_weights
 from svdbank.composition.inputs import Places, domains_of, named_places, notes_of, read_inputs
 from svdbank.composition.stacking import Domain, Overlap, as_domain, overlaps, stacked
 from svdbank.core.errors import OptionError
+from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
 
 
@@ -61,7 +62,7 @@ def stack(
     Raises :class:`OptionError` for unknown or repeated names and an output in use, :class:`WrongBaseError` for adapters of different
     bases, before any work.
     """
-    path = Path(output).expanduser().resolve()
+    path = output_folder(output)
     check_output(path, force=force)
     check_apart(path, (place for place, _ in named_places(adapters).values()))
     read = read_inputs(adapters, bank=bank, rebase=rebase)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdbank.core.errors import BankNotFoundError
+from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, ignore_progress
 from svdbank.lm.libraries import quiet_transformers
 from svdbank.lm.loading import check_quantiser, chosen_dtype, open_model
@@ -73,7 +74,7 @@ def _prepare(options: TrainOptions, *, build: bool, force: bool, tell: ProgressC
     """Everything that can be refused before a text is read."""
     from svdbank.adapter.folder import check_output
 
-    output = Path(options.output).expanduser().resolve()
+    output = output_folder(options.output)
     check_output(output, force=force)
     check_quantiser(options.load_in)
     model = open_model(options.model)

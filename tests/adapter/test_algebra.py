@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svdbank.adapter.components import Component, Free, InBank, bands_of, indices_of
 from svdbank.adapter.model import Adapter, combination
-from svdbank.adapter.weights import AdaptedWeight, BaseWeight
+from svdbank.adapter.weights import AdaptedWeight, BaseWeight, check_bases
 from svdbank.core.errors import OptionError, WrongBaseError
 
 OUT, IN, STORED = 20, 15, 12
@@ -219,6 +219,33 @@ def test_adapters_saved_from_a_model_and_from_the_model_around_it_add_up() -> No
     assert set((named("visual.blocks.0.q") + whole).weights) == {"visual.blocks.0.q", "model.layers.0.q", "lm_head"}
     with pytest.raises(WrongBaseError, match="different bases"):
         named("layers.0.q", sha256="a") + named("model.layers.0.q", sha256="b")
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_the_error_about_different_bases_says_whose_where_the_adapters_have_names(silent: int) -> None:
+    """One of the three records no hash; the other two differ, wherever they stand."""
+    weights = [named("q", sha256=None if i == silent else f"{i}").weights for i in range(3)]
+    one, other = (name for i, name in enumerate(("law", "med", "fin")) if i != silent)
+    with pytest.raises(WrongBaseError, match=rf"^{one} and {other} were made on different bases: q had other bytes$") as caught:
+        check_bases(weights, ("law", "med", "fin"), hint="--rebase")
+    assert caught.value.hint == "--rebase"
+    with pytest.raises(WrongBaseError, match=r"^these adapters were made on different bases: q had other bytes$") as caught:
+        check_bases(weights)
+    assert caught.value.hint == "adapter.rebase(bank) carries one over"
+    check_bases([weights[silent], weights[silent - 1]])
+
+
+def test_one_weight_of_two_shapes_is_of_two_models() -> None:
+    small = {"q": AdaptedWeight(OUT, IN, {}), "k": AdaptedWeight(OUT, IN, {})}
+    large = {"k": AdaptedWeight(OUT, IN, {}), "q": AdaptedWeight(OUT + 1, IN, {})}
+    with pytest.raises(
+        WrongBaseError, match=rf"^q is \({OUT}, {IN}\) in law and \({OUT + 1}, {IN}\) in med: they belong to different"
+    ):
+        check_bases([small, large], ["law", "med"])
+    with pytest.raises(
+        WrongBaseError, match=rf"^q is \({OUT}, {IN}\) in one adapter and \({OUT + 1}, {IN}\) in another: they belong"
+    ):
+        check_bases([small, large])
 
 
 def test_modules_that_could_be_either_of_two_are_refused() -> None:

@@ -171,12 +171,12 @@ def test_metadata_that_selects_other_code_is_refused_before_zarr_sees_it(
     change: dict[str, object], message: str, whole: Path, tmp_path: Path
 ) -> None:
     """Even where a forger has made every hash fit."""
-    from svdbank.bank import metadata
+    from svdbank.bank import zarr_metadata
 
     (path,) = whole.glob("*/sigma/zarr.json")
     forged = json.loads(path.read_bytes()) | change
     with pytest.raises(svdbank.DamageError, match=message):
-        metadata.checked_metadata(json.dumps(forged).encode(), where="zarr.json")
+        zarr_metadata.checked_metadata(json.dumps(forged).encode(), where="zarr.json")
     bank = tmp_path / "bank"
     shutil.copytree(whole, bank)
     name, data = path.relative_to(whole).as_posix(), json.dumps(forged).encode()

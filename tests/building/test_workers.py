@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.building.claims import Claims
+from svdbank.bank.claims import Claims
+from svdbank.bank.layout import claim_file
 from svdbank.building.execution import WorkReport, work
 from svdbank.building.preparation import PreparedBuild, prepare
 from svdbank.building.publication import publish
@@ -162,6 +163,21 @@ def test_a_shard_is_claimed_by_one_and_let_go_at_the_end(model: Path, tmp_path: 
         assert other.take(first)
     with Claims(prepared.root) as one:
         assert one.take(first) and one.take(second)
+
+
+def test_a_bank_with_a_claimed_shard_is_not_deleted(model: Path, tmp_path: Path) -> None:
+    prepared = prepared_build(model, tmp_path / "bank")
+    before = tree(tmp_path / "bank")
+    with Claims(prepared.root) as worker:
+        assert worker.take(prepared.todo[0])
+        with pytest.raises(svdbank.LockedError, match="another process is working on"):
+            svdbank.rm(tmp_path / "bank")
+        assert before.keys() <= tree(tmp_path / "bank").keys()
+    # What a dead worker left binds nobody.
+    claim = tmp_path / "bank" / claim_file(prepared.todo[0].family, prepared.todo[0].index)
+    claim.touch()
+    assert svdbank.rm(tmp_path / "bank") > 0
+    assert not (tmp_path / "bank").exists()
 
 
 def test_an_interrupt_lets_every_claim_go(model: Path, tmp_path: Path) -> None:

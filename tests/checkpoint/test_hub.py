@@ -19,8 +19,8 @@ from safetensors.torch import save
 from svdbank.checkpoint import open_checkpoint
 from svdbank.checkpoint.remote.shards import admitted
 from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.hub_refusals import FIRST_WAIT, wait_before_retry
 from svdbank.core.places import OnHub, locate
-from svdbank.core.refusals import FIRST_WAIT, wait_before_retry
 from tests.checkpoint.hub_server import Fault, LocalHub
 
 #: Answers one line of JSON, [model, whether to download and read], with another.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import svdbank
-from svdbank.adapter.base import task_of
+from svdbank.adapter.base import facts_of, task_of
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS
 from svdbank.bank.reading import Bank
@@ -224,8 +224,8 @@ def test_the_task_is_what_the_configuration_plainly_says(
     architecture: str, kind: str, task: str | None, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": kind}))
-    assert task_of([("org/unknown", None), (str(tmp_path), None)]) == task
-    assert task_of([("org/unknown", None)]) is None
+    assert task_of(facts_of([("org/unknown", None), (str(tmp_path), None)])) == task
+    assert task_of(facts_of([("org/unknown", None)])) is None
 
 
 def test_a_model_s_name_finds_its_cached_bank(minilm: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from svdbank.checkpoint.files import State, WeightFile, open_regular
 from svdbank.checkpoint.remote.files import RemoteFile
 from svdbank.checkpoint.remote.hub import DownloadProgress, Snapshot, download, remember, storage_folder
 from svdbank.checkpoint.remote.shards import Shards
-from svdbank.core.ranges import Repository, Traffic
+from svdbank.core.hub_ranges import Repository, Traffic
 from svdbank.core.specs import SourceFile
 
 

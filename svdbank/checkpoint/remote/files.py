@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from svdbank.checkpoint.files import WeightFile
-from svdbank.core.ranges import Repository
+from svdbank.core.hub_ranges import Repository
 from svdbank.core.specs import SourceFile
 
 

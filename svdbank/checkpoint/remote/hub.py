@@ -17,7 +17,7 @@ from typing import Any
 from svdbank.checkpoint.files import CARD, blob_id, member, read_card, read_document, sha256_of
 from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, choose, parse_index
 from svdbank.core.errors import CheckpointError
-from svdbank.core.refusals import ATTEMPTS, explain, is_connection_error, status_of, wait_before_retry
+from svdbank.core.hub_refusals import ATTEMPTS, explain, is_connection_error, status_of, wait_before_retry
 
 #: ``progress(stage, done, total)``: bytes done and bytes known so far of a stage such as ``download``.
 DownloadProgress = Callable[[str, int, int], None]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from svdbank.checkpoint.files import PIECE, State, WeightFile
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError
-from svdbank.core.ranges import Repository
+from svdbank.core.hub_ranges import Repository
 from svdbank.core.specs import SourceFile
 
 if TYPE_CHECKING:

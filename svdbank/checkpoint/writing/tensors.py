@@ -27,7 +27,7 @@ from svdbank.checkpoint.writing.content import Content, pieces_of
 from svdbank.checkpoint.writing.hashes import Hashes
 from svdbank.core import disk
 from svdbank.core.errors import OptionError, WrongBaseError
-from svdbank.core.folders import appearing
+from svdbank.core.folders import appearing, output_folder
 from svdbank.core.specs import Progress, ProgressCallback, Struct, TensorSource, WeightSpec, ignore_progress, rows_in_order
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def write_checkpoint(
     Configuration, tokenizer and other files that are not weights are carried over. Raises :class:`OptionError` for an output that is in
     use, weights that share a tensor, a dtype that cannot be written, or a disk with too little space.
     """
-    target = Path(output).expanduser().resolve()
+    target = output_folder(output)
     check_folder(target)
     if dtype is not None and dtype not in _NAMES:
         raise OptionError(f"{dtype!r} is not a dtype to store weights in: {', '.join(_NAMES)}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdbank.core.errors import CheckpointError
-from svdbank.core.refusals import ATTEMPTS, explain, status_of, wait_before_retry
+from svdbank.core.hub_refusals import ATTEMPTS, explain, status_of, wait_before_retry
 from svdbank.core.specs import SourceFile
 
 #: Requests in flight, and bytes asked for in one. Few large requests: the Hub limits how many may be made in five minutes.
