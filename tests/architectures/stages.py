@@ -212,7 +212,7 @@ class _Run:
         written = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         read = dict(get_peft_model_state_dict(loaded, save_embedding_layers=False))
         wrong = list(small.different(written, read))
-        if wrong and {_key(line) for line in wrong} <= self._lost_by_peft():
+        if wrong and {_key(line) for line in wrong} <= self._lost_by_peft(folder):
             raise _CannotError(f"PEFT does not give the values of a plain LoRA back either: {len(wrong)} of {len(written)}")
         if wrong:
             said = f"{len(wrong)} of {len(written)} values are not those of the folder: {'; '.join(wrong[:3])}"
@@ -236,12 +236,14 @@ class _Run:
         read = dict(get_peft_model_state_dict(loaded, save_embedding_layers=False))
         return {line.partition(":")[0] for line in small.different(written, read)}
 
-    def _lost_by_peft(self) -> set[str]:
-        """Keys whose values PEFT itself does not read again from a plain LoRA that it wrote."""
+    def _lost_by_peft(self, folder: Path) -> set[str]:
+        """Keys whose values PEFT itself does not read again from a plain LoRA on the same modules that it wrote."""
         import safetensors.torch
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-        adapted, generator = plain.attached(self._base(), RANK), torch.Generator().manual_seed(2)
+        config = LoraConfig.from_pretrained(str(folder))
+        config.init_lora_weights, config.inference_mode = True, False
+        adapted, generator = get_peft_model(copy.deepcopy(self._base()), config), torch.Generator().manual_seed(2)
         for name, value in adapted.named_parameters():
             if ".lora_" in name:
                 value.data = torch.randn(value.shape, generator=generator)
