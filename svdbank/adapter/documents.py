@@ -202,7 +202,9 @@ def check_there(folder: Path, *, slim: bool = False) -> None:
         )
     making = "svdbank init MODEL -o FOLDER"
     if folder.exists():
-        raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint=making)
+        inner = sorted(path for path in folder.iterdir() if (path / CONFIG).is_file()) if folder.is_dir() else []
+        hint = making if not inner else f"there is one in {', '.join(map(str, inner[:3]))}: name that folder"
+        raise CheckpointError(f"{folder}: no adapter here ({CONFIG} is missing)", hint=hint)
     meant = _alike(folder)
     raise CheckpointError(f"{folder}: no such folder", hint=making if meant is None else f"did you mean {meant}?")
 

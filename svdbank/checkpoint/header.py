@@ -48,7 +48,7 @@ def parse_header(header: bytes, *, file: str, size: int, where: str) -> dict[str
     if header[:1] != b"{":
         raise CheckpointError(f"{where}: the header does not begin with '{{': not a safetensors file")
     entries = parse_object(header, f"{where}: header")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{where}: header: __metadata__ must map strings to strings")
     base = PREFIX + len(header)

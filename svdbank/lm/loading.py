@@ -91,12 +91,19 @@ def load_model(model: CausalModel, *, dtype: Dtype = "auto", load_in: LoadIn | N
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     with quiet_transformers(), out_of_memory():
         try:
-            return transformers.AutoModelForCausalLM.from_pretrained(model.name, **options)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(model.name, **options)
         except (OSError, ValueError, ImportError) as cause:
             raise CheckpointError(
                 f"{model.name}: the model cannot be loaded: {first_line(cause)}",
                 hint="the weights have to lie beside config.json, whole; fetch the model again, or name another one",
             ) from cause
+    rows, words = loaded.get_input_embeddings().weight.shape[0], len(model.tokenizer)
+    if words > rows:
+        raise CheckpointError(
+            f"{model.name}: its tokenizer has {words:,} tokens, its embedding {rows:,} rows",
+            hint=f"model.resize_token_embeddings({words}), model.save_pretrained(FOLDER), or take the tokenizer of this model",
+        )
+    return loaded
 
 
 def chosen_dtype(dtype: Dtype) -> Dtype:

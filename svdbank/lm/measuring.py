@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from svdbank.core.errors import NotFiniteError
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.adapters import acting
 from svdbank.lm.scores import BASE, Score, TextTally
@@ -33,6 +35,12 @@ def measure(
         for name in tallies:
             with acting(model, stacks.get(name, ())):
                 sums[name] = summed_losses(model, batch)
+        if not all(math.isfinite(value) for values in sums.values() for value in values):
+            name = next(name for name, values in sums.items() if not all(map(math.isfinite, values)))
+            raise NotFiniteError(
+                f"{text}: the loss of {'the base' if name == BASE else name} is NaN or infinite",
+                hint="--dtype float32, or other weights",
+            )
         for name, tally in tallies.items():
             for window, own, base in zip(batch, sums[name], sums[BASE], strict=True):
                 tally.add(window, own, own - base)

@@ -12,6 +12,7 @@ from svdbank import cache
 from svdbank.adapter.conversion import Pairs, as_lora, for_inference, start_in
 from svdbank.adapter.documents import read_documents
 from svdbank.adapter.entries import entries_of
+from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import AdapterFolder, Factors, check_output, read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod
 from svdbank.adapter.naming import bank_names
@@ -84,7 +85,7 @@ def export(
     """
     if to not in get_args(Form):
         raise OptionError(f"{to!r} is not a form: {', '.join(get_args(Form))}", hint="--to lora")
-    source, target = Path(adapter).expanduser(), output_folder(output)
+    source, target = located(adapter)[0], output_folder(output)
     check_output(target, force=force)
     opened = cache.opened(bank)
     if to == "slim":

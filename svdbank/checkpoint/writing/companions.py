@@ -17,6 +17,10 @@ _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".ggu
 _NESTED_BYTES = 10 << 20
 
 
+#: Says that a folder holds an adapter, whose weights do not come along: beside a model's, it is what Transformers would look for.
+_ADAPTER = frozenset({"adapter_config.json"})
+
+
 def carry(
     checkpoint: Checkpoint, folder: Path, *, settings: Mapping[str, object], dtype: str | None, quantised: bool, anew: bool
 ) -> None:
@@ -46,7 +50,7 @@ def companions(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
     if not (checkpoint.folder / "config.json").exists():
         return
     for path in sorted(checkpoint.folder.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path.name in _ADAPTER:
             continue
         if path.is_dir() and not path.is_symlink():
             for inner in sorted(path.iterdir()):
@@ -88,5 +92,6 @@ def _config(data: bytes, settings: Mapping[str, object], dtype: str | None, quan
 def _index(data: bytes, folder: Path, checkpoint: Checkpoint) -> bytes:
     index = json.loads(data)
     index["weight_map"] = {name: source.file for name, source in sorted(checkpoint.tensors.items())}
-    index.setdefault("metadata", {})["total_size"] = sum((folder / file.name).stat().st_size for file in checkpoint.files)
+    total = sum((folder / file.name).stat().st_size for file in checkpoint.files)
+    index["metadata"] = (index.get("metadata") or {}) | {"total_size": total}
     return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,102 @@
+"""Adapter folders and models as people have them: keys with wrappers' names, folders one too high, files that say nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import svdbank
+import svdbank.peft
+from svdbank.core.errors import CheckpointError, NotFiniteError
+from tests.adapter.every import TOKENS, off, write_base
+from tests.adapter.settings import Case, logits, save, small_llama, wrapped
+
+KEYS: dict[str, Callable[[str], str]] = {
+    "torch.compile": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+    "torch.compile of all": lambda key: f"_orig_mod.{key}",
+    "torch.compile of layers": lambda key: key.replace(".self_attn", "._orig_mod.self_attn"),
+    "DDP": lambda key: f"module.{key}",
+    "FSDP": lambda key: key.replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+    "no prefix": lambda key: key.removeprefix("base_model.model."),
+    "the adapter's name": lambda key: key.replace(".weight", ".default.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base("untied", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A folder, and the logits of its model."""
+    model = wrapped(Case(), small_llama(), 1, {})
+    return save(Case(), model, tmp_path / "plain"), logits(model, TOKENS)
+
+
+@pytest.mark.parametrize("wrapper", KEYS)
+def test_what_wrappers_add_to_keys_is_taken_off(
+    wrapper: str, base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    import transformers
+
+    folder, expected = plain
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({KEYS[wrapper](key): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+    loaded = svdbank.peft.load_adapter(small_llama(), folder, is_trainable=False)
+    assert off(logits(loaded.eval(), TOKENS), expected) < 1e-6
+    svdbank.fuse(base, folder, tmp_path / "fused")
+    assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
+
+
+def test_an_adapter_of_other_modules_does_not_load(plain: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = plain
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key.replace("self_attn", "attn"): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"attn\.q_proj"):
+        svdbank.peft.load_adapter(small_llama(), folder)
+
+
+def test_a_folder_one_too_high_is_told_where_the_adapter_is(plain: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = plain
+    with pytest.raises(CheckpointError) as caught:
+        svdbank.read_adapter(folder.parent)
+    assert caught.value.hint == f"there is one in {folder}: name that folder"
+
+
+def test_eval_ends_where_a_loss_is_no_number_or_a_token_has_no_row(base: Path, tmp_path: Path) -> None:
+    import transformers
+
+    broken = write_base("untied", tmp_path / "broken")
+    model = transformers.AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.norm.weight[:] = torch.inf
+    model.save_pretrained(broken)
+    with pytest.raises(NotFiniteError, match="the base is NaN"):
+        svdbank.eval(broken, data={"text": base / "text.txt"})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"x{i}" for i in range(8)])
+    other = write_base("untied", tmp_path / "other")
+    tokenizer.save_pretrained(other)
+    with pytest.raises(CheckpointError, match="104 tokens, its embedding 96 rows"):
+        svdbank.eval(other, data={"text": base / "text.txt"})
+
+
+def test_null_metadata_and_an_adapters_config_beside_a_model(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    import transformers
+
+    folder, expected = plain
+    base = write_base("untied", tmp_path / "base")
+    (base / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    data = (base / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]) | {"__metadata__": None}).encode()
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    svdbank.fuse(base, folder, tmp_path / "fused")
+    assert not (tmp_path / "fused" / "adapter_config.json").exists()
+    assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
