@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svdbank.checkpoint.naming.symbolic import Arrangement, Joined, NotTracedError, Traced, stored
+from svdbank.checkpoint.naming.symbolic import Arrangement, Joined, NotTracedError, Traced, cut, slices, stored, without_axis
 
 STORED = {"a": torch.arange(24 * 6).reshape(24, 6), "b": torch.arange(1000, 1000 + 4 * 6 * 6).reshape(4, 6, 6)}
 
@@ -102,3 +102,10 @@ def test_any_chain_of_rearrangements_is_followed_or_refused(data: st.DataObject)
 def test_what_is_no_rearrangement_is_refused_by_name(compute: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(NotTracedError, match=r"add|mul|sum|float|step|gt|indexing"):
         compute(Traced.of(stored("a", (24, 6))))
+
+
+def test_slices_are_those_of_each_index_by_itself() -> None:
+    one, two = (torch.stack([Traced.of(stored(f"{part}{e}", (4, 6))) for e in range(3)]) for part in "ab")
+    for places in (torch.cat([one, two], dim=1).places, torch.cat([one, two], dim=0).places, stored("whole", (3, 4, 6))):
+        each = [without_axis(cut(places, 0, e, e + 1), 0) for e in range(places.shape[0])]
+        assert slices(places) == each
