@@ -57,7 +57,7 @@ def eval(
     data
         Texts by name: files, folders, Hub datasets, as in ``train``. Without names, the file names serve.
     adapters
-        PEFT folders by name; several folders under one name act together.
+        PEFT folders, or ``org/name[@revision]`` on the Hub, by name; several under one name act together.
     tasks, task_limit, task_folder
         lm-eval tasks (needs the extra ``eval``), examples a task, a folder with task files of your own.
     length
@@ -100,12 +100,14 @@ def eval(
 
 def _stacks(adapters: Mapping[str, str | Path | Sequence[str | Path]]) -> dict[str, tuple[str, ...]]:
     from svdbank.adapter.documents import read_documents
+    from svdbank.adapter.fetching import located
 
     stacks = {}
     for name, folders in adapters.items():
         if name == BASE:
             raise OptionError(f"{BASE!r} is the model without an adapter", hint="give the adapter another name")
-        stacks[name] = (str(folders),) if isinstance(folders, str | Path) else tuple(str(folder) for folder in folders)
+        named = (folders,) if isinstance(folders, str | Path) else folders
+        stacks[name] = tuple(str(located(folder)[0]) for folder in named)
         for folder in stacks[name]:
             read_documents(folder)
     return stacks
