@@ -75,8 +75,10 @@ def left_out(options: TrainOptions, bank: Bank | None, model_type: str) -> tuple
 
 def _adaptable(options: TrainOptions, bank: Bank, model_type: str) -> Adaptable:
     stop, all_linear = free_band(options, bank)[1], parse_targets(options.targets).all_linear
-    if not all_linear and not has_experts(bank):  # names that no bank knows are PEFT's to judge
-        return Adaptable(())
+    if not has_experts(bank):
+        _target_modules(options.targets)  # refuses what PEFT cannot be given
+        if not all_linear:  # names that no bank knows are PEFT's to judge
+            return Adaptable(())
     names = selected(bank, options.targets, (), ())
     return adaptable(bank, names, options.targets, model_type, stops=dict.fromkeys(names, stop))
 

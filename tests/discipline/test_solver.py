@@ -11,7 +11,7 @@ from svdbank.core.basis import Basis
 from svdbank.solver import PATHS, minor_bases, minor_basis, residual_check
 from svdbank.solver.batched import filter_batch
 from svdbank.solver.contract import Candidate, Failure
-from svdbank.solver.solve import METHODS
+from svdbank.solver.solve import SOLVERS
 from svdbank.solver.weight import Weight
 from tests.discipline.pretended import HEADING, Counts, OnDevice, PretendedDevice
 
@@ -100,7 +100,7 @@ def test_a_weight_of_the_cpu_is_solved_on_the_device_it_is_sent_to(pretended: Pr
 def test_a_device_that_has_no_memory_at_all_hands_over_to_the_cpu(
     pretended: PretendedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, calls = METHODS["dense"], list[str]()
+    dense, calls = SOLVERS["dense"], list[str]()
 
     def short_of_memory(weight: Weight, rank: int, principal: int) -> Candidate | Failure:
         calls.append(weight.device.type)
@@ -108,7 +108,7 @@ def test_a_device_that_has_no_memory_at_all_hands_over_to_the_cpu(
             raise torch.OutOfMemoryError("device")
         return dense(weight, rank, principal)
 
-    monkeypatch.setitem(METHODS, "dense", short_of_memory)
+    monkeypatch.setitem(SOLVERS, "dense", short_of_memory)
     certificate = minor_basis(matrix((40, 60)), RANK, solver="dense", device="cuda").certificate
     assert calls == ["cuda", "cuda", "cuda", "cpu"], "as it was, alone, with smaller panels, on the CPU"
     assert (certificate.path, certificate.device) == ("dense", "cpu")
