@@ -52,6 +52,11 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
                 ) from cause
             if isinstance(cause, OptionError) or "arget module" not in str(cause):
                 raise
+            if parse_targets(options.targets).all_linear:
+                # The bank of a whole multimodal model, whose language part alone is loaded here.
+                raise OptionError(
+                    f"{options.model}: {type(model).__name__}, which is trained, has no module where the bank's weights are"
+                ) from cause
             raise OptionError(
                 f"{options.model}: {', '.join(map(repr, options.targets))} matches no module that can have an adapter",
                 hint=f"--targets {ALL_LINEAR}",
