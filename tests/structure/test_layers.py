@@ -21,7 +21,7 @@ FLOORS = (
 )
 
 #: On these floors the order counts too: a room may import those before it in its row, which are not of one group with it.
-GROUPS = (("cache",), ("building",), ("initialisation", "fusion", "reporting"), ("peft",), ("lm",), ("composition", "training"))
+GROUPS = (("cache",), ("building",), ("initialisation", "fusion", "reporting", "peft"), ("lm",), ("composition", "training"))
 
 STRANGERS = {"solver", "checkpoint", "bank"}
 
