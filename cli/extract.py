@@ -64,9 +64,15 @@ def extract_command(
     if report.outside:
         output.say(
             f"Note: {len(report.outside)} more tensors differ and are not in the adapter (not targeted, or no matrices): "
-            f"{', '.join(report.outside[:3])}{', …' if len(report.outside) > 3 else ''}"
+            f"{_first(report.outside)}"
         )
+    if report.settings:
+        output.say(f"Note: config.json differs too, which no adapter holds: {_first(report.settings)}")
     output.data(report, lambda value: _text(value, per_weight))
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
 
 
 def _text(report: ExtractReport, per_weight: bool) -> str:

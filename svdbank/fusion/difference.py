@@ -16,6 +16,8 @@ from svdbank.adapter.experts import kind_in_peft
 from svdbank.adapter.weights import AdaptedWeight, BaseWeight
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.dtypes import FLOATING
+from svdbank.checkpoint.naming.matrices import matrices
+from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import NotFiniteError
 from svdbank.core.processors import available_cpus
@@ -95,9 +97,45 @@ def adapted_weights(found: Sequence[WeightDifference], component: str) -> dict[s
 
 
 def differing_tensors(one: Checkpoint, other: Checkpoint, compared: Sequence[WeightSpec]) -> list[str]:
-    """Names of the tensors beside ``compared`` that differ, or that one of the models lacks; the same values in a wider dtype do not."""
-    names = (set(one.tensors) | set(other.tensors)) - {source.name for spec in compared for source in spec.sources}
-    return [name for name in sorted(names) if not _same(one, other, name)]
+    """Names in the loaded model of what differs beside ``compared``, or what one of the models lacks.
+
+    An output head that is its embedding's tensor is a weight of its own: an adapter of the embedding leaves it as it is. The same values
+    in a wider dtype do not differ.
+    """
+    mine, theirs = _parts(one), _parts(other)
+    known: dict[tuple[tuple[TensorSource, ...], tuple[TensorSource, ...]], bool] = {}
+    differing = set()
+    for name in (mine.keys() | theirs.keys()) - {spec.name for spec in compared}:
+        here, there = mine.get(name), theirs.get(name)
+        if here is not None and there is not None:
+            pair = here.sources, there.sources
+            if pair not in known:
+                known[pair] = _same(one, here, other, there)
+            if known[pair]:
+                continue
+        differing.add((here or there or _Part(name, ())).name)
+    return sorted(differing)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of the loaded model, or a slice of one, and the tensors it is made of; ``spec`` where it is a matrix."""
+
+    name: str
+    sources: tuple[TensorSource, ...]
+    spec: WeightSpec | None = None
+
+
+def _parts(checkpoint: Checkpoint) -> dict[str, _Part]:
+    """All of a checkpoint by name, each slice of a stacked parameter by itself."""
+    specs, skips = decomposable(checkpoint, (".*",))
+    parts = {spec.name: _Part(spec.module if spec.stacked else spec.name, spec.sources, spec) for spec in specs}
+    names = matrices(checkpoint).names
+    for skip in skips:
+        name = names.get(skip.name, skip.name)
+        before = parts[name].sources if name in parts else ()
+        parts[name] = _Part(name, (*before, checkpoint.tensors[skip.name]))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -138,17 +176,29 @@ def _minor(bank: Bank | None, spec: WeightSpec, D: Tensor, best: BestFactors) ->
     return float(torch.linalg.vector_norm(U.mT @ D)) ** 2, float(torch.linalg.vector_norm(kept)) ** 2
 
 
-def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
-    mine, theirs = one.tensors.get(name), other.tensors.get(name)
-    if mine is None or theirs is None or mine.shape != theirs.shape:
+def _same(one: Checkpoint, here: _Part, other: Checkpoint, there: _Part) -> bool:
+    if [source.shape for source in here.sources] == [source.shape for source in there.sources]:
+        return all(_same_tensor(one, mine, other, its) for mine, its in zip(here.sources, there.sources, strict=True))
+    if here.spec is None or there.spec is None:
         return False
+    # Experts may lie apart in one model and stacked in the other.
+    return _equal(one.read(here.spec), other.read(there.spec))
+
+
+def _same_tensor(one: Checkpoint, mine: TensorSource, other: Checkpoint, theirs: TensorSource) -> bool:
     if mine.dtype not in FLOATING or theirs.dtype not in FLOATING:
         return mine.dtype == theirs.dtype  # position tables and masks: no training changes them
     if mine.dtype == theirs.dtype and (mine.quantisation is None) == (theirs.quantisation is None):
         return _digest(one, mine) == _digest(other, theirs)
-    ours, others = one.read_tensor(mine).flatten(), other.read_tensor(theirs).flatten()
+    return _equal(one.read_tensor(mine), other.read_tensor(theirs))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
     # Comparing promotes both to a dtype that holds either exactly; in pieces, so that there is no wide copy of an embedding.
-    return all(bool((a == b).all()) for a, b in zip(torch.split(ours, _PIECE), torch.split(others, _PIECE), strict=True))
+    pieces = zip(torch.split(one.flatten(), _PIECE), torch.split(other.flatten(), _PIECE), strict=True)
+    return all(bool((a == b).all()) for a, b in pieces)
 
 
 def _digest(checkpoint: Checkpoint, source: TensorSource) -> str:

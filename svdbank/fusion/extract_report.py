@@ -63,8 +63,10 @@ class ExtractReport(Struct, frozen=True):
     bank, bank_rank
         The bank whose minor directions ``minor`` speaks of, and how many of them it has for most weights.
     outside
-        Tensors whose values differ too and that the adapter does not hold: they were not targeted, or are no matrices. The same values
-        in a wider dtype do not differ.
+        Parameters of the loaded model whose values differ too and that the adapter does not hold: they were not targeted, or are no
+        matrices. The same values in a wider dtype do not differ.
+    settings
+        Fields of ``config.json`` that differ and may change what the model computes; an adapter holds none of them.
     """
 
     adapter: str
@@ -79,6 +81,7 @@ class ExtractReport(Struct, frozen=True):
     bank: str | None
     bank_rank: int | None
     outside: tuple[str, ...]
+    settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.adapter
@@ -87,6 +90,7 @@ class ExtractReport(Struct, frozen=True):
 def report_of(
     found: Sequence[WeightDifference],
     outside: Sequence[str],
+    settings: Sequence[str],
     *,
     adapter: Path,
     base: Checkpoint,
@@ -112,6 +116,7 @@ def report_of(
         bank=None if placed is None else str(placed.path),
         bank_rank=None if placed is None else max(placed[each.spec.name].rank for each in found),
         outside=tuple(outside),
+        settings=tuple(settings),
     )
 
 

@@ -17,12 +17,12 @@ from svdbank.cache import open as open_cached
 from svdbank.cache import opened
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
 from svdbank.checkpoint.source import open_checkpoint
-from svdbank.core.errors import BankError, OptionError
+from svdbank.core.errors import BankError, OptionError, abridge
 from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.difference import adapted_weights, differences, differing_tensors
 from svdbank.fusion.extract_report import ExtractReport, report_of
-from svdbank.fusion.pairing import pair_weights
+from svdbank.fusion.pairing import differing_settings, pair_weights
 
 
 def extract(
@@ -64,16 +64,17 @@ def extract(
         held = opened(bank) if bank is not None else _cached(base)
         found = differences(one, other, pairs, rank=rank, bank=held, progress=progress)
         weights = adapted_weights(found, "extracted")
+        outside = differing_tensors(one, other, [spec for spec, _ in pairs])
         if not weights:
             raise OptionError(
                 f"{one.name} and {other.name}: the {len(pairs)} weights compared are the same to the bit",
-                hint="check the paths, or name other modules with --targets",
+                hint=f"what differs is {abridge(outside)}: name modules with --targets" if outside else "check the paths",
             )
-        outside = differing_tensors(one, other, [spec for spec, _ in pairs])
         settings = LoraSettings(r=rank, lora_alpha=rank, task_type=task_type)
         identity = BaseIdentity(str(base) if one.revision is None else one.name, one.revision)
         path = write_adapter(Adapter(weights, identity, "lora", settings), output, force=force)
-        return report_of(found, outside, adapter=path, base=one, finetuned=other, rank=rank, bank=held)
+        configured = differing_settings(one.config, other.config)
+        return report_of(found, outside, configured, adapter=path, base=one, finetuned=other, rank=rank, bank=held)
 
 
 def _cached(base: str | os.PathLike[str]) -> Bank | None:

@@ -15,7 +15,7 @@ from svdbank.adapter.reading import read_adapter
 from svdbank.core.errors import NotFiniteError, OptionError
 from svdbank.fusion.approximation import best_factors
 from tests.building.small import write_small_checkpoint
-from tests.fusion.conftest import adapter, logits, saved, small_model, tensors_of
+from tests.fusion.conftest import adapter, logits, reloaded, saved, small_model, tensors_of
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -122,6 +122,75 @@ def test_the_share_in_the_minor_subspace_is_one_for_mica_and_small_for_noise(min
     report = svdbank.extract(model, noisy, output=tmp_path / "noise", rank=4, bank=str(bank.path))
     # 8 of 24 directions of a random matrix
     assert report.minor == pytest.approx(8 / 24, abs=0.1)
+
+
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "targets", "held", "outside"),
+    [
+        ("tied", "tied, moved", [EMBEDDING], [EMBEDDING], [f"{HEAD}.weight"]),
+        ("tied", "tied, moved", [HEAD], [HEAD], [f"{EMBEDDING}.weight"]),
+        ("tied", "tied, moved", [EMBEDDING, HEAD], [EMBEDDING, HEAD], []),
+        ("tied", "head moved", [HEAD], [HEAD], []),
+        ("tied", "both moved", [HEAD], [HEAD], [f"{EMBEDDING}.weight"]),
+        ("tied", "both moved", [EMBEDDING, HEAD], [EMBEDDING, HEAD], []),
+        ("both moved", "tied", [EMBEDDING, HEAD], [EMBEDDING, HEAD], []),
+    ],
+)
+def test_a_tied_embedding_and_head_are_two_weights_and_what_the_adapter_lacks_of_them_is_named(
+    one: str, other: str, targets: list[str], held: list[str], outside: list[str], tmp_path: Path
+) -> None:
+    models = {name: _ends(name) for name in {one, other}}
+    base, finetuned = (saved(models[name], tmp_path / name) for name in (one, other))
+    report = svdbank.extract(base, finetuned, output=tmp_path / "extracted", rank=64, targets=targets)
+    assert sorted(weight.module for weight in report.weights) == sorted(held)
+    assert report.outside == tuple(outside)
+    assert report.kept > 1 - 1e-10
+    loaded = peft.PeftModel.from_pretrained(reloaded(base), tmp_path / "extracted").eval()
+    off = float((logits(loaded) - logits(models[other])).abs().max())
+    # the whole difference is there exactly where nothing is named
+    assert off < 1e-4 if not outside else off > 0.1
+
+
+def _ends(name: str) -> Any:
+    model: Any = small_model("llama-tied")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        if "tied" not in name:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+            model.config.tie_word_embeddings = False
+        moved = {"head moved": [model.lm_head], "both moved": [model.lm_head, model.model.embed_tokens]}
+        for module in moved.get(name, [model.lm_head] if "moved" in name else []):
+            module.weight += 0.1 * torch.randn(module.weight.shape, generator=generator)
+    return model
+
+
+def test_a_larger_vocabulary_is_no_matter_to_the_modules_that_are_named(tmp_path: Path) -> None:
+    base = saved(small_model("llama-untied"), tmp_path / "base")
+    finetuned: Any = adapter(small_model("llama-untied"), tmp_path / "adapter", size=0.1).merge_and_unload()
+    expected = logits(finetuned)
+    finetuned.resize_token_embeddings(1216)
+    saved(finetuned, tmp_path / "grown")
+    report = svdbank.extract(base, tmp_path / "grown", output=tmp_path / "out", rank=4, targets=["q_proj", "v_proj"])
+    assert report.outside == ("lm_head.weight", "model.embed_tokens.weight")
+    loaded = peft.PeftModel.from_pretrained(reloaded(base), tmp_path / "out").eval()
+    assert float((logits(loaded) - expected).abs().max()) < 1e-4
+    with pytest.raises(OptionError, match="1200×64.*1216×64.*vocabulary"):
+        svdbank.extract(base, tmp_path / "grown", output=tmp_path / "no", targets=["q_proj", "lm_head"])
+
+
+def test_settings_that_differ_are_named(tmp_path: Path) -> None:
+    base = saved(small_model("llama-untied"), tmp_path / "base")
+    finetuned: Any = adapter(small_model("llama-untied"), tmp_path / "adapter").merge_and_unload()
+    finetuned.config.rms_norm_eps, finetuned.config.use_cache, finetuned.config.bos_token_id = 1e-2, False, 7
+    saved(finetuned, tmp_path / "finetuned")
+    report = svdbank.extract(base, tmp_path / "finetuned", output=tmp_path / "out", rank=4)
+    assert report.settings == ("rms_norm_eps",)
+    with pytest.raises(OptionError, match="same to the bit") as caught:
+        svdbank.extract(base, tmp_path / "finetuned", output=tmp_path / "no", targets="o_proj")
+    assert "model.layers.0.self_attn.q_proj.weight" in str(caught.value.hint)
 
 
 def test_models_that_do_not_correspond_are_refused(tmp_path: Path) -> None:
