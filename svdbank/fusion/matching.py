@@ -17,15 +17,13 @@ from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError, WrongBaseError, abridge
 from svdbank.core.specs import TensorSource, WeightSpec
+from svdbank.fusion.untying import how_to_untie
 
 #: What to do about whole modules that do not fit a checkpoint's tensors.
 _OTHER_HEAD = (
     "name a checkpoint of the class that was trained: save the model, with this head, by save_pretrained before get_peft_model"
 )
 _RESIZE = "model.resize_token_embeddings({0}), model.save_pretrained(FOLDER), and fuse into FOLDER"
-
-#: What to do about an adapter that changes one of a tied pair.
-_UNTIE = "--untie writes a tensor for each, and tie_word_embeddings: false"
 
 
 def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> list[tuple[WeightSpec, AdaptedWeight]]:
@@ -49,24 +47,34 @@ def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> l
     for spec, weight in found:
         ours, theirs = (spec.out_features, spec.in_features), (weight.out_features, weight.in_features)
         if ours != theirs:
-            kind = OptionError if other else WrongBaseError
+            kind, rows = OptionError if other else WrongBaseError, _rows_of_vocabulary(spec, ours, theirs)
             raise kind(
                 f"{checkpoint.name}: {spec.name} is {ours[0]}×{ours[1]}, the adapter's change of it {theirs[0]}×{theirs[1]}",
-                hint="name the base model of the adapter: base_model_name_or_path in its adapter_config.json",
+                hint=_RESIZE.format(rows)
+                if rows is not None
+                else "name the base model of the adapter: base_model_name_or_path in its adapter_config.json",
             )
     _refuse_tied([spec for spec, _ in found], specs, checkpoint)
     return found
 
 
+def _rows_of_vocabulary(spec: WeightSpec, ours: tuple[int, int], theirs: tuple[int, int]) -> int | None:
+    """How many tokens there were in training, where that is all that differs."""
+    tokens = {"embedding": 1, "head": 0}.get(spec.kind)
+    return theirs[tokens] if tokens is not None and ours[1 - tokens] == theirs[1 - tokens] else None
+
+
 def _refuse_tied(chosen: Sequence[WeightSpec], specs: Sequence[WeightSpec], checkpoint: Checkpoint) -> None:
     users = _users(specs)
+    modules = {spec.module for spec in chosen}
     for spec in chosen:
         others = [module for source in spec.sources for module in users[source] if module != spec.module]
         if others:
+            how = "each by itself" if modules.issuperset(others) else f"{spec.module} alone"
             raise OptionError(
                 f"{checkpoint.name}: {spec.module} and {others[0]} are one tensor, {spec.sources[0].name}; the adapter changes "
-                f"{spec.module} alone, and one tensor cannot hold both",
-                hint=_UNTIE,
+                f"{how}, and one tensor cannot hold both",
+                hint=how_to_untie(checkpoint),
             )
 
 
@@ -114,32 +122,34 @@ def check_base(adapter: Adapter, matrices: Sequence[tuple[WeightSpec, AdaptedWei
 
 
 def whole_tensors(adapter: Adapter, checkpoint: Checkpoint) -> list[tuple[WeightSpec, Tensor]]:
-    """The tensors of ``modules_to_save``, each with the stored tensor that it replaces."""
+    """The tensors of ``modules_to_save``, each with the stored tensor that it replaces; one for a tied pair of one value."""
     replacing = adapter.whole.replacing
     if not replacing:
         return []
-    found = matrices_of(checkpoint).whole
+    users = _users(decomposable(checkpoint, (".*",))[0])
+    shared = {f"{module}.weight": source for source, modules in users.items() if len(modules) > 1 for module in modules}
+    found = {**shared, **matrices_of(checkpoint).whole}
     names = matched({key: key for key in found}, list(replacing))
-    specs = decomposable(checkpoint, (".*",))[0]
-    users = _users(specs)
-    tied = {f"{module}.weight" for modules in users.values() if len(modules) > 1 for module in modules}
-    full = []
+    values_of = {names[key]: values for key, values in replacing.items() if key in names}
+    full: list[tuple[WeightSpec, Tensor]] = []
     for key, values in replacing.items():
         source = found[names[key]] if key in names else None
-        why, hint = None, ""
+        tied = [] if source is None or names[key] not in shared else [f"{module}.weight" for module in users[source]]
+        why, hint = None, None
         if source is None:
-            why = "the model stores no tensor of that name"
-            hint = _UNTIE if key in tied else _OTHER_HEAD
+            why, hint = "the model stores no tensor of that name", _OTHER_HEAD
         elif source.shape != tuple(values.shape):
             why = f"its shape is {tuple(values.shape)}, the model's {source.shape}: a vocabulary that was resized, or another head"
             hint = _RESIZE if len(source.shape) == 2 and source.shape[1:] == tuple(values.shape)[1:] else _OTHER_HEAD
-        elif len(shared := users.get(source, ())) > 1:
-            why, hint = f"{' and '.join(shared)} are one tensor", _UNTIE
+        elif any(name not in values_of or not torch.equal(values_of[name], values) for name in tied):
+            why, hint = f"{' and '.join(users[source])} are one tensor", how_to_untie(checkpoint)
         if source is None or why is not None:
             raise OptionError(
                 f"the adapter holds a whole {key} (modules_to_save) that cannot be carried over: {why}",
-                hint=hint.format(len(values)),
+                hint=hint and hint.format(len(values)),
             )
+        if any(spec.sources == (source,) for spec, _ in full):
+            continue
         spec = WeightSpec(
             name=f"{names[key]} (whole)",
             module=names[key].rpartition(".")[0],

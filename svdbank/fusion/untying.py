@@ -46,6 +46,12 @@ def _tied_pair(checkpoint: Checkpoint) -> tuple[WeightSpec, WeightSpec] | None:
     return next(((spec, head) for head in heads for spec in specs if spec != head and spec.sources == head.sources), None)
 
 
+def how_to_untie(checkpoint: Checkpoint) -> str | None:
+    """What to do about an adapter that changes one of a tied pair; None where nothing is known to give the same model."""
+    made = _with_head(checkpoint)
+    return None if made is None else "--untie writes a tensor for each, and tie_word_embeddings: false"
+
+
 def untied(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint with a head of its own, :data:`HEAD`, of the same bytes; written, both are there.
 
@@ -55,20 +61,27 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
     pair = _tied_pair(checkpoint)
     if pair is None:
         return checkpoint
-    embedding, head = pair
-    about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
-    plain = bool(about.architectures) and all(name.endswith(_CLASSES) for name in about.architectures) and not about.parts
-    source = embedding.sources[0]
-    tensors = checkpoint.tensors | {HEAD: msgspec.structs.replace(source, name=HEAD)}
-    made = dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config | UNTIED, kept={})
-    if HEAD in checkpoint.tensors or not plain or matrices(checkpoint).decided == "names" or not _reads(made):
+    made = _with_head(checkpoint)
+    if made is None:
+        embedding, head = pair
+        about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
         kind = ", ".join(about.architectures) or about.model_type or "it has no config.json"
         raise OptionError(
             f"{checkpoint.name}: {embedding.module} and {head.module} cannot be untied: that this model ({kind}) reads a head of its "
             "own and then does the same is not known",
-            hint="untie it by its own class: give the head a copy, set tie_word_embeddings to false, save_pretrained",
         )
     return made
+
+
+def _with_head(checkpoint: Checkpoint) -> Checkpoint | None:
+    pair = _tied_pair(checkpoint)
+    about = facts(checkpoint.config, f"{checkpoint.name}: config.json")
+    plain = bool(about.architectures) and all(name.endswith(_CLASSES) for name in about.architectures) and not about.parts
+    if pair is None or HEAD in checkpoint.tensors or not plain or matrices(checkpoint).decided == "names":
+        return None
+    tensors = checkpoint.tensors | {HEAD: msgspec.structs.replace(pair[0].sources[0], name=HEAD)}
+    made = dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config | UNTIED, kept={})
+    return made if _reads(made) else None
 
 
 def _reads(checkpoint: Checkpoint) -> bool:

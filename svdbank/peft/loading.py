@@ -16,6 +16,7 @@ import safetensors.torch
 from svdbank.adapter.folder import AdapterFolder
 from svdbank.adapter.settings import CONFIG, WEIGHTS
 from svdbank.core.errors import CheckpointError, SvdbankError
+from svdbank.peft.layers import unwrapped
 
 #: How ``init_lora_weights`` begins where the base was changed by data, by a quantiser or by a random draw that loading does not repeat.
 _LOST_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
@@ -53,6 +54,21 @@ def check_known(peft: Any, saved: AdapterFolder) -> None:
             raise CheckpointError(
                 f"{saved.path}: {CONFIG} sets {name!r}, which PEFT {peft.__version__} does not know and would leave out",
                 hint=f"it was written by PEFT {config['peft_version']}: install that" if config.get("peft_version") else None,
+            )
+
+
+def check_rows(model: Any, saved: AdapterFolder) -> None:
+    """Raise :class:`CheckpointError` for an adapter that was trained on more or fewer tokens than the model has rows for."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    paths = {id(module): unwrapped(path) for path, module in base.named_modules()}
+    for asked in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(base, asked, lambda: None)()
+        path, rows = paths.get(id(layer), ""), getattr(getattr(layer, "weight", None), "shape", (0,))[0]
+        held = saved.whole.replacing.get(f"{path}.weight", saved.whole.beneath.get(path))
+        if held is not None and len(held) != rows:
+            raise CheckpointError(
+                f"{saved.path}: trained on {len(held)} tokens, {path} has {rows} rows",
+                hint=f"model.resize_token_embeddings({len(held)}) first; where a model is named by its folder, save_pretrained after it",
             )
 
 

@@ -16,7 +16,7 @@ from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import FactorSource, attachments, check_reload
 from svdbank.peft.layers import unwrapped
-from svdbank.peft.loading import as_peft_writes, check_known, explained
+from svdbank.peft.loading import as_peft_writes, check_known, check_rows, explained
 from svdbank.peft.lookup import Attachment
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
@@ -76,6 +76,7 @@ def load_adapter(
     peft = _peft()
     saved = read_folder(folder, any_kind=True)
     check_known(peft, saved)
+    check_rows(model, saved)
     opened = cache.opened(bank)
     if opened is not None:
         _check_base(opened, saved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import svdbank
 import svdbank.peft
-from svdbank.core.errors import CheckpointError, NotFiniteError
+from svdbank.core.errors import CheckpointError, NotFiniteError, OptionError, WrongBaseError
 from tests.adapter.every import TOKENS, off, write_base
 from tests.adapter.settings import Case, logits, save, small_llama, wrapped
 
@@ -67,6 +68,34 @@ def test_a_folder_one_too_high_is_told_where_the_adapter_is(plain: tuple[Path, t
     with pytest.raises(CheckpointError) as caught:
         svdbank.read_adapter(folder.parent)
     assert caught.value.hint == f"there is one in {folder}: name that folder"
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]])
+def test_a_larger_vocabulary_says_what_to_do_and_that_works(targets: list[str], base: Path, tmp_path: Path) -> None:
+    import transformers
+
+    def resized() -> Any:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(100)
+        return model.eval()
+
+    case = Case({"target_modules": targets})
+    model = wrapped(case, resized(), 1, {})
+    expected = logits(model, TOKENS)
+    folder = save(case, model, tmp_path / "adapter")
+    with pytest.raises((OptionError, WrongBaseError), match="100") as caught:
+        svdbank.fuse(base, folder, tmp_path / "no")
+    assert caught.value.hint == "model.resize_token_embeddings(100), model.save_pretrained(FOLDER), and fuse into FOLDER"
+    with pytest.raises(CheckpointError, match=r"trained on 100 tokens, .* has 96 rows") as refused:
+        svdbank.peft.load_adapter(transformers.AutoModelForCausalLM.from_pretrained(base), folder)
+    assert str(refused.value.hint).startswith("model.resize_token_embeddings(100)")
+    resized().save_pretrained(tmp_path / "resized")
+    svdbank.fuse(tmp_path / "resized", folder, tmp_path / "fused")
+    assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
+    assert off(logits(svdbank.peft.load_adapter(resized(), folder, is_trainable=False), TOKENS), expected) < 1e-6
+    svdbank.export(folder, to="lora", output=tmp_path / "exported")
+    assert off(logits(svdbank.peft.load_adapter(resized(), tmp_path / "exported", is_trainable=False), TOKENS), expected) < 1e-6
 
 
 def test_eval_ends_where_a_loss_is_no_number_or_a_token_has_no_row(base: Path, tmp_path: Path) -> None:

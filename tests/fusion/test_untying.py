@@ -51,6 +51,48 @@ def test_each_of_a_tied_pair_is_written_and_plain_transformers_gives_the_logits_
     assert float((logits(plain) - expected).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_both_of_a_tied_pair_each_in_its_way(config: dict[str, Any], tmp_path: Path) -> None:
+    base = saved(small_model("llama-tied"), tmp_path / "base")
+    expected = logits(adapter(small_model("llama-tied"), tmp_path / "adapter", size=0.1, **config))
+    with pytest.raises(OptionError, match="one tensor") as caught:
+        svdbank.fuse(base, tmp_path / "adapter", tmp_path / "no")
+    assert str(caught.value.hint).startswith("--untie")
+    assert ("each by itself" in str(caught.value)) == ("embed_tokens" in config["target_modules"])
+    svdbank.fuse(base, tmp_path / "adapter", tmp_path / "fused", untie=True)
+    # as above
+    assert float((logits(reloaded(tmp_path / "fused")) - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_larger_tied_vocabulary_arrives_in_the_resized_base(untie: bool, tmp_path: Path) -> None:
+    """PEFT saves the one embedding under both names."""
+    base = saved(small_model("llama-tied"), tmp_path / "base")
+    grown: Any = reloaded(base)
+    grown.resize_token_embeddings(1216)
+    expected = logits(adapter(grown, tmp_path / "adapter", size=0.1, target_modules=["q_proj"]))
+    with pytest.raises(OptionError, match=r"1216.*1200") as caught:
+        svdbank.fuse(base, tmp_path / "adapter", tmp_path / "no", untie=untie)
+    assert str(caught.value.hint).startswith(
+        "model.resize_token_embeddings(1216), model.save_pretrained(FOLDER), and fuse into FOLDER"
+    )
+    model: Any = reloaded(base)
+    model.resize_token_embeddings(1216)
+    model.save_pretrained(tmp_path / "resized")
+    svdbank.fuse(tmp_path / "resized", tmp_path / "adapter", tmp_path / "fused", untie=untie)
+    fused = reloaded(tmp_path / "fused")
+    assert fused.config.tie_word_embeddings is not untie  # type: ignore[union-attr]
+    # as above
+    assert float((logits(fused) - expected).abs().max()) < 1e-4
+
+
 def test_into_another_tied_model(tmp_path: Path) -> None:
     base = saved(small_model("llama-tied"), tmp_path / "base")
     other = saved(small_model("llama-tied", seed=5), tmp_path / "other")
@@ -79,7 +121,7 @@ def test_a_head_that_does_more_when_tied_is_refused(name: str, target: str, tmp_
     adapter(small_model(name), tmp_path / "adapter", target_modules=[target])
     with pytest.raises(OptionError, match="one tensor") as caught:
         svdbank.fuse(base, tmp_path / "adapter", tmp_path / "fused")
-    assert "--untie" in str(caught.value.hint)
+    assert caught.value.hint is None  # untying is no way out
     with pytest.raises(OptionError, match="cannot be untied"):
         svdbank.fuse(base, tmp_path / "adapter", tmp_path / "fused", untie=True)
     assert not (tmp_path / "fused").exists()
