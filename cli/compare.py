@@ -38,7 +38,7 @@ def compare_command(
       svdbank compare law med code
       svdbank compare domains --by layer
       svdbank compare law med code --image angles.svg
-      svdbank compare somebody-elses-lora --bank HuggingFaceTB/SmolLM2-135M
+      svdbank compare user/lora --bank HuggingFaceTB/SmolLM2-135M
     """
     import svdbank
 

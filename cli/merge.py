@@ -58,7 +58,7 @@ def _weights(context: click.Context, option: click.Parameter, value: str | None)
 def merge_command(
     adapters: tuple[str, ...], adapter: str, fit: FitOptions | None, output: Output, **options: Unpack[_Options]
 ) -> None:
-    """Merge adapters of one base into one that PEFT loads.
+    """Merge adapters of one base, folders or org/name[@revision] on the Hub, into one that PEFT loads.
 
     Adapters that svdbank made stand on the same orthonormal directions, so their weighted sum has their rank and is exact; others
     (plain LoRA, MiLoRA) are put side by side, which is exact too and adds up their ranks unless --rank cuts it.
@@ -68,7 +68,7 @@ def merge_command(
       svdbank merge law med -o both
       svdbank merge law med code -o all --weights 0.5,0.3,0.2
       svdbank merge law med -o both --method ties --density 0.3
-      svdbank merge law somebody-elses-lora -o small --rank 16
+      svdbank merge law med=user/lora@main -o small --rank 16
       svdbank merge law med -o both --fit law.jsonl --fit med.jsonl --model HuggingFaceTB/SmolLM2-135M
     """
     import svdbank

@@ -56,7 +56,7 @@ def stack_command(
     """Put adapters of one base together as the sum that PEFT loads, with each one's coefficients kept beside it.
 
     A folder written by stack is an ADAPTER too: --scale and --drop change it later, without the adapters it was made from. Scales are
-    relative to what is in the folder. Domains are called after their folders, or NAME=ADAPTER.
+    relative to what is in the folder. Domains are called after their folders or repositories, or NAME=ADAPTER.
 
     \b
     Examples:

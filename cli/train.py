@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 @click.option("--rslora", is_flag=True, default=None, help="Scale by alpha/√rank instead of alpha/rank.")
 @click.option("--dropout", type=float, help="LoRA dropout. [default: 0.05]")
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Modules, as PEFT names them. [default: all-linear]")
-@click.option("--on-top-of", multiple=True, metavar="ADAPTER", help="Lies frozen beneath, in its own band. Repeatable.")
+@click.option(
+    "--on-top-of",
+    multiple=True,
+    metavar="ADAPTER",
+    help="Folder or org/name on the Hub that lies frozen beneath, in its own band. Repeatable.",
+)
 @click.option("--bank", type=click.Path(), help="Bank folder. [default: the model's bank in the cache]")
 @click.option("--build", is_flag=True, help="Build the bank into the cache first where there is none.")
 @click.option("--field", metavar="NAME", help="Column of text in tables. [default: text]")

@@ -35,6 +35,14 @@ def located(adapter: str | os.PathLike[str]) -> tuple[Path, str]:
     raise refusal(place)
 
 
+def name_of(adapter: str | os.PathLike[str]) -> str:
+    """What an adapter is called where nobody says: the last part of its folder, or of its repository on the Hub."""
+    place = locate(adapter)
+    if isinstance(place, OnHub):
+        return place.repository.rpartition("/")[2]
+    return (place.path if isinstance(place, OnDisk | Nowhere) else Path(adapter)).resolve().name
+
+
 def _fetched(place: OnHub) -> Path:
     """The snapshot of a revision in the Hub's cache; without a connection, the one that is there."""
     from huggingface_hub import HfApi, snapshot_download

@@ -13,6 +13,7 @@ from svdbank.adapter.bands import free
 from svdbank.adapter.claims import placed
 from svdbank.adapter.components import Component
 from svdbank.adapter.entries import Entry, entries_of
+from svdbank.adapter.fetching import located, name_of
 from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod, restored
 from svdbank.adapter.model import Adapter
@@ -30,7 +31,7 @@ def read_adapter(path: str | Path, *, bank: Bank | None = None, name: str | None
     Parameters
     ----------
     path
-        The folder.
+        The folder, or ``org/name[@revision]`` of one on the Hub.
     bank
         The bank of the adapter's base. With it, factors that stand on the bank's directions become :class:`InBank`, also where PEFT
         or another program saved them; without it, only those that ``svdbank.json`` names.
@@ -44,7 +45,7 @@ def read_adapter(path: str | Path, *, bank: Bank | None = None, name: str | None
     biases of LoRA's own, OLoRA and others that subtract from the base what they start from),
     :class:`WrongBaseError` where the bank belongs to another base, :class:`BankError` where it lacks weights that are needed.
     """
-    return adapter_of(read_folder(path), bank=bank, name=name, method=method)
+    return adapter_of(read_folder(located(path)[0]), bank=bank, name=name or name_of(path), method=method)
 
 
 def adapter_of(

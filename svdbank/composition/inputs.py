@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdbank import cache
+from svdbank.adapter.fetching import located, name_of
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.model import Adapter, aligned
 from svdbank.adapter.naming import bank_names
@@ -17,7 +18,7 @@ from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.places import named_place
 
-#: Adapters to put together: folders, folders written as ``NAME=DIR``, or folders by name.
+#: Adapters to put together: folders or ``org/name[@revision]`` on the Hub, as they are, written as ``NAME=PLACE``, or by name.
 Places = Sequence[str | Path] | Mapping[str, str | Path]
 
 _REBASE = "--rebase BANK carries them over to that bank's base and says what is lost"
@@ -25,26 +26,25 @@ _REBASE = "--rebase BANK carries them over to that bank's base and says what is 
 _NAME = re.compile(r"[\w.+-]+", re.ASCII)
 
 
-def named_places(places: Places) -> dict[str, tuple[Path, bool]]:
-    """Folder of each adapter by name, and whether that name was asked for; without a name, the folder's own serves.
+def named_places(places: Places) -> dict[str, tuple[str | Path, bool]]:
+    """Place of each adapter by name, and whether that name was asked for; without one, the folder's or the repository's own serves.
 
     Raises :class:`OptionError` for two of one name, for an empty place, and for names that hold other characters than letters, digits
     and ``_ . + -``.
     """
-    named: dict[str, tuple[Path, bool]] = {}
+    named: dict[str, tuple[str | Path, bool]] = {}
     entries = places.items() if isinstance(places, Mapping) else map(_entry, places)
     for given, place in entries:
         if not str(place).strip():
             raise OptionError("an adapter's name is empty", hint="name its folder")
-        path = Path(place).expanduser()
-        name = given or path.resolve().name
+        name = given or name_of(place)
         if not _NAME.fullmatch(name):
             raise OptionError(
                 f"{name!r} cannot name an adapter: letters, digits and _ . + - can", hint=f"give it another name: NAME={place}"
             )
         if name in named:
             raise OptionError(f"two adapters are called {name!r}", hint=f"give one another name: NAME={place}")
-        named[name] = (path, given is not None)
+        named[name] = (place, given is not None)
     return named
 
 
@@ -56,7 +56,7 @@ def _entry(value: str | Path) -> tuple[str | None, str | Path]:
 def read_inputs(
     places: Places, *, bank: str | Path | Bank | None = None, rebase: str | Path | Bank | None = None
 ) -> dict[str, Adapter]:
-    """Each adapter by name; a single component takes that name, several keep theirs unless ``NAME=DIR`` makes them one.
+    """Each adapter by name; a single component takes that name, several keep theirs unless ``NAME=PLACE`` makes them one.
 
     ``bank`` is the bank of their base: with it, factors that stand on its directions are recognised wherever they come from. ``rebase``
     is a bank that adapters of other bases are carried over to; what of each lies in it is in the notes of the adapter.
@@ -68,14 +68,14 @@ def read_inputs(
         raise OptionError("a bank to read with and a bank to carry over to exclude each other", hint="--rebase alone does both")
     named = named_places(places)
     if not named:
-        raise OptionError("no adapter was named", hint="name folders of adapters")
+        raise OptionError("no adapter was named", hint="name folders of adapters, or org/name on the Hub")
     opened = cache.opened(rebase if rebase is not None else bank)
     adapters = {}
-    for name, (path, asked) in named.items():
+    for name, (place, asked) in named.items():
         if rebase is not None and opened is not None:
-            adapter = _carried_over(path, name, opened)
+            adapter = _carried_over(located(place)[0], name, opened)
         else:
-            adapter = read_adapter(path, bank=opened, name=name)
+            adapter = read_adapter(place, bank=opened, name=name)
         adapters[name] = adapter if len(adapter.names) > 1 and not asked else adapter.named(name)
     if rebase is None:
         _check_digests(adapters)
@@ -93,7 +93,7 @@ def domains_of(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
             if name in domains:
                 raise OptionError(
                     f"two domains are called {name!r}, of {came[name]} and of {place}",
-                    hint="give one of the adapters another name: NAME=DIR (a stack is then one domain)",
+                    hint="give one of the adapters another name: NAME=PLACE (a stack is then one domain)",
                 )
             domains[name] = adapter if len(adapter.names) == 1 else adapter.only(name)
             came[name] = place

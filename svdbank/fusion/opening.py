@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from svdbank.adapter.fetching import located
+from svdbank.adapter.fetching import located, name_of
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.adapter.model import Adapter
@@ -25,8 +25,7 @@ def open_adapter(adapter: str | Path | Adapter, bank: Bank | None, model: str | 
     if residual and bank is None:
         bank = _cached_bank(model, place, method)
     # Without a need for it the bank is not asked: it would only be compared.
-    name = shown.partition("@")[0].rpartition("/")[2] if shown != str(adapter) else None
-    opened = adapter_of(folder, bank=bank if residual else None, name=name)
+    opened = adapter_of(folder, bank=bank if residual else None, name=name_of(adapter))
     return _not_zero(opened), shown
 
 

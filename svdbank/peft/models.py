@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from svdbank import cache
+from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
@@ -62,7 +63,8 @@ def load_adapter(
     is_trainable: bool = True,
     **options: Any,
 ) -> Any:
-    """Load a saved adapter folder without any SVD, MiCA's ``B`` frozen; returns the ``PeftModel``.
+    """Load a saved adapter folder, or ``org/name[@revision]`` of one on the Hub, without any SVD, MiCA's ``B`` frozen; returns the
+    ``PeftModel``.
 
     ``model`` is a base model, or a ``PeftModel`` that gets one more adapter, or other values for one of that name. With a ``bank`` the
     base is recognised as in :func:`get_peft_model`, an adapter that records another base digest is refused, and so is a MiCA adapter
@@ -74,6 +76,7 @@ def load_adapter(
     :func:`get_peft_model` raises. A plain LoRA folder loads as in PEFT.
     """
     peft = _peft()
+    folder, shown = located(folder)
     saved = read_folder(folder, any_kind=True)
     check_known(peft, saved)
     check_rows(model, saved)
@@ -94,7 +97,7 @@ def load_adapter(
         normalise(config)
     if method in RESIDUAL_METHODS and opened is None:
         raise OptionError(
-            f"{folder}: a {method} adapter belongs to the base without its first triplets, which only a bank can take out",
+            f"{shown}: a {method} adapter belongs to the base without its first triplets, which only a bank can take out",
             hint="load_adapter(model, folder, bank=…), or svdbank export --to lora for the unchanged base",
         )
     if method is None and is_trainable:  # of the other methods, the injection takes care
@@ -108,7 +111,7 @@ def load_adapter(
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:
                 raise OptionError(
-                    f"{folder}: {method} changes the base's weights, under the adapters that are already there",
+                    f"{shown}: {method} changes the base's weights, under the adapters that are already there",
                     hint="load it alone, onto a freshly loaded base",
                 )
             if adapter_name in model.peft_config:

@@ -45,7 +45,7 @@ class TrainOptions(Struct, frozen=True, kw_only=True):
     rank, alpha, rslora, dropout, targets
         As in ``init``; ``alpha`` is the rank where it is not given, so that the scale is 1.
     on_top_of
-        Adapter folders that lie frozen under the new one. It takes the next free band of the bank.
+        Adapters, folders or ``org/name[@revision]`` on the Hub, that lie frozen under the new one. It takes the next free band of the bank.
     field, split, streaming
         Column of text in tables; split of Hub datasets; read on the fly instead of into the cache (needs ``steps``).
     length

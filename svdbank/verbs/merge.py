@@ -67,12 +67,12 @@ def merge(
     force: bool = False,
     progress: ProgressCallback | None = None,
 ) -> MergeReport:
-    """Merge PEFT adapter folders into one, from their coefficients or factors, without a model and without an (out, in) matrix.
+    """Merge PEFT adapters into one, from their coefficients or factors, without a model and without an (out, in) matrix.
 
     Parameters
     ----------
     adapters
-        Two or more folders, ``NAME=DIR``, or folders by name. Ranks, alphas, rsLoRA, bands and sets of weights may differ.
+        Two or more folders, or ``org/name[@revision]`` on the Hub, also as ``NAME=PLACE`` or by name. Ranks, alphas, rsLoRA, bands and sets of weights may differ.
     weights
         One for each adapter: by default 1/m each where the method sums, and 1 each for ``ties`` and ``dare_ties``, which take a mean.
     method

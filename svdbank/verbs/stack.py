@@ -48,7 +48,8 @@ def stack(
     Parameters
     ----------
     adapters
-        Adapters, ``NAME=DIR``, or folders that ``stack`` wrote, whose domains come along under their names. One stack alone is enough:
+        Folders or ``org/name[@revision]`` on the Hub, also as ``NAME=PLACE`` or by name; of those that ``stack`` wrote the domains come
+        along under their names. One stack alone is enough:
         then ``scale`` and ``drop`` change it, without the adapters that it was made from.
     scale
         By domain: what it is multiplied by, relative to what is in the folder.

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from svdbank.core.errors import BankNotFoundError
 from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, ignore_progress
@@ -72,6 +74,7 @@ def train(
 
 def _prepare(options: TrainOptions, *, build: bool, force: bool, tell: ProgressCallback) -> Run:
     """Everything that can be refused before a text is read."""
+    from svdbank.adapter.fetching import located
     from svdbank.adapter.folder import check_output
 
     output = output_folder(options.output)
@@ -81,9 +84,13 @@ def _prepare(options: TrainOptions, *, build: bool, force: bool, tell: ProgressC
     options = settled(options, length=model.length(options.length), dtype=chosen_dtype(options.dtype))
     arguments = training_arguments(options, checkpoints.folder_of(output))
     run = Run(options, output, force, model, None, arguments, tell)
+    if options.on_top_of:
+        with arguments.main_process_first(desc="fetching the adapters beneath"):
+            pinned = tuple(located(place)[1] for place in options.on_top_of)  # org/name@commit: a resumed run has the same
+        run.options = msgspec.structs.replace(options, on_top_of=pinned)
     if options.method != "lora":
         with arguments.main_process_first(desc="opening the bank"):
-            run.bank = _bank(options, build=build, tell=tell)
+            run.bank = _bank(run.options, build=build, tell=tell)
     return run
 
 
