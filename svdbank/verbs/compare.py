@@ -36,7 +36,8 @@ def compare(
     Parameters
     ----------
     adapters
-        Folders or ``org/name[@revision]`` on the Hub, also as ``NAME=PLACE`` or by name; a folder that ``stack`` wrote counts as the domains in it.
+        Folders or ``org/name[@revision]`` on the Hub, also as ``NAME=PLACE`` or by name;
+        a folder that ``stack`` wrote counts as the domains in it.
     bank
         Bank of the base: recognises factors that stand on its directions, and gives the share of each adapter in its minor subspace.
         One adapter alone may then be looked at.

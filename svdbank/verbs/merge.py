@@ -72,7 +72,8 @@ def merge(
     Parameters
     ----------
     adapters
-        Two or more folders, or ``org/name[@revision]`` on the Hub, also as ``NAME=PLACE`` or by name. Ranks, alphas, rsLoRA, bands and sets of weights may differ.
+        Two or more folders, or ``org/name[@revision]`` on the Hub, also as ``NAME=PLACE`` or by name. Ranks,
+        alphas, rsLoRA, bands and sets of weights may differ.
     weights
         One for each adapter: by default 1/m each where the method sums, and 1 each for ``ties`` and ``dare_ties``, which take a mean.
     method
