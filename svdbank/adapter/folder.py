@@ -26,6 +26,7 @@ from svdbank.adapter.documents import Documents, read_documents
 from svdbank.adapter.experts import parameters_of
 from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.adapter.whole import WholeTensors
+from svdbank.checkpoint.naming.wrappers import unwrapped
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.folders import appearing
@@ -148,7 +149,7 @@ def read_folder(path: str | Path, *, any_kind: bool = False) -> AdapterFolder:
     keys, names = _keys_of(said.path / WEIGHTS)
     others = _others(keys, said)
     if others and not any_kind:
-        raise _refused_tensor(said.path, others[0])
+        raise _refused_tensor(said.path, keys[others[0]])
     factors, whole = _read(said, keys, set(others))
     return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, whole, others, names)
 
@@ -175,14 +176,11 @@ def _keys_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return keys, {plain: key for plain, key in keys.items() if plain != key}
 
 
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NAMED = re.compile(r"\.(?P<factor>lora_[AB])\.(?P<name>[^.]+)\.weight$|\.(?P<embedding>lora_embedding_[AB])\.(?P<own>[^.]+)$")
 
 
 def _unwrapped(key: str) -> str:
-    key = _WRAPPERS.sub("", key)
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
+    key = unwrapped(key)
     found = _NAMED.search(key)
     if found is None:
         return key
@@ -275,7 +273,9 @@ def _refused_tensor(folder: Path, key: str) -> CheckpointError:
     for pattern, what in _OTHER.items():
         if re.search(pattern, key):
             return _refused(folder, f"{what}, {key},")
-    return CheckpointError(f"{folder / WEIGHTS}: {key!r} is neither a LoRA factor nor a module of the model")
+    return CheckpointError(
+        f"{folder / WEIGHTS}: {key!r} is neither a LoRA factor ({_ROOT}MODULE.lora_A.weight, .lora_B.weight) nor a module's tensor"
+    )
 
 
 def _refused(folder: Path, what: str) -> CheckpointError:

@@ -19,6 +19,7 @@ from svdbank.checkpoint.dtypes import FLOATING, torch_dtype
 from svdbank.checkpoint.files import State, WeightBytes, WeightFile, blob_id, member, open_regular, read_card, read_document
 from svdbank.checkpoint.header import MAX_HEADER, PREFIX, header_length, parse_header
 from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, NO_WEIGHTS, Layout, choose, gguf, parse_index
+from svdbank.checkpoint.naming.wrappers import refuse_wrapped
 from svdbank.checkpoint.quantised.dequantisation import dequantise
 from svdbank.checkpoint.quantised.quantisation import full_precision, refuse_unreadable, with_values
 from svdbank.core.errors import CheckpointError
@@ -271,6 +272,7 @@ def _assembled(
         raise CheckpointError(
             f"{where}: the index names {missing!r} in {weight_map[missing]}, whose header does not have it", hint=_MIXED
         )
+    refuse_wrapped(tensors, config, where)
     return Checkpoint(
         name=name,
         revision=revision,

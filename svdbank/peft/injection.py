@@ -20,9 +20,7 @@ from svdbank.peft import quantised, residuals, sharding
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.layers import Slot, slots
 from svdbank.peft.lookup import Attachment, Lookup, UnverifiedBaseWarning, look_up
-
-#: Where a model keeps what was attached to it: a dict of adapter name → Attachment on the base model.
-_RECORD = "svdbank_attachments"
+from svdbank.peft.snapshot import RECORD, Snapshot
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class FactorSource:
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:
     """What was attached to a model, by adapter name."""
-    found: dict[str, Attachment] = getattr(model, _RECORD, {})
+    found: dict[str, Attachment] = getattr(model, RECORD, {})
     return found
 
 
@@ -56,7 +54,7 @@ def inject(
     assert method is not None  # the caller's condition
     normalise(config)
     root: nn.Module = tuner.model
-    before = _Snapshot(root)
+    before = Snapshot(root)
     if not source.overwritten:
         _check_company(root, adapter_name, method)
     if not config.inference_mode:
@@ -140,7 +138,7 @@ def _fill(
     record = Attachment(
         adapter_name, str(source.bank.path), found.names, found.unverified, seconds, method, rounding, found.floored
     )
-    root.__dict__.setdefault(_RECORD, {})[adapter_name] = record
+    root.__dict__.setdefault(RECORD, {})[adapter_name] = record
     if found.unverified:
         warnings.warn(
             f"{len(found.unverified)} of {len(found.names)} weights could not be read (meta device, quantised or sharded): only names "
@@ -199,25 +197,3 @@ def _check_saved_bases(source: FactorSource, bank: Bank, layers: Sequence[Slot],
             f"{source.folder}: B of {len(strangers)} of {position} weights is not of {bank.path}, first {strangers[0]}",
             hint="open the bank that the adapter was made with, or leave bank= out to load it unchecked",
         )
-
-
-class _Snapshot:
-    """The module tree before an injection, so that a refused attach leaves the model as it was. References only, no copies."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._children = [(module, dict(module._modules)) for module in root.modules()]
-        self._grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-
-    def restore(self, adapter_name: str) -> None:
-        from peft.tuners.lora import LoraLayer
-
-        for layer, _ in self._children:
-            if isinstance(layer, LoraLayer) and adapter_name in layer._all_available_adapter_names():
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    layer.delete_adapter(adapter_name)
-        for module, children in self._children:
-            module._modules.clear()
-            module._modules.update(children)
-        for parameter, grad in self._grad:
-            parameter.requires_grad_(grad)

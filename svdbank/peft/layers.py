@@ -19,11 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from svdbank.checkpoint.naming import wrappers
 from svdbank.core.errors import OptionError
 from svdbank.peft.targets import Target
-
-#: Parts of a module path that wrappers add: torch.compile, PEFT, activation checkpointing.
-_WRAPPERS = frozenset({"_orig_mod", "base_layer", "_checkpoint_wrapped_module"})
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -111,7 +109,7 @@ def _slot(layer: Any, name: str, adapter: str) -> Slot:
     from peft.tuners.lora.layer import ParamWrapper
 
     base, module = layer.get_base_layer(), unwrapped(name)
-    saved = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    saved = wrappers.unwrapped(name)
     if isinstance(layer, ParamWrapper):
         return Slot(layer, adapter, saved, "experts", tuple(_parameter_targets(layer, module, adapter)))
     embedding = adapter in layer.lora_embedding_A
@@ -162,5 +160,5 @@ def _parameter_targets(layer: Any, module: str, adapter: str) -> Iterator[Target
 
 
 def unwrapped(name: str) -> str:
-    """Module path without the wrappers of torch.compile, of an earlier PEFT adapter, and of activation checkpointing."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    """Module path without the wrappers of torch.compile, FSDP, checkpointed activations, and of an earlier PEFT adapter."""
+    return ".".join(part for part in wrappers.unwrapped(name).split(".") if part != "base_layer")

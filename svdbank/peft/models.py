@@ -21,6 +21,7 @@ from svdbank.peft.loading import as_peft_writes, check_known, check_rows, explai
 from svdbank.peft.lookup import Attachment
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
+from svdbank.peft.snapshot import as_it_was
 
 
 def get_peft_model(
@@ -72,8 +73,7 @@ def load_adapter(
     was trained on. ``options`` go to ``PeftModel.from_pretrained`` or ``PeftModel.load_adapter``.
 
     Raises :class:`CheckpointError` for a folder that is no adapter or lacks factors of targeted modules, for tensors and settings that
-    would be left out, and what
-    :func:`get_peft_model` raises. A plain LoRA folder loads as in PEFT.
+    would be left out, and what :func:`get_peft_model` raises; the model is then as it was. A plain LoRA folder loads as in PEFT.
     """
     peft = _peft()
     folder, shown = located(folder)
@@ -107,7 +107,7 @@ def load_adapter(
         options.setdefault("key_mapping", {"^": added})
     pairs = {added + module: pair for module, pair in saved.factors.items()}
     source = FactorSource(opened, saved=pairs, folder=str(folder), frozen=method == "mica")
-    with reroute(source), as_peft_writes(saved) as place, explained(saved):
+    with as_it_was(model, adapter_name), reroute(source), as_peft_writes(saved) as place, explained(saved):
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:
                 raise OptionError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ KEYS: dict[str, Callable[[str], str]] = {
     "torch.compile of layers": lambda key: key.replace(".self_attn", "._orig_mod.self_attn"),
     "DDP": lambda key: f"module.{key}",
     "FSDP": lambda key: key.replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+    "FSDP of all, checkpointed layers": lambda key: (
+        "_fsdp_wrapped_module." + key.replace(".self", "._checkpoint_wrapped_module.self")
+    ),
+    "DDP around torch.compile": lambda key: f"module._orig_mod.{key}",
+    "PEFT inside FSDP": lambda key: key.replace("base_model.model.", "base_model.model._fsdp_wrapped_module."),
     "no prefix": lambda key: key.removeprefix("base_model.model."),
     "the adapter's name": lambda key: key.replace(".weight", ".default.weight"),
 }
@@ -31,6 +38,17 @@ KEYS: dict[str, Callable[[str], str]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base("untied", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def small(base: Path) -> svdbank.Bank:
+    return svdbank.build(base, base.with_name("bank"), rank=8)
+
+
+def rewritten(folder: Path, rename: Callable[[str], str]) -> None:
+    """The same tensors under other keys."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({rename(key): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
 
 
 @pytest.fixture
@@ -42,25 +60,101 @@ def plain(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 @pytest.mark.parametrize("wrapper", KEYS)
 def test_what_wrappers_add_to_keys_is_taken_off(
-    wrapper: str, base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path
+    wrapper: str, base: Path, small: svdbank.Bank, plain: tuple[Path, torch.Tensor], tmp_path: Path, single_thread: None
 ) -> None:
+    import peft
     import transformers
 
     folder, expected = plain
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({KEYS[wrapper](key): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
-    loaded = svdbank.peft.load_adapter(small_llama(), folder, is_trainable=False)
-    assert off(logits(loaded.eval(), TOKENS), expected) < 1e-6
+    svdbank.merge([folder, f"again={folder}"], output=tmp_path / "as-peft-writes", weights=[0.5, 0.25])
+    rewritten(folder, KEYS[wrapper])
+    for bank in (None, small):
+        loaded = svdbank.peft.load_adapter(small_llama(), folder, bank=bank, is_trainable=False)
+        assert off(logits(loaded.eval(), TOKENS), expected) < 1e-6
     svdbank.fuse(base, folder, tmp_path / "fused")
+    svdbank.export(folder, to="lora", output=tmp_path / "lora")
+    svdbank.stack([folder], scale={"plain": 1.0}, output=tmp_path / "stack")
     assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
+    for made in ("lora", "stack"):
+        assert off(logits(peft.PeftModel.from_pretrained(small_llama(), tmp_path / made).eval(), TOKENS), expected) < 1e-5
+    svdbank.merge([folder, f"again={folder}"], output=tmp_path / "merged", weights=[0.5, 0.25])
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("merged", "as-peft-writes")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert svdbank.compare([folder, tmp_path / "as-peft-writes"]).pairs[0].all.cosine == pytest.approx(1, abs=1e-6)
+    report = svdbank.eval(base, data={"text": base / "text.txt"}, adapters={"it": folder}, dtype="float32")
+    wanted = torch.nn.functional.cross_entropy(expected[0, :-1], TOKENS[0, 1:])
+    assert abs(report.scores[1].loss - float(wanted)) < 1e-5
 
 
-def test_an_adapter_of_other_modules_does_not_load(plain: tuple[Path, torch.Tensor]) -> None:
+@pytest.mark.parametrize("what", ["self_attn", "layers.1.self_attn"])
+def test_an_adapter_of_other_modules_acts_nowhere(
+    what: str, base: Path, small: svdbank.Bank, plain: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
     folder, _ = plain
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({key.replace("self_attn", "attn"): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"attn\.q_proj"):
-        svdbank.peft.load_adapter(small_llama(), folder)
+    rewritten(folder, lambda key: key.replace(what, what.replace("self_", "")))
+    first = r"layers\.[01]\.attn\.q_proj"
+    for bank in (None, small):
+        with pytest.raises(CheckpointError, match=first):
+            svdbank.peft.load_adapter(small_llama(), folder, bank=bank)
+    with pytest.raises(CheckpointError, match=first):
+        svdbank.eval(base, data={"text": base / "text.txt"}, adapters={"it": folder})
+    with pytest.raises(OptionError, match=first):
+        svdbank.fuse(base, folder, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("key", ["base_model.model.encoder.weight", "unet.down.lora.up.weight", "lora_te_text_model_q.alpha"])
+def test_a_file_of_other_keys_names_the_first_and_the_form_expected(
+    key: str, base: Path, plain: tuple[Path, torch.Tensor]
+) -> None:
+    folder, _ = plain
+    save_file({key: torch.ones(3, 3)}, folder / "adapter_model.safetensors")
+    for read in (svdbank.read_adapter, lambda place: svdbank.peft.load_adapter(small_llama(), place)):
+        with pytest.raises(CheckpointError, match=re.escape(key)) as caught:
+            read(folder)
+        assert "lora_A.weight" in str(caught.value)
+
+
+CHECKPOINT_KEYS = {
+    "torch.compile": lambda key: f"_orig_mod.{key}",
+    "DDP": lambda key: f"module.{key}",
+    "DDP around torch.compile": lambda key: f"module._orig_mod.{key}",
+    "torch.compile of layers": lambda key: re.sub(r"layers\.(\d)", r"layers.\1._orig_mod", key),
+    "FSDP, twice": lambda key: "_fsdp_wrapped_module." + key.replace(".self", "._fsdp_wrapped_module.self"),
+}
+
+
+@pytest.mark.parametrize("shards", ["one", "several"])
+@pytest.mark.parametrize("wrapper", CHECKPOINT_KEYS)
+def test_a_checkpoint_with_names_of_wrappers_is_refused_with_the_command_that_mends_it(
+    wrapper: str, shards: str, plain: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = plain
+    base = tmp_path / "base"
+    small_llama().save_pretrained(base, max_shard_size="60KB" if shards == "several" else "1GB")
+    for file in base.glob("*.safetensors"):
+        save_file({CHECKPOINT_KEYS[wrapper](key): value for key, value in load_file(file).items()}, file, {"format": "pt"})
+    for index in base.glob("*.index.json"):
+        said = json.loads(index.read_text())
+        said["weight_map"] = {CHECKPOINT_KEYS[wrapper](key): file for key, file in said["weight_map"].items()}
+        index.write_text(json.dumps(said))
+    verbs: list[Callable[[], object]] = [
+        lambda: svdbank.plan(base),
+        lambda: svdbank.build(base, tmp_path / "bank", rank=4),
+        lambda: svdbank.fuse(base, folder, tmp_path / "fused"),
+        lambda: svdbank.init(str(base), output=tmp_path / "init", rank=4),
+    ]
+    for verb in verbs:
+        with pytest.raises(CheckpointError, match="Transformers does not find it") as caught:
+            verb()
+    if wrapper == "FSDP, twice":  # Transformers replaces once a name
+        assert caught.value.hint is not None and "save_pretrained" in caught.value.hint
+        return
+    monkeypatch.chdir(tmp_path)
+    exec(shlex.split(caught.value.hint or "")[2], {})
+    svdbank.fuse("base-unwrapped", folder, tmp_path / "fused")
+    import transformers
+
+    assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
 
 
 def test_a_folder_one_too_high_is_told_where_the_adapter_is(plain: tuple[Path, torch.Tensor]) -> None:
