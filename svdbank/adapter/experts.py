@@ -28,16 +28,16 @@ _NESTED = ".base_layer"
 
 #: Ends of module paths that PEFT takes for the experts and routers of older Transformers, where the model's are fused: it turns any
 #: target of these names into parameters of experts, also a shared expert's or a dense layer's. Named as parameters they stay themselves.
-_TAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+TAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
 def kind_in_peft(module: str, kind: WeightKind, *, stacked: bool, fused: bool) -> Kind:
-    """How PEFT adapts a weight of a base. ``fused``: the model has fused experts, so that :data:`_TAKEN` names are to be avoided."""
+    """How PEFT adapts a weight of a base. ``fused``: the model has fused experts, so that :data:`TAKEN` names are to be avoided."""
     if stacked:
         return "expert"
     if kind == "embedding":
         return "embedding"
-    return "parameter" if kind == "router" or (fused and module.rpartition(".")[2] in _TAKEN) else "linear"
+    return "parameter" if kind == "router" or (fused and module.rpartition(".")[2] in TAKEN) else "linear"
 
 
 def target_fields(kinds: Mapping[str, Kind]) -> dict[str, Any]:

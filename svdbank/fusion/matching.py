@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import matched
+from svdbank.adapter.renaming import in_model
 from svdbank.adapter.weights import AdaptedWeight
 from svdbank.bank.index import base_digest
 from svdbank.checkpoint.naming.matrices import matrices as matrices_of
@@ -24,6 +25,18 @@ _OTHER_HEAD = (
     "name a checkpoint of the class that was trained: save the model, with this head, by save_pretrained before get_peft_model"
 )
 _RESIZE = "model.resize_token_embeddings({0}), model.save_pretrained(FOLDER), and fuse into FOLDER"
+
+
+def named_as_stored(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """The adapter with the names that its modules have in the model that is loaded of ``checkpoint`` today, where it has others
+    (:func:`svdbank.adapter.renaming.in_model`)."""
+    held = {(spec.name if spec.stacked else spec.module) for spec in decomposable(checkpoint, (".*",))[0]}
+    whole = matrices_of(checkpoint).whole
+    same = not adapter.weights or len(matched({key: key for key in held}, list(adapter.weights))) == len(adapter.weights)
+    kept = not adapter.whole.replacing or len(matched({key: key for key in whole}, list(adapter.whole.replacing))) == len(
+        adapter.whole.replacing
+    )
+    return adapter if same and kept else in_model(adapter, checkpoint.config, checkpoint.name)
 
 
 def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> list[tuple[WeightSpec, AdaptedWeight]]:

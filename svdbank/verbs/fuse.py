@@ -25,7 +25,15 @@ from svdbank.core.processors import available_cpus
 from svdbank.core.specs import ProgressCallback
 from svdbank.fusion.addition import Addition
 from svdbank.fusion.fuse_report import FusedDtype, FuseReport, report_of
-from svdbank.fusion.matching import check_base, check_beneath, check_kinds, match_weights, matrices_beneath, whole_tensors
+from svdbank.fusion.matching import (
+    check_base,
+    check_beneath,
+    check_kinds,
+    match_weights,
+    matrices_beneath,
+    named_as_stored,
+    whole_tensors,
+)
 from svdbank.fusion.opening import open_adapter
 from svdbank.fusion.untying import UNTIED, tensors_to_untie, untied
 from svdbank.solver import pinned_threads
@@ -91,6 +99,7 @@ def fuse(
         base = stack.enter_context(open_checkpoint(model))
         subject = base if into is None else stack.enter_context(open_checkpoint(into))
         opened, shown = open_adapter(adapter, opened_bank(bank), model)
+        opened = named_as_stored(opened, subject)
         pair = tensors_to_untie(subject, opened) if untie else ()
         if pair:
             subject = untied(subject)

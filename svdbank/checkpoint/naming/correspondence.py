@@ -65,7 +65,7 @@ def architecture_of(about: ModelFacts) -> Architecture:
 
 def correspondence(tensors: Mapping[str, TensorSource], about: ModelFacts) -> Correspondence:
     """What each tensor of a checkpoint is part of in the loaded model."""
-    naming = _Naming(tensors, about)
+    naming = Naming(tensors, about)
     parameters: list[Parameter] = []
     incomplete: dict[str, str] = {}
     names: dict[str, str] = {}
@@ -74,7 +74,7 @@ def correspondence(tensors: Mapping[str, TensorSource], about: ModelFacts) -> Co
     for stored, source in tensors.items():
         name = names[stored] = naming.loaded(stored)
         rows = naming.rows(name)
-        if (found := _expert_of(name, source, rows)) is not None:
+        if len(source.shape) == 2 and (found := expert_of(name, rows)) is not None:
             container, rule, expert, part = found
             names[stored] = f"{container}.{rule.parameter}"
             grouped[names[stored], rule][expert, part] = source
@@ -117,7 +117,7 @@ def _apart(parameters: list[Parameter], incomplete: dict[str, str]) -> list[Para
     return [parameter for parameter in parameters if not any(source.name in incomplete for source in parameter.sources)]
 
 
-class _Naming:
+class Naming:
     """Names in the loaded model, and the rows of the table that apply to them: the model's own and those of its parts."""
 
     def __init__(self, tensors: Iterable[str], about: ModelFacts) -> None:
@@ -151,9 +151,9 @@ def _renamed(name: str, row: Architecture) -> str:
     return name
 
 
-def _expert_of(name: str, source: TensorSource, rows: tuple[Architecture, ...]) -> tuple[str, Experts, int, int] | None:
+def expert_of(name: str, rows: tuple[Architecture, ...]) -> tuple[str, Experts, int, int] | None:
     """(path of the experts, rule, expert, position among the rule's parts) of a matrix that is loaded as part of a larger one."""
-    if len(source.shape) != 2 or not any(row.experts for row in rows) or (match := _EXPERT.fullmatch(name)) is None:
+    if not any(row.experts for row in rows) or (match := _EXPERT.fullmatch(name)) is None:
         return None
     container, expert, part = match.groups()
     for rule in _rules(row.experts for row in rows):

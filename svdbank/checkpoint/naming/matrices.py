@@ -71,12 +71,12 @@ def matrices(checkpoint: Checkpoint) -> Matrices:
 
 def _worked_out(checkpoint: Checkpoint, about: ModelFacts) -> Matrices:
     version = transformers_version()
-    if _is_listed(about) and (version is None or KNOWN[0] <= version < KNOWN[1]):
+    if in_table(about) and (version is None or KNOWN[0] <= version < KNOWN[1]):
         return by_table(checkpoint.tensors, about, "table", None)
     if not checkpoint.config:
         return by_table(checkpoint.tensors, about, "names", "there is no config.json")
     if version is None:
-        if _is_listed(about):
+        if in_table(about):
             return by_table(checkpoint.tensors, about, "table", None)
         doubt = f"{about.model_type or 'its model type'!s} is not in the table, and Transformers, which may know it, is not installed"
         return by_table(checkpoint.tensors, about, "names", doubt)
@@ -86,7 +86,7 @@ def _worked_out(checkpoint: Checkpoint, about: ModelFacts) -> Matrices:
         tree = ModuleTree(checkpoint.config, about)
         return by_tree(checkpoint.tensors, tree, tree.made_from(checkpoint.tensors))
     except UnknownModelError as cause:
-        return by_table(checkpoint.tensors, about, "table" if _is_listed(about) else "names", str(cause))
+        return by_table(checkpoint.tensors, about, "table" if in_table(about) else "names", str(cause))
 
 
 def transformers_version() -> tuple[int, int] | None:
@@ -98,7 +98,7 @@ def transformers_version() -> tuple[int, int] | None:
         return None
 
 
-def _is_listed(about: ModelFacts) -> bool:
+def in_table(about: ModelFacts) -> bool:
     """True where the table has the model type and those of all parts that it has paths for."""
     row = ARCHITECTURES.get(about.model_type)
     return row is not None and all(about.parts.get(key, "") in ARCHITECTURES for key, _ in row.parts if key in about.parts)

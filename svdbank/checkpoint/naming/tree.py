@@ -12,7 +12,7 @@ import io
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,17 +141,20 @@ class ModuleTree:
         places: dict[str, Arrangement] = {name: stored(name, source.shape) for name, source in tensors.items()}
         return Made(places, {name: name for name in tensors})
 
+    def renamed(self, names: Sequence[str]) -> dict[str, tuple[str, int | None, int, int]]:
+        """Of names of parameters in older versions those that are in this model: (parameter, expert, part, parts) as Transformers loads
+        them, the last three where experts stored one by one are stacked."""
+        model = self._model
+        there = model.state_dict()
+        return renamed(model, names, there)
+
     def made_from(self, tensors: Mapping[str, TensorSource]) -> Made:
         """Where the entries of each parameter lie in ``tensors``."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
 
         model = self._model
         there = model.state_dict()
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        renamings, converters, by_pattern = _conversion(model)
         made = Made()
         grouped: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in sorted(tensors, key=dot_natural_key):
@@ -216,6 +219,40 @@ class ModuleTree:
             value = value[0] if isinstance(value, list) else value
             name = f"{around[0]}{own}{around[2]}" if around is not None else own
             made.places[name] = value.places
+
+
+def renamed(model: Any, names: Iterable[str], there: Container[str]) -> dict[str, tuple[str, int | None, int, int]]:
+    """:meth:`ModuleTree.renamed` for any model of Transformers, of which ``there`` are the parameters."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, rename_source_key
+
+    renamings, converters, by_pattern = _conversion(model)
+    present = dict.fromkeys(there, True) if not isinstance(there, dict) else there
+    found: dict[str, tuple[str, int | None, int, int]] = {}
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, present)
+        if target not in there:
+            if name in there:
+                found[name] = (name, None, 0, 1)
+            continue
+        if pattern is None:
+            found[name] = (target, None, 0, 1)
+            continue
+        converter, number = by_pattern[pattern], re.search(r"\.experts\.(\d+)\.", name)
+        if number is not None and all(isinstance(each, MergeModulelist | Concatenate) for each in converter.operations):
+            parts = converter.source_patterns
+            found[name] = (target, int(number[1]), parts.index(pattern), len(parts))
+    return found
+
+
+def _conversion(model: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Transformers' renames and conversions of a model's stored tensors, and the conversion of each pattern."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    return renamings, converters, {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
 
 def _is_router(parent: str, own: str, modules: Mapping[str, Any]) -> bool:

@@ -54,6 +54,7 @@ def _renaming(names: Collection[str], config: Mapping[str, Any], where: str) -> 
     target = where.rstrip("/").rsplit("/", 1)[-1].split("@")[0] + "-unwrapped"
     program = (
         f"from transformers import {kind} as M; "
-        f"M.from_pretrained({where!r}, dtype='auto', key_mapping={dict.fromkeys(used, '')}).save_pretrained({target!r}, save_original_format=False)"
+        f"M.from_pretrained({where!r}, dtype='auto', key_mapping={dict.fromkeys(used, '')})"
+        f".save_pretrained({target!r}, save_original_format=False)"
     )
     return f"python -c {shlex.quote(program)}"
