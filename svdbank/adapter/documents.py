@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from svdbank.adapter.checksums import check_record
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, lora_scale
 from svdbank.adapter.settings import CACHE, CONFIG, FILES, SLIM, WEIGHTS, AdapterCache, LoraSettings, by_pattern
+from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import from_json
 
 if TYPE_CHECKING:
     from svdbank.bank.reading import Bank
+
+#: Bytes of a config or record: 100,000 experts with a line each in several components have less.
+_DOCUMENT = 1 << 26
 
 #: ``init_lora_weights`` of PEFT, or how it begins, with which an adapter belongs to a base that was changed when it was made.
 _CHANGED_BASE = ("pissa", "milora", "olora", "corda", "loftq", "lora_ga")
@@ -169,14 +174,17 @@ class Documents:
 
 
 def read_documents(path: str | Path, *, slim: bool = False) -> Documents:
-    """The documents of an adapter folder, with ``slim`` also those that a slim one carries. Raises :class:`CheckpointError`."""
+    """The documents of an adapter folder, with ``slim`` also those that a slim one carries.
+
+    Raises :class:`CheckpointError`, :class:`DamageError` for a record that is not as svdbank wrote it.
+    """
     folder = Path(path)
     check_there(folder, slim=slim)
     inside = folder
     if slim and (folder / SLIM).is_file():
         inside = folder / FILES
         check_there(inside)
-    config = (inside / CONFIG).read_bytes()
+    config = disk.read_document(inside / CONFIG, error=CheckpointError, largest=_DOCUMENT)
     settings = from_json(config, LoraSettings, where=str(inside / CONFIG), error=CheckpointError)
     if inside == folder and not (folder / WEIGHTS).is_file():
         if (folder / "adapter_model.bin").exists():
@@ -187,7 +195,9 @@ def read_documents(path: str | Path, *, slim: bool = False) -> Documents:
         raise CheckpointError(f"{folder}: {WEIGHTS} is missing")
     cache = None
     if (inside / CACHE).is_file():
-        cache = from_json((inside / CACHE).read_bytes(), AdapterCache, where=str(inside / CACHE), error=CheckpointError)
+        record = disk.read_document(inside / CACHE, error=CheckpointError, largest=_DOCUMENT)
+        cache = from_json(record, AdapterCache, where=str(inside / CACHE), error=CheckpointError)
+        check_record(cache, inside / CACHE)
     return Documents(folder, settings, cache, _set_beyond(msgspec.json.decode(config)))
 
 

@@ -17,11 +17,11 @@ from types import MappingProxyType
 from typing import Literal
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from svdbank.adapter.card import card
+from svdbank.adapter.checksums import check_folder, sealed, tensor_file
 from svdbank.adapter.documents import Documents, read_documents
 from svdbank.adapter.experts import parameters_of
 from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
@@ -55,12 +55,14 @@ class AdapterFolder(Documents):
 
     ``others`` are the keys of what is neither, with what each kind of it is, where the folder was read with ``any_kind``.
     ``names`` are the keys in the file that wrappers (torch.compile, FSDP, DDP) changed, by the key that PEFT would write.
+    ``unchecked`` says why nothing is known of the bytes, None where they are those that svdbank recorded.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict)
     whole: WholeTensors = field(default_factory=WholeTensors)
     others: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    unchecked: str | None = None
 
 
 def write_folder(
@@ -88,9 +90,10 @@ def write_folder(
         if whole is not None:
             tensors |= {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in whole.replacing.items()}
             tensors |= {f"{_ROOT}{module}.base_layer.weight": tensor.contiguous() for module, tensor in whole.beneath.items()}
-        disk.write_new(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        weights = tensor_file(tensors)
+        disk.write_new(folder / WEIGHTS, weights)
         disk.write_new(folder / CONFIG, to_json(settings, indent=2))
-        disk.write_new(folder / CACHE, to_json(cache, indent=2))
+        disk.write_new(folder / CACHE, to_json(sealed(cache, settings, {WEIGHTS: weights, **extra}), indent=2))
         disk.write_new(folder / "README.md", (card(settings, cache) if readme is None else readme).encode())
         for name, data in extra.items():
             disk.write_new(folder / name, data)
@@ -142,16 +145,18 @@ def read_folder(path: str | Path, *, any_kind: bool = False) -> AdapterFolder:
 
     Raises :class:`CheckpointError` for a folder that is no adapter, for pickled weights, for tensors that do not fit together, and for
     a setting or a tensor with which the adapter is no sum ``s·B·A`` and whole tensors. The last is left to PEFT with ``any_kind``.
+    :class:`DamageError` where svdbank wrote the folder and its bytes are not as they were.
     """
     said = read_documents(path)
     if said.beyond is not None and not any_kind:
         raise _refused(said.path, said.beyond)
+    unchecked = check_folder(said.path, said.settings, said.cache)
     keys, names = _keys_of(said.path / WEIGHTS)
     others = _others(keys, said)
     if others and not any_kind:
         raise _refused_tensor(said.path, keys[others[0]])
     factors, whole = _read(said, keys, set(others))
-    return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, whole, others, names)
+    return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, whole, others, names, unchecked)
 
 
 def _keys_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -56,7 +56,8 @@ def adapter_of(
     kind = folder.made_as(method)
     entries = list(entries_of(folder))
     names = {} if bank is None else bank_names(bank, [entry.key for entry in entries])
-    notes = _check_base(folder, bank, names)
+    notes = [] if folder.unchecked is None else [f"{folder.path.name}: its bytes are unchecked: {folder.unchecked}"]
+    notes += _check_base(folder, bank, names)
     if kind in RESIDUAL_METHODS:
         weights = _on_unchanged_base(entries, folder, bank, names, kind, own)
     else:

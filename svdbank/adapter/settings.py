@@ -81,6 +81,8 @@ class AdapterCache(Struct, frozen=True):
     components
         By name, then by weight: the bands, most minor first; none for factors of their own. Where a weight has fewer columns than its
         bands have directions, as after a truncation, the columns of B lie in their span.
+    files, settings, digest
+        sha256 of the tensor files, of what decides in the config, and of this record (:mod:`svdbank.adapter.checksums`).
     """
 
     format: Literal[1]
@@ -93,6 +95,9 @@ class AdapterCache(Struct, frozen=True):
     weights: tuple[str, ...]
     sources: dict[str, tuple[str, str]] = msgspec.field(default_factory=dict)
     components: dict[str, dict[str, tuple[tuple[int, int], ...]]] = msgspec.field(default_factory=dict)
+    files: dict[str, str] = msgspec.field(default_factory=dict)
+    settings: str = ""
+    digest: str = ""
 
 
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -23,11 +23,14 @@ from svdbank.adapter.settings import COEFFICIENTS, FILES, SLIM, WEIGHTS
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
 from svdbank.core import disk
-from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.core.errors import BankError, CheckpointError, DamageError, OptionError, WrongBaseError
 from svdbank.core.specs import Struct, from_json, to_json
 
 #: What to do about a slim folder that is not as it was written.
 _AGAIN = "copy the folder again, or write it anew: svdbank export ADAPTER --to slim"
+
+#: Bytes by which the file of what is kept may exceed the whole: its header.
+_HEADER = 1 << 26
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,7 +54,8 @@ class Reference(Struct, frozen=True):
 
 
 class SlimRecord(Struct, frozen=True):
-    """``slim.json``. ``header`` is that of the original file, ``sha256`` and ``size`` are of that file; ``references`` by tensor name.
+    """``slim.json``. ``header`` is that of the original file, ``sha256`` and ``size`` are of that file; ``references`` by tensor name,
+    ``files`` the other files of the folder with the sha256 of each.
 
     ``base_digest`` is over the weights referred to, ``bank_digest`` the digest in the manifest of the bank they were found in.
     """
@@ -64,7 +68,7 @@ class SlimRecord(Struct, frozen=True):
     sha256: str
     size: int
     references: dict[str, Reference]
-    files: tuple[str, ...]
+    files: dict[str, str]
 
 
 def write_slim(folder: AdapterFolder, output: Path, bank: Bank, *, force: bool = False) -> SlimRecord:
@@ -81,6 +85,7 @@ def write_slim(folder: AdapterFolder, output: Path, bank: Bank, *, force: bool =
             hint="--to lora keeps both factors",
         )
     carried = [path for path in sorted(source.iterdir()) if path.is_file() and not path.is_symlink() and path.name != WEIGHTS]
+    contents = {path.name: path.read_bytes() for path in carried}
     names = {piece.weight for reference in references.values() for piece in reference.pieces}
     record = SlimRecord(
         format=1,
@@ -91,38 +96,52 @@ def write_slim(folder: AdapterFolder, output: Path, bank: Bank, *, force: bool =
         sha256=hashlib.sha256(raw).hexdigest(),
         size=len(raw),
         references=references,
-        files=tuple(path.name for path in carried),
+        files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     )
     kept = {name: value for name, value in tensors.items() if name not in references}
-    contents = {SLIM: to_json(record), COEFFICIENTS: safetensors.torch.save(kept, metadata={"format": "pt"})}
-    contents |= {f"{FILES}/{path.name}": path.read_bytes() for path in carried}
-    _write(output, contents, force=force)
+    written = {SLIM: to_json(record), COEFFICIENTS: safetensors.torch.save(kept, metadata={"format": "pt"})}
+    written |= {f"{FILES}/{name}": data for name, data in contents.items()}
+    _write(output, written, force=force)
     return record
 
 
 def expand_slim(source: Path, output: Path, bank: Bank, *, force: bool = False) -> SlimRecord:
     """Write the adapter folder that ``source`` is the slim form of, byte for byte.
 
-    Raises :class:`WrongBaseError` for the bank of another base, :class:`BankError` for one whose vectors are rounded or signed otherwise.
+    Raises :class:`WrongBaseError` for the bank of another base, :class:`BankError` for one whose vectors are rounded or signed otherwise,
+    :class:`DamageError` for files that are not those it was made with.
     """
     check_output(output, force=force)
     record = read_record(source)
     try:
-        kept = safetensors.torch.load_file(source / COEFFICIENTS)
+        kept = safetensors.torch.load(
+            disk.read_document(source / COEFFICIENTS, error=CheckpointError, largest=record.size + _HEADER)
+        )
     except (OSError, safetensors.SafetensorError) as cause:
         raise CheckpointError(f"{source / COEFFICIENTS}: {cause}", hint=_AGAIN) from cause
     raw = _restored(record, kept, bank, source)
     contents = {WEIGHTS: raw}
-    for name in record.files:
-        contents[name] = disk.safe_join(source / FILES, name, error=CheckpointError).read_bytes()
+    for name, sha256 in record.files.items():
+        contents[name] = _carried(disk.safe_join(source / FILES, name, error=CheckpointError), sha256)
     _write(output, contents, force=force)
     return record
+
+
+def _carried(path: Path, sha256: str) -> bytes:
+    """One of the other files; DamageError unless it is the one recorded. A pipe is not waited for."""
+    try:
+        data = disk.read_document(path, error=CheckpointError, largest=1 << 40)
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamageError(f"{path}: missing, or not the bytes that were written", hint=_AGAIN)
+    return data
 
 
 def read_record(source: Path) -> SlimRecord:
     """``slim.json`` of a folder. Raises :class:`CheckpointError`."""
     try:
-        data = (source / SLIM).read_bytes()
+        data = disk.read_document(source / SLIM, error=CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(
             f"{source}: no slim adapter here ({SLIM} is missing)", hint="name the folder that svdbank export --to slim wrote"
@@ -207,7 +226,7 @@ def _restored(record: SlimRecord, kept: Mapping[str, Tensor], bank: Bank, source
             raise CheckpointError(f"{source / COEFFICIENTS}: {name} has another size than the header says", hint=_AGAIN)
         raw[entry.begin : entry.end] = data
     if hashlib.sha256(raw).hexdigest() != record.sha256:
-        raise CheckpointError(f"{source}: does not come back as it was: {COEFFICIENTS} was changed", hint=_AGAIN)
+        raise DamageError(f"{source}: does not come back as it was: {COEFFICIENTS} was changed", hint=_AGAIN)
     return bytes(raw)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import safetensors.torch
 
 from svdbank.adapter.card import composed_card
+from svdbank.adapter.checksums import tensor_file
 from svdbank.adapter.components import Band, InBank
 from svdbank.adapter.entries import by_module
 from svdbank.adapter.experts import pattern_name, target_fields
@@ -44,7 +44,7 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
     if trainable and settings.target_parameters:  # PEFT has no MiCA for parameters
         settings = msgspec.structs.replace(settings, init_lora_weights=True, inference_mode=False)
     cache = cache_of(adapter)
-    extra = {} if len(adapter.names) < 2 else {COMPONENTS: safetensors.torch.save(parts_of(adapter), metadata={"format": "pt"})}
+    extra = {} if len(adapter.names) < 2 else {COMPONENTS: tensor_file(parts_of(adapter))}
     readme = composed_card(settings, cache, adapter.names)
     write_folder(path, settings, factors, cache, whole=adapter.whole, readme=readme, extra=extra, force=force)
     return path

@@ -282,6 +282,25 @@ def open_regular(path: str | os.PathLike[str], *, error: type[SvdbankError]) -> 
     return descriptor
 
 
+def read_document(path: Path, *, error: type[SvdbankError], largest: int = 1 << 28) -> bytes:
+    """A file of a folder that people hand on, links followed, as the Hub's cache is made of them.
+
+    FileNotFoundError where there is none; ``error`` for a pipe, device or folder, for more than ``largest`` bytes, and where it cannot be
+    read.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path}: not a regular file")
+        if status.st_size > largest:
+            raise error(f"{path}: {status.st_size} bytes, more than such a file has")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        raise FileNotFoundError(str(path)) from cause
+    except OSError as cause:
+        raise error(f"{path}: cannot be read: {cause.strerror}") from cause
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:

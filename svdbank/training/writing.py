@@ -9,16 +9,18 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from svdbank.adapter.checksums import sealed, tensor_file
 from svdbank.adapter.experts import join, parameters_of, split
 from svdbank.adapter.folder import new_folder, read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
 from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
-from svdbank.adapter.settings import CACHE, CONFIG, TRAINING_CONFIG, TRAINING_FIGURES, WEIGHTS, AdapterCache
+from svdbank.adapter.settings import CACHE, CONFIG, TRAINING_CONFIG, TRAINING_FIGURES, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.adapter.writing import recorded
 from svdbank.bank.reading import Bank
 from svdbank.core import disk
-from svdbank.core.specs import to_json
+from svdbank.core.errors import CheckpointError
+from svdbank.core.specs import from_json, to_json
 from svdbank.training.attaching import NAME
 from svdbank.training.card import card
 from svdbank.training.options import TrainOptions, to_toml
@@ -55,10 +57,18 @@ def write_adapter(
     elif options.method == "mica":
         _for_peft(folder)
     if bank is not None:
-        disk.write_bytes(folder / CACHE, to_json(_record(folder, options, bank), indent=2))
+        _seal(folder, _record(folder, options, bank))
     disk.write_bytes(folder / "README.md", readme.encode())
     # safetensors writes through a private temporary file; the others have the modes that the umask gives.
     disk.share_mode(folder / "README.md", folder / WEIGHTS)
+
+
+def _seal(folder: Path, record: AdapterCache) -> None:
+    """Write the record, with the sums of what stands beside it."""
+    weights = tensor_file(safetensors.torch.load_file(folder / WEIGHTS))
+    disk.write_bytes(folder / WEIGHTS, weights)
+    settings = from_json((folder / CONFIG).read_bytes(), LoraSettings, where=str(folder / CONFIG), error=CheckpointError)
+    disk.write_bytes(folder / CACHE, to_json(sealed(record, settings, {WEIGHTS: weights}), indent=2))
 
 
 def _record(folder: Path, options: TrainOptions, bank: Bank) -> AdapterCache:

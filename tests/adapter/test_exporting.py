@@ -17,7 +17,7 @@ from svdbank.adapter.conversion import SERVED_RANKS
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.settings import CACHE, WEIGHTS
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError
+from svdbank.core.errors import BankError, CheckpointError, DamageError, OptionError, WrongBaseError
 from tests.peft.models import quiet, without_svd
 
 
@@ -68,7 +68,7 @@ def test_slim_needs_its_bank_and_notices_another(
     tensors = load_file(tmp_path / "slim" / "coefficients.safetensors")
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1}, tmp_path / "slim" / "coefficients.safetensors")
-    with pytest.raises(CheckpointError, match="was changed"):
+    with pytest.raises(DamageError, match="was changed"):
         svdbank.export(tmp_path / "slim", output=tmp_path / "back", bank=pair_bank)
     assert not (tmp_path / "back").exists()
 

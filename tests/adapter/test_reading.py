@@ -19,7 +19,7 @@ from svdbank.adapter.reading import read_adapter
 from svdbank.adapter.settings import CACHE, COMPONENTS, CONFIG, WEIGHTS
 from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.core.errors import CheckpointError, DamageError, OptionError, WrongBaseError
 from tests.peft.models import quiet, without_svd
 
 QUERY = "encoder.layer.0.attention.self.query"
@@ -51,7 +51,8 @@ def test_an_adapter_is_read_in_its_band_and_means_what_its_files_say(trained: Ca
         adapter = read_adapter(folder, bank=bank)
         component = adapter.weights[QUERY].components["law"]
         assert isinstance(component, InBank) and component.bands == ((8, 12),) and component.orthonormal
-        assert near(adapter.delta(QUERY), dense(folder, scale=6 / 4)) and adapter.notes == ()
+        assert near(adapter.delta(QUERY), dense(folder, scale=6 / 4))
+        assert adapter.notes == (f"law: its bytes are unchecked: {WEIGHTS} was written anew since, by another program",)
     assert adapter.method == "mica" and len(adapter.weights) == 12
 
 
@@ -111,7 +112,7 @@ def test_a_cache_that_contradicts_the_tensors_is_not_believed(trained: Callable[
     folder = trained("law")
     cache = json.loads((folder / CACHE).read_text())
     cache["components"]["law"] = {key: [[4, 8]] for key in cache["components"]["law"]}
-    (folder / CACHE).write_text(json.dumps(cache))
+    (folder / CACHE).write_text(json.dumps(cache | {"digest": ""}))
     adapter = read_adapter(folder, bank=pair_bank)
     assert adapter.bands(QUERY) == ((0, 4),)
     assert any("contradicts the tensors" in note for note in adapter.notes)
@@ -189,11 +190,14 @@ def test_what_belongs_to_a_changed_base_is_refused(kind: str, trained: Callable[
     assert "path_initial_model_for_weight_conversion" in (caught.value.hint or "")
 
 
-def test_damaged_parts_are_left_aside(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_damaged_parts_are_damage_and_lost_ones_too(trained: Callable[..., Path], tmp_path: Path) -> None:
     write_adapter(read_adapter(trained("law", 1)) + read_adapter(trained("med", 2)), tmp_path / "stack")
     (tmp_path / "stack" / COMPONENTS).write_bytes(b"nothing")
-    adapter = read_adapter(tmp_path / "stack")
-    assert adapter.names == ("stack",) and any(COMPONENTS in note for note in adapter.notes)
+    with pytest.raises(DamageError, match=COMPONENTS):
+        read_adapter(tmp_path / "stack")
+    (tmp_path / "stack" / COMPONENTS).unlink()
+    with pytest.raises(DamageError, match="missing"):
+        svdbank.compare([tmp_path / "stack"])
 
 
 def test_stacked_experts_come_apart_as_peft_puts_them_together() -> None:
