@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from svdbank.adapter.settings import CACHE, COMPONENTS, CONFIG, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.checkpoint.header import PREFIX
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, DamageError
 from svdbank.core.specs import to_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: What svdbank adds to PEFT's metadata in the header of a tensor file, 8·n bytes so that the data stay aligned. The name stands there
 #: twice: one changed byte cannot take it away.
@@ -33,6 +34,8 @@ _HINT = "copy the folder again, or write it anew; nothing in it says what the by
 
 def tensor_file(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file with the mark."""
+    import safetensors.torch  # with torch, which whoever looks at banks does not wait for
+
     data = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
     length, end = int.from_bytes(data[:PREFIX], "little"), PREFIX + len(_METADATA)
     # By hand, because safetensors writes two entries of its metadata in any order, and the same adapter is to be the same bytes.
@@ -93,6 +96,8 @@ def _check_components(path: Path, recorded: str) -> None:
 
 def _is_marked(path: Path) -> bool:
     """True for a file that svdbank wrote, and for one whose header cannot be read."""
+    import safetensors
+
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             said = file.metadata() or {}

@@ -120,11 +120,17 @@ class Documents:
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module, with PEFT's patterns applied."""
-        return int(by_pattern(self.settings.rank_pattern, module, self.settings.r))
+        return int(self._by_pattern(self.settings.rank_pattern, module, self.settings.r))
 
     def alpha(self, module: str) -> float:
         """The α that the config gives a module, with PEFT's patterns applied."""
-        return float(by_pattern(self.settings.alpha_pattern, module, self.settings.lora_alpha))
+        return float(self._by_pattern(self.settings.alpha_pattern, module, self.settings.lora_alpha))
+
+    def _by_pattern(self, patterns: Mapping[str, float], module: str, default: float) -> float:
+        try:
+            return by_pattern(patterns, module, default)
+        except OptionError as cause:
+            raise CheckpointError(f"{self.path / CONFIG}: {cause}") from cause
 
     def scale(self, module: str) -> float:
         """α/r, or α/√r with rsLoRA, with PEFT's per-module patterns applied."""

@@ -8,9 +8,9 @@ most. Ranks and alphas follow patterns of the parameter's name.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from svdbank.adapter.components import Kind
 from svdbank.adapter.settings import LoraSettings
-from svdbank.core.errors import CheckpointError
+from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.expressions import Expression
 from svdbank.core.specs import WeightKind
 
 #: What transformers' expert modules register last: their output projection.
@@ -105,8 +106,16 @@ def _adapted(owner: str, count: int, settings: LoraSettings) -> list[str]:
 def _is_target(module: str, targets: list[str] | str | None) -> bool:
     """PEFT's rule for ``target_modules``."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        try:
+            return _expression(targets).fullmatch(module)
+        except OptionError as cause:
+            raise CheckpointError(f"target_modules: {cause}") from cause
     return any(module == target or module.endswith(f".{target}") for target in targets or ())
+
+
+@lru_cache(maxsize=16)
+def _expression(targets: str) -> Expression:
+    return Expression(targets)
 
 
 def split(A: Tensor, B: Tensor, rank: int, where: str) -> list[tuple[Tensor, Tensor]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
+from svdbank.core.expressions import ends
 from svdbank.core.specs import Struct
 
 CONFIG = "adapter_config.json"
@@ -101,5 +101,5 @@ class AdapterCache(Struct, frozen=True):
 
 
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule (``get_pattern_key``): the first pattern that matches the end of the path, at a dot."""
-    return next((value for own, value in patterns.items() if re.match(rf"(.*\.)?({own})$", module)), default)
+    """PEFT's rule (``get_pattern_key``): the first pattern that matches the end of the path, at a dot. OptionError for what is none."""
+    return next((value for own, value in patterns.items() if ends(module, own)), default)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from svdbank.adapter.experts import kind_in_peft, pattern_name, target_fields
 from svdbank.adapter.settings import by_pattern
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError
+from svdbank.core.expressions import ends
 
 
 def ranks_by_pattern(bank: Bank, names: Iterable[str], default: int, pattern: Mapping[str, int]) -> dict[str, int]:
@@ -35,11 +35,7 @@ def _check_patterns(pattern: Mapping[str, float], paths: Iterable[str], what: st
     for own, value in pattern.items():
         if not (math.isfinite(value) and value > 0):
             raise OptionError(f"{what} pattern {own}={value}: a positive number is needed")
-        try:
-            expression = re.compile(rf"(.*\.)?({own})$")
-        except re.error as cause:
-            raise OptionError(f"{what} pattern {own!r} is not a regular expression: {cause}") from cause
-        if not any(expression.match(module) for module in modules):
+        if not any(ends(module, own) for module in modules):
             raise OptionError(f"{what} pattern {own!r} matches none of the adapted modules")
 
 

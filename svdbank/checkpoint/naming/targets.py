@@ -6,20 +6,17 @@ One string ``all-linear``, or names that match a module's last components, or on
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from svdbank.core.errors import OptionError
+from svdbank.core.expressions import Expression, is_plain
 
 ALL_LINEAR = "all-linear"
 
 #: The kinds of weight that it means: PEFT takes routers, which were linear modules in older Transformers, as parameters.
 ALL_LINEAR_KINDS = frozenset({"linear", "router"})
-
-#: Characters that make a target a regular expression. The dot alone does not: it separates the components of a name.
-_META = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,12 @@ class Targets:
 
     all_linear: bool
     names: tuple[str, ...]
-    pattern: re.Pattern[str] | None
+    pattern: Expression | None
 
     def named(self, module: str) -> bool:
         """True when a name or the expression, rather than the shorthand, matches ``module``."""
         if self.pattern is not None:
-            return self.pattern.fullmatch(module) is not None
+            return self.pattern.fullmatch(module)
         return any(_ends(module, name) for name in self.names)
 
     def silent(self, modules: Iterable[str]) -> list[str]:
@@ -57,20 +54,14 @@ def _parse(targets: tuple[str, ...]) -> Targets:
         raise OptionError(
             "no target modules were named", hint="leave --targets out for every linear weight, or name one: q_proj"
         )
-    expressions = [target for target in targets if _META.search(target)]
+    expressions = [target for target in targets if not is_plain(target)]
     if expressions and len(targets) > 1:
         raise OptionError(
             f"{expressions[0]!r} is a regular expression and stands beside other targets; PEFT takes either names or one expression",
             hint=f"join them: '.*\\.({'|'.join(t for t in targets if t not in expressions)})' or one expression for all",
         )
     if expressions:
-        try:
-            return Targets(False, (), re.compile(expressions[0]))
-        except (re.error, OverflowError, RecursionError) as cause:
-            raise OptionError(
-                f"{expressions[0]!r} is not a valid regular expression: {cause}",
-                hint="to match a name's end, write the name alone: q_proj",
-            ) from cause
+        return Targets(False, (), Expression(expressions[0]))
     names = tuple(target for target in targets if target.lower() != ALL_LINEAR)
     return Targets(len(names) < len(targets), names, None)
 
