@@ -106,6 +106,8 @@ def _rotated(A: Tensor, B: Tensor, scale: float, left: Tensor, M: Tensor, length
     """B as a combination of bank directions (a truncation's ``B = U Q``), on as few of them as carry it; else :class:`Free`."""
     reach = torch.linalg.vector_norm(M, dim=1)
     rows = torch.nonzero(reach > _NOISE * reach.max()).flatten()
+    if len(rows) == left.shape[1]:
+        return free(A, B, scale)  # every matrix is a combination of all directions: it stands on none in particular
     off = torch.linalg.vector_norm(B.double() - left[rows].double().mT @ M[rows])
     if float(off) > IN_SPAN * length:
         return free(A, B, scale)

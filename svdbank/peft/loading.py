@@ -100,4 +100,5 @@ def explained(saved: AdapterFolder) -> Iterator[None]:
         if isinstance(cause, torch.OutOfMemoryError):
             raise
         what = saved.beyond or f"an adapter with init_lora_weights {saved.settings.init_lora_weights!r}"
-        raise CheckpointError(f"{saved.path}: PEFT does not load {what} onto this model: {cause}", hint=_BASE) from cause
+        hint = None if "multiple adapters" in str(cause) else _BASE
+        raise CheckpointError(f"{saved.path}: PEFT does not load {what} onto this model: {cause}", hint=hint) from cause

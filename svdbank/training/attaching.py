@@ -73,6 +73,17 @@ def left_out(options: TrainOptions, bank: Bank | None, model_type: str) -> tuple
     return () if bank is None else _adaptable(options, bank, model_type).left_out
 
 
+def parameters_of(options: TrainOptions, bank: Bank, model_type: str) -> list[str]:
+    """The experts and routers, as PEFT names parameters, that the new adapter is on."""
+    return _targets(options, bank, model_type)["target_parameters"] or []
+
+
+def _targets(options: TrainOptions, bank: Bank, model_type: str) -> dict[str, Any]:
+    names = _adaptable(options, bank, model_type).names
+    keys, kinds = keys_of(bank, names), kinds_of(bank, names, dropout=options.dropout)
+    return target_fields({keys[name]: kinds[name] for name in names})
+
+
 def _adaptable(options: TrainOptions, bank: Bank, model_type: str) -> Adaptable:
     stop, all_linear = free_band(options, bank)[1], parse_targets(options.targets).all_linear
     if not has_experts(bank):
@@ -88,9 +99,7 @@ def _config(options: TrainOptions, bank: Bank | None, model_type: str) -> Any:
         targets: dict[str, Any] = {"target_modules": _target_modules(options.targets)}
     elif has_experts(bank):
         # PEFT takes fused experts and routers as parameters, by their path.
-        names = _adaptable(options, bank, model_type).names
-        keys, kinds = keys_of(bank, names), kinds_of(bank, names, dropout=options.dropout)
-        targets = target_fields({keys[name]: kinds[name] for name in names})
+        targets = _targets(options, bank, model_type)
     else:
         out = [bank[name].module for name in left_out(options, bank, model_type)]
         targets = {"target_modules": _target_modules(options.targets), "exclude_modules": out or None}

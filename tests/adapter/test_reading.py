@@ -210,3 +210,12 @@ def test_stacked_experts_come_apart_as_peft_puts_them_together() -> None:
     assert all(torch.allclose(b @ a, theirs[e], atol=1e-6) for e, (a, b) in enumerate(pairs))
     again = join(pairs)
     assert torch.equal(again[0], A) and torch.equal(again[1], B)
+
+
+def test_a_matrix_stands_on_no_direction_of_a_basis_of_the_whole_space() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0]
+    A, B = torch.randn(4, 30, generator=generator), torch.randn(24, 4, generator=generator)
+    assert isinstance(recover(A, B, 1.0, left), Free)
+    on_some = recover(A, left[3:9].mT @ torch.randn(6, 4, generator=generator), 1.0, left)
+    assert isinstance(on_some, InBank) and on_some.bands == ((3, 9),)

@@ -223,3 +223,48 @@ def test_null_metadata_and_an_adapters_config_beside_a_model(plain: tuple[Path, 
     svdbank.fuse(base, folder, tmp_path / "fused")
     assert not (tmp_path / "fused" / "adapter_config.json").exists()
     assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
+
+
+def test_an_adapter_of_a_convolution_is_refused_by_name_in_every_verb(base: Path, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, patch_size=4))
+    config = peft.LoraConfig(r=2, target_modules=["projection"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "convolution")
+    model.save_pretrained(tmp_path / "vit")
+    folder, out, bank = tmp_path / "convolution", tmp_path / "out", svdbank.build(base, tmp_path / "bank", rank=4)
+    text, short = base / "text.txt", {"length": 4, "held_out": 0.0}
+    verbs: dict[str, Callable[[], object]] = {
+        "fuse": lambda: svdbank.fuse(tmp_path / "vit", folder, out),
+        "merge": lambda: svdbank.merge({"one": folder, "two": folder}, output=out),
+        "stack": lambda: svdbank.stack({"one": folder, "two": folder}, output=out),
+        "compare": lambda: svdbank.compare({"one": folder, "two": folder}),
+        "export": lambda: svdbank.export(folder, to="lora", output=out),
+        "export for inference": lambda: svdbank.export(folder, inference=True, output=out),
+        "export slim": lambda: svdbank.export(folder, to="slim", output=out, bank=bank),
+        "eval": lambda: svdbank.eval(base, data={"text": text}, adapters={"one": folder}),
+        "train": lambda: svdbank.train(base, output=out, data=str(text), bank=str(bank.path), on_top_of=str(folder), **short),
+        "load_adapter": lambda: svdbank.peft.load_adapter(model, folder),
+        "init": lambda: svdbank.init(bank, output=out, beside=[folder]),
+        "read_adapter": lambda: svdbank.read_adapter(folder),
+    }
+    for verb, call in verbs.items():
+        with pytest.raises(CheckpointError) as caught:
+            call()
+        assert "embeddings.patch_embeddings.projection is a convolution" in str(caught.value), verb
+    assert not out.exists()
+
+
+def test_an_index_without_metadata_is_read(base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    import transformers
+
+    folder, expected = plain
+    sharded = tmp_path / "sharded"
+    transformers.AutoModelForCausalLM.from_pretrained(base).save_pretrained(sharded, max_shard_size="50KB")
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": None}))
+    svdbank.fuse(sharded, folder, tmp_path / "fused")
+    assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
+    assert len(svdbank.build(sharded, tmp_path / "bank", rank=2)) == 14

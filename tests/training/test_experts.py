@@ -79,3 +79,15 @@ def test_dropout_on_experts_is_an_error_before_the_work(moe: Path, moe_bank: Ban
         moe, output=tmp_path / "law", data=str(legal), rank=4, length=32, steps=1, held_out=0.2, targets=["q_proj"], force=True
     )
     assert report.trainable_parameters == 2 * 4 * 24
+
+
+def test_an_adapter_on_other_experts_beneath_is_refused_before_the_work_and_the_hint_is_a_way(
+    moe: Path, moe_bank: Bank, legal: Path, tmp_path: Path
+) -> None:
+    svdbank.init(moe_bank, output=tmp_path / "beneath", rank=2, targets=["experts.down_proj", "q_proj"])
+    options: dict[str, Any] = {"data": str(legal), "rank": 2, "length": 32, "steps": 1, "held_out": 0.0, "dropout": 0.0}
+    options |= {"dtype": "float32", "on_top_of": str(tmp_path / "beneath")}
+    with pytest.raises(OptionError, match=r"gate_up_proj is in one of them alone") as caught:
+        svdbank.train(moe, output=tmp_path / "law", **options)
+    assert caught.value.hint == "--targets mlp.experts.down_proj"
+    svdbank.train(moe, output=tmp_path / "law", targets=["mlp.experts.down_proj"], **options)

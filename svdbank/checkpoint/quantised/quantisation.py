@@ -349,8 +349,8 @@ def _bits(quantisation: Mapping[str, Any]) -> int | None:
 def _afterwards(where: str, method: str, bits: int | None, made_from: MadeFrom) -> CheckpointError:
     width = f"to {bits} bits " if bits else ""
     return CheckpointError(
-        f"{where}: the weights were quantised {width}after training ({method}); the minor singular directions of such weights are "
-        "largely the quantiser's rounding noise, and a bank would describe that",
+        f"{where}: the weights were quantised {width}after training ({method}), and such codes are not read: a bank of them would "
+        "describe the quantiser's rounding noise, and so would what is fused into them or extracted from them",
         hint=_elsewhere(made_from),
     )
 

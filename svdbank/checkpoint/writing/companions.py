@@ -37,10 +37,14 @@ def carry(
 
 
 def write_index(checkpoint: Checkpoint, folder: Path, *, anew: bool) -> None:
-    """The index of a checkpoint in several files, which are written: as it is, or what holds for files made ``anew``."""
+    """The index of a checkpoint in several files, which are written: as it is, or what holds for files made ``anew``.
+
+    Transformers loads no index without ``metadata``: it is given some.
+    """
     for path in sorted(checkpoint.folder.glob("*.safetensors.index.json")) if len(checkpoint.files) > 1 else ():
         data = member(checkpoint.folder, path.name).read_bytes()
-        disk.write_new(folder / path.name, _index(data, folder, checkpoint) if anew else data)
+        described = isinstance(json.loads(data).get("metadata"), dict)
+        disk.write_new(folder / path.name, data if described and not anew else _index(data, folder, checkpoint))
 
 
 def companions(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
