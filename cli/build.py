@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 @click.argument("model")
 @build_options
 @device_option
+@click.option(
+    "--shard",
+    metavar="I/N|auto[/N]",
+    help="Work beside other processes and machines that see the bank's folder, first on part I of N. auto: as Slurm's array, an "
+    "indexed Job (with N) or torchrun says. Whoever is done helps the others; the last publishes.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop, as svdbank plan does.")
 @with_output
 def build_command(
@@ -25,6 +31,7 @@ def build_command(
     bank: str | None,
     targets: tuple[str, ...],
     device: str,
+    shard: str | None,
     dry_run: bool,
     output: Output,
     **options: Unpack[BuildOptions],
@@ -41,6 +48,8 @@ def build_command(
       svdbank build ./my-model --targets q_proj --targets v_proj
       svdbank build ./my-model --targets '.*layers\\.(0|1)\\..*proj'
       svdbank build meta-llama/Llama-3.1-70B --disk-budget 20GB --no-keep
+      svdbank build ./my-model -o /shared/my-model.bank --shard 1/4       on each of four machines, with its number
+      svdbank build ./my-model -o /shared/my-model.bank --shard auto      in sbatch --array, or torchrun
       svdbank build ./my-model --json | tail -1
     """
     import svdbank
@@ -53,7 +62,9 @@ def build_command(
         return
     reports: list[BuildReport] = []
     with output.progress(lines=True) as progress:
-        svdbank.build(model, bank, targets=targets, device=device, progress=progress, on_report=reports.append, **options)
+        svdbank.build(
+            model, bank, targets=targets, device=device, shard=shard, progress=progress, on_report=reports.append, **options
+        )
     output.data(reports[0], _text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -10,23 +11,64 @@ from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, dequantised, size, table
 
 if TYPE_CHECKING:
+    from svdbank.building.standing import UnfinishedInfo
     from svdbank.verbs.info import BankInfo
 
 
-@click.command("info", short_help="Describe a BANK: what it holds and how exact it is.")
+@click.command("info", short_help="Describe a BANK, or how far the build of one is.")
 @click.argument("bank")
+@click.option("--missing", is_flag=True, help="Of an unfinished build: only what is left, a shard a line, for a retry.")
 @with_output
-def info_command(bank: str, output: Output) -> None:
-    """Describe a BANK: its folder, or the model whose cached bank is meant.
+def info_command(bank: str, missing: bool, output: Output) -> None:
+    """Describe a BANK: its folder, or the model whose cached bank is meant; of an unfinished build what is done and who is at it.
 
     \b
     Examples:
       svdbank info ./my-model.bank
       svdbank info HuggingFaceTB/SmolLM2-135M --json
+      svdbank info ./unfinished.bank --missing
     """
     import svdbank
+    from svdbank.building.standing import UnfinishedInfo
 
-    output.data(svdbank.info(bank), _text)
+    found = svdbank.info(bank)
+    if not isinstance(found, UnfinishedInfo):
+        if missing:
+            output.say(f"{found.path} is published: nothing is missing")
+        else:
+            output.data(found, _text)
+    elif missing and output.json:
+        output.line(found.left)
+    else:
+        output.data(found, _missing if missing else _unfinished)
+
+
+def _missing(info: UnfinishedInfo) -> str:
+    return "\n".join(
+        f"{one.family}/{one.index}  {', '.join(one.weights[:3])}"
+        + (f" and {len(one.weights) - 3} more" if len(one.weights) > 3 else "")
+        + (f"  held by {one.held_by}" if one.held_by else "")
+        for one in info.left
+    )
+
+
+def _unfinished(info: UnfinishedInfo) -> str:
+    revision = f"@{info.revision}" if info.revision else ""
+    held = sum(one.held_by is not None for one in info.left)
+    lines = [
+        f"unfinished  {'extension of ' if info.extends else ''}{info.path}",
+        f"model       {info.model}{revision}, rank {info.rank}",
+        f"done        {info.recorded} of {info.weights} weights, {info.recorded_shards} of {info.shards} shards",
+        f"left        {len(info.left)} shards, {held} of them held by {len(info.workers)} workers",
+    ]
+    rows = [(one.host, one.pid, one.device, len(one.shards), ", ".join(one.shards[:2])) for one in info.workers]
+    if rows:
+        lines += ["", table(("host", "process", "device", "holds", "shards"), rows)]
+    elif info.left:
+        lines += ["", "nobody is at it: the same svdbank build goes on, alone or as --shard I/N on several machines"]
+    else:
+        lines += ["", f"all is recorded: svdbank publish {quote(info.path)}"]
+    return "\n".join(lines)
 
 
 def _text(info: BankInfo) -> str:

@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from typing import NoReturn
@@ -19,6 +20,7 @@ from svdbank_cli.output import printable
 VERBS = (
     "plan",
     "build",
+    "publish",
     "info",
     "verify",
     "ls",
@@ -81,8 +83,16 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Entry point. Exit codes: 0 ok, 1 error, 2 usage, 4 damage, 10 no bank, 11 locked, 12 wrong base, 130 interrupted."""
+    """Entry point. Exit codes: 0 ok, 1 error, 2 usage, 3 partly done, 4 damage, 10 no bank, 11 locked, 12 wrong base, 130 interrupted.
+
+    SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run(sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str]) -> int:

@@ -21,6 +21,7 @@ from svdbank.core.errors import (
     OptionError,
     SolverError,
     SvdbankError,
+    UnfinishedError,
     WrongBaseError,
 )
 from svdbank.core.version import __version__ as __version__
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.ls import ls as ls
     from svdbank.verbs.merge import merge as merge
     from svdbank.verbs.plan import plan as plan
+    from svdbank.verbs.publish import publish as publish
     from svdbank.verbs.rm import rm as rm
     from svdbank.verbs.stack import stack as stack
     from svdbank.verbs.train import train as train
@@ -77,6 +79,7 @@ _LAZY = {
     "merge": "svdbank.verbs.merge",
     "open": "svdbank.cache",
     "plan": "svdbank.verbs.plan",
+    "publish": "svdbank.verbs.publish",
     "read_adapter": "svdbank.adapter.reading",
     "rm": "svdbank.verbs.rm",
     "stack": "svdbank.verbs.stack",
@@ -97,6 +100,7 @@ __all__ = [
     "OptionError",
     "SolverError",
     "SvdbankError",
+    "UnfinishedError",
     "WrongBaseError",
 ]
 

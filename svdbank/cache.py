@@ -73,7 +73,8 @@ def refuse_foreign_folder(root: Path) -> None:
     if not above.is_dir():
         raise OptionError(f"{above} is a file, not a folder for a bank", hint="choose another place with -o")
     if above == root and not (root / MANIFEST).exists() and not (root / "plan.json").exists():
-        strangers = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.name != LOG)
+        ours = (LOG, *(path.name for path in root.glob("sources-*.json")))  # the last is what a build writes before its plan
+        strangers = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.name not in ours)
         if strangers:
             raise OptionError(
                 f"{root} is not empty and no bank (it holds {', '.join(strangers[:3])})", hint="choose an empty folder with -o"

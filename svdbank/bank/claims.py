@@ -1,28 +1,37 @@
-"""Who works on which shard: a claim is a lock of the operating system, so that it ends with its process and a successor takes over."""
+"""Who works on which shard. A claim is a file that can be made once; it holds as long as its worker's lease does.
+
+Claims save work and decide nothing: that two workers hold one shard for a moment, because one was stopped for longer than its lease or a
+file system answers late, costs a solve. What counts is who records the shard, and that is one (:meth:`Session.add`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from svdbank.bank.layout import RECORDS, claim_file
+from svdbank.bank.leases import Lease, Seen, seen, workers
+from svdbank.bank.sessions import Session, current_session
 from svdbank.core import disk
 from svdbank.core.errors import LockedError
 from svdbank.core.specs import ShardSpec
 
 
 class Claims:
-    """The claims of one worker below ``root``: at most one worker holds a shard's. Those still held at the end of the block are let go.
+    """The claims of one worker: at most one worker holds a shard's. Those still held at the end of the block are let go.
 
-    Two writers in one shard lose data. Whoever has claimed a shard looks for its record before working on it: another may have been there.
+    Whoever has claimed a shard looks for its record before working on it: another may have been there.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._held: dict[ShardSpec, contextlib.ExitStack] = {}
+    def __init__(self, session: Session, lease: Lease) -> None:
+        self._session = session
+        self._lease = lease
+        self._held: set[ShardSpec] = set()
         self._changing = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -33,26 +42,77 @@ class Claims:
             self.release(shard)
 
     def take(self, shard: ShardSpec) -> bool:
-        """Claim a shard; False where another worker has it."""
-        path = self._root / claim_file(shard.family, shard.index)
-        disk.make_dirs(path.parent)
-        with contextlib.ExitStack() as stack:
-            if not stack.enter_context(disk.claimed(path)):
-                return False
+        """Claim a shard, also one that a dead worker holds; False where a living one has it. LockedError where the session is over."""
+        path = self._session.claim_path(shard.family, shard.index)
+        try:
+            taken = disk.create_mark(path, self._lease.name.encode()) or (
+                self._freed(path) and disk.create_mark(path, self._lease.name.encode())
+            )
+        except FileNotFoundError as cause:
+            raise session_over(self._session.root) from cause
+        if taken:
             with self._changing:
-                self._held[shard] = stack.pop_all()
-        return True
+                self._held.add(shard)
+        return taken
 
     def release(self, shard: ShardSpec) -> None:
-        """Let a claimed shard go; from any thread."""
+        """Let a claimed shard go; from any thread. Nothing where another has taken it meanwhile."""
         with self._changing:
-            held = self._held.pop(shard)
-        held.close()
+            self._held.discard(shard)
+        path = self._session.claim_path(shard.family, shard.index)
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_text() == self._lease.name:
+                disk.remove_mark(path)
+
+    def _freed(self, path: Path) -> bool:
+        """Take a dead worker's claim away; False where its worker is alive or another one is at the same."""
+        try:
+            holder, made = path.read_text(), path.stat().st_mtime
+        except FileNotFoundError:
+            return True
+        now = self._lease.now()
+        if holder and seen(self._session, holder, now).alive:
+            return False
+        if not holder and now - made < 5.0:  # its worker is about to write its name
+            return False
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{disk.TEMPORARY}")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return False
+        mine = aside.read_text() == holder
+        if not mine:  # another has been quicker, and this is its claim
+            with contextlib.suppress(FileExistsError, OSError):
+                os.link(aside, path)
+        disk.remove_mark(aside)
+        return mine
+
+
+def session_over(root: Path) -> LockedError:
+    """The error of a worker that others took for dead, or whose bank is gone."""
+    return LockedError(
+        f"{root}: this worker was silent for longer than its lease, and the build has gone on without it, or the bank was removed",
+        hint="what it recorded is kept: the same command joins the work again",
+    )
+
+
+def living(root: Path) -> list[Seen]:
+    """The workers that are at a bank now. The caller holds the bank's lock."""
+    session = current_session(root)
+    if session is None:
+        return []
+    try:
+        now = disk.stamped(root / ".lock")
+    except FileNotFoundError:
+        now = time.time()
+    return [one for one in workers(session, now) if one.alive]
 
 
 def refuse_claimed(root: Path) -> None:
-    """LockedError where a worker is at a shard of this bank. Claims that a dead process left bind nobody."""
-    for path in sorted((root / RECORDS).glob("*/*.claim")):
-        with disk.claimed(path) as free:
-            if not free:
-                raise LockedError(f"{root}: another process is working on {path.parent.name}", hint="wait for it, or stop it")
+    """LockedError where workers are at this bank. What a dead process left binds nobody. The caller holds the bank's lock."""
+    if alive := living(root):
+        who = f"{alive[0].worker}" + (f" and {len(alive) - 1} more" if len(alive) > 1 else "")
+        raise LockedError(
+            f"{root}: another process is working on it ({who})",
+            hint="wait for it, stop it, or join it: svdbank build … --shard 2/2",
+        )

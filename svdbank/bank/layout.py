@@ -62,11 +62,13 @@ class WeightRecord(Struct, frozen=True):
 class ShardRecord(Struct, frozen=True):
     """Written when a shard's files are durable; folded into the index at publish.
 
-    ``files`` maps array name to its file in this shard. ``sigma``, ``probe`` (and ``principal_sigma``) become arrays at publish.
+    ``files`` maps array name to its file in this shard; until the publish that file has the name of the ``attempt`` that wrote it
+    (:func:`attempt_file`). ``sigma``, ``probe`` (and ``principal_sigma``) become arrays at publish.
     """
 
     family: str
     index: int
+    attempt: str
     weights: tuple[WeightRecord, ...]
     files: dict[str, FileRecord]
     sigma: tuple[tuple[float, ...], ...]
@@ -153,11 +155,11 @@ def shard_file(family: str, array: str, shard: int) -> str:
     return f"{family}/{array}/c/{shard}/0/0"
 
 
-def record_file(family: str, shard: int) -> str:
-    """Path of a shard's record while the bank is being built."""
-    return f"{RECORDS}/{family}/{shard}.json"
+def attempt_file(family: str, array: str, shard: int, attempt: str) -> str:
+    """Path of a data file until its bank is published: each attempt at a shard has names of its own."""
+    return f"{family}/{array}/c/{shard}/0/.{attempt}.tmp"
 
 
-def claim_file(family: str, shard: int) -> str:
-    """Path of the lock of whoever works on a shard, beside its record."""
-    return f"{RECORDS}/{family}/{shard}.claim"
+def sources_name(data: bytes) -> str:
+    """File name of what a plan says of its checkpoint, by content."""
+    return f"sources-{hashlib.sha256(data).hexdigest()[:16]}.json"

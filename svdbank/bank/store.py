@@ -34,7 +34,7 @@ class BankStore(Store):
     """A folder as a Zarr store to write to.
 
     ``written`` collects the records of what was written through this store; ``geometry`` gives the cut of each sharded array by its
-    path.
+    path. What ``names`` lists is written under another name: that of an attempt.
     """
 
     supports_writes = True
@@ -46,6 +46,7 @@ class BankStore(Store):
         self.root = root
         self.geometry = geometry
         self.written: dict[str, FileRecord] = {}
+        self.names: dict[str, str] = {}
 
     def with_read_only(self, read_only: bool = False) -> BankStore:
         return BankStore(self.root, geometry=self.geometry, read_only=read_only)
@@ -83,13 +84,15 @@ class BankStore(Store):
 
     def write(self, key: str, data: bytes) -> None:
         """Write a file durably, replacing a torn one, and remember its record."""
-        path = self.root / key
-        disk.make_dirs(path.parent)
+        path = self.root / self.names.get(key, key)
+        array = key.split("/c/")[0]
+        # A worker that was woken after its bank was deleted makes no folders where that was.
+        disk.make_dirs(path.parent, below=self.root / array if "/c/" in key else None)
         if path.exists():
             disk.unlink(path)
         disk.write_new(path, data)
         disk.fsync_dir(path.parent)
-        self.written[key] = file_record(data, self.geometry.get(key.split("/c/")[0]) if "/c/" in key else None)
+        self.written[key] = file_record(data, self.geometry.get(array) if "/c/" in key else None)
 
     async def exists(self, key: str) -> bool:
         return (self.root / key).is_file()

@@ -1,14 +1,17 @@
 """Writing a bank: arrays, records, publish. Nothing published is ever written again; the manifest comes last.
 
-Order of a shard: data files (each fsynced), their folders, then the record (atomic). Order of a publish: coordinate arrays, index,
-manifest. A crash anywhere leaves either the last published bank or a folder without a manifest, and a record only for a shard whose
-files are durable.
+Order of a shard: data files under names of their own (each fsynced), their folders, then the record, which can be made once. Order of a
+publish: the recorded files get their names, coordinate arrays, index, manifest. A crash anywhere leaves either the last published bank or
+a folder without a manifest, and a record only for a shard whose files are durable.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,12 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
+from svdbank.bank.chunks import crc_before
+from svdbank.bank.coordinates import Coordinates
 from svdbank.bank.files import read_regular
 from svdbank.bank.index import base_digest
 from svdbank.bank.layout import (
+    CRC_BYTES,
     FORMAT,
     MANIFEST,
     NO_DIGEST,
@@ -29,21 +35,24 @@ from svdbank.bank.layout import (
     RECORDS,
     STORED,
     FamilyIndex,
+    FileRecord,
     Index,
     Manifest,
     ShardRecord,
+    WeightRecord,
+    attempt_file,
     manifest_digest,
     plan_name,
     rank_extent,
-    record_file,
     shard_file,
     vector_arrays,
 )
+from svdbank.bank.sessions import Session
 from svdbank.bank.store import BankStore, ShardGeometry, file_record
 from svdbank.core import disk
 from svdbank.core.basis import Basis, Triplets
-from svdbank.core.errors import BankError, DamageError
-from svdbank.core.specs import FamilySpec, Plan, ShardSpec, from_json, to_json
+from svdbank.core.errors import BankError
+from svdbank.core.specs import FamilySpec, Plan, ShardSpec, to_json
 
 _CREATED_BY = "svdbank format 1"
 #: torch dtype of the stored vectors.
@@ -53,13 +62,15 @@ STORED_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 class BankWriter:
     """Writes one generation of a bank: a first build, or an extension of a published bank by new families.
 
-    Holds no lock: the caller does. Shards may be written from several threads and processes, each shard by one.
+    Holds no lock: who begins or publishes does. Shards may be written from several threads and processes. ``session`` is needed by
+    what reads or writes records.
     """
 
-    def __init__(self, root: Path, plan: Plan, *, generation: int) -> None:
+    def __init__(self, root: Path, plan: Plan, *, generation: int, session: Session | None = None) -> None:
         self.root = root
         self.plan = plan
         self.generation = generation
+        self._session = session
         self._families = {family.name: family for family in plan.families}
         self._arrays: dict[str, Any] = {}
         self._opening = threading.Lock()
@@ -75,13 +86,8 @@ class BankWriter:
         self._store = BankStore(root, geometry=geometry)
 
     def begin(self) -> None:
-        """Freeze the plan and create groups and arrays. Repeats harmlessly when a build is resumed."""
-        disk.make_dirs(self.root)
-        for folder in (self.root, *(self.root / RECORDS).glob("*")):
-            for path in folder.glob(f".*{disk.TEMPORARY}"):
-                disk.unlink(path)
-        if not (self.root / plan_name(self.generation)).exists():
-            disk.write_bytes(self.root / plan_name(self.generation), to_json(self.plan, indent=1))
+        """Create groups and arrays, and remove what attempts left that no record names. Repeats harmlessly; no worker may be alive."""
+        self._sweep()
         if self.generation == 0:
             self._group("", {"svdbank": {"format": FORMAT}})
         for family in self.plan.families:
@@ -89,32 +95,112 @@ class BankWriter:
             for array, (rank, length) in vector_arrays(family, self.plan.options.side).items():
                 self._vectors(family, array, rank, length)
 
-    def record(self, shard: ShardSpec) -> ShardRecord | None:
-        """The record of a shard that is whole on disk, or None: not recorded, or its files are not the bytes recorded."""
-        path = self.root / record_file(shard.family, shard.index)
-        try:
-            record = from_json(read_regular(path), ShardRecord, where=str(path), error=DamageError)
-        except (FileNotFoundError, DamageError):
+    def whole(self, shard: ShardSpec) -> ShardRecord | None:
+        """The record of a shard whose files are, to the byte, what it says; None where there is no such record."""
+        record = self.session.read(shard.family, shard.index)
+        if record is None or record.files.keys() != self._arrays_of(shard).keys():
             return None
         for array, expected in record.files.items():
-            file = self.root / shard_file(shard.family, array, shard.index)
+            file = self._where(record, array)
             if not file.is_file() or file.stat().st_size != expected.size or disk.sha256_file(file) != expected.sha256:
                 return None
         return record
 
-    def write_shard(self, shard: ShardSpec, bases: Sequence[Basis], record: ShardRecord) -> ShardRecord:
-        """Write the vectors of a shard's weights, then its record. ``record`` comes without ``files``; returned with them."""
-        family = self._families[shard.family]
-        files = {}
-        for array in vector_arrays(family, self.plan.options.side):
-            self._array(family, array)[shard.start : shard.stop] = self._stored([_vectors_of(b, array) for b in bases])
-            key = shard_file(family.name, array, shard.index)
-            files[array] = self._store.written.pop(key)
-        path = self.root / record_file(shard.family, shard.index)
-        disk.make_dirs(path.parent)
-        complete = msgspec.structs.replace(record, files=files)
-        disk.write_bytes(path, to_json(complete))
-        return complete
+    def write_shard(self, shard: ShardSpec, bases: Sequence[Basis], record: ShardRecord) -> ShardRecord | None:
+        """Write the vectors of a shard's weights, then its record; None where the shard is recorded already: then nothing is left.
+
+        ``record`` comes without ``files`` and ``attempt``; returned with them. FileNotFoundError where the session is over.
+        """
+        attempt = secrets.token_hex(8)
+        names = {
+            shard_file(shard.family, array, shard.index): attempt_file(shard.family, array, shard.index, attempt)
+            for array in self._arrays_of(shard)
+        }
+        self._store.names.update(names)
+        try:
+            for array in self._arrays_of(shard):
+                opened = self._array(self._families[shard.family], array)
+                opened[shard.start : shard.stop] = self._stored([_vectors_of(b, array) for b in bases])
+            files = {key.split("/")[1]: self._store.written.pop(key) for key in names}
+            complete = msgspec.structs.replace(record, attempt=attempt, files=files)
+            if self.session.add(complete):
+                return complete
+            for name in names.values():
+                disk.unlink(self.root / name)
+            return None
+        except Exception:
+            for name in names.values():
+                with contextlib.suppress(OSError):
+                    disk.unlink(self.root / name)
+            raise
+        finally:
+            for key in names:
+                self._store.names.pop(key, None)
+
+    def place(self, progress: Callable[[int, int], None]) -> list[ShardSpec]:
+        """Give the files of all records their names, durably; the shards that cannot be published. The caller holds the bank's lock.
+
+        Only a file that a record names as its attempt's gets a name that is published, and it is held to the record by its size and the
+        checksums at its end; a record that does not hold is removed.
+        """
+        missing, folders = [], []
+        for number, shard in enumerate(self.plan.shards):
+            record = self.session.read(shard.family, shard.index)
+            placed = None if record is None else self._placed(shard, record)
+            if placed is None:
+                self.session.forget(shard.family, shard.index)
+                missing.append(shard)
+            else:
+                folders += placed
+            progress(number + 1, len(self.plan.shards))
+        for folder in folders:
+            disk.fsync_dir(folder)
+        return missing
+
+    def _placed(self, shard: ShardSpec, record: ShardRecord) -> list[Path] | None:
+        """The folders in which files of a record have their names now; None where the record does not hold."""
+        if record.files.keys() != self._arrays_of(shard).keys():
+            return None
+        folders = []
+        for array, expected in record.files.items():
+            final = self.root / shard_file(shard.family, array, shard.index)
+            found = self._where(record, array)
+            if not _holds(found, expected):
+                return None
+            if found != final:
+                disk.rename(found, final)
+            for path in final.parent.iterdir():
+                if path.name.endswith(disk.TEMPORARY):  # of an attempt that was stopped
+                    disk.unlink(path)
+            folders.append(final.parent)
+        return folders
+
+    @property
+    def session(self) -> Session:
+        """Where the records are."""
+        assert self._session is not None
+        return self._session
+
+    def _where(self, record: ShardRecord, array: str) -> Path:
+        """A file of a record: under its attempt's name, or under its own where a publish that was stopped gave it that."""
+        attempt = self.root / attempt_file(record.family, array, record.index, record.attempt)
+        return attempt if attempt.exists() else self.root / shard_file(record.family, array, record.index)
+
+    def _arrays_of(self, shard: ShardSpec) -> dict[str, tuple[int, int]]:
+        return vector_arrays(self._families[shard.family], self.plan.options.side)
+
+    def _sweep(self) -> None:
+        for path in (*self.root.glob(f".*{disk.TEMPORARY}"), *self.root.glob(f"{RECORDS}/.*{disk.TEMPORARY}")):
+            disk.unlink(path)
+        for path in self.root.glob("sources-*.json"):
+            if path.name != self.plan.sources:
+                disk.unlink(path)
+        for family in self.plan.families:
+            for array in vector_arrays(family, self.plan.options.side):
+                for path in (self.root / family.name / array).glob(f"c/*/0/.*{disk.TEMPORARY}"):
+                    record = self.session.read(family.name, int(path.parents[1].name))
+                    if record is None or path.name != f".{record.attempt}{disk.TEMPORARY}":
+                        disk.unlink(path)
 
     def publish(self, *, earlier: Manifest | None, earlier_index: Index | None) -> Manifest:
         """Fold the records into coordinate arrays and the index, then write the manifest and drop the records."""
@@ -159,23 +245,32 @@ class BankWriter:
 
     def _fold(self, family: FamilySpec) -> FamilyIndex:
         """Write a family's coordinate arrays from its records and return its part of the index."""
-        records = []
-        for shard in (s for s in self.plan.shards if s.family == family.name):
-            path = self.root / record_file(family.name, shard.index)
-            records.append(from_json(path.read_bytes(), ShardRecord, where=str(path), error=DamageError))
-        weights = tuple(weight for record in records for weight in record.weights)
-        if tuple(weight.name for weight in weights) != family.weights:
-            raise BankError(
-                f"{self.root}: the records of {family.name} are not those of its plan", hint="delete the bank, build again"
-            )
-        for name, (values, dims) in _coordinates(records).items():
-            self._coordinate(family, name, values, dims)
         arrays = vector_arrays(family, self.plan.options.side)
+        coordinates = Coordinates(family)
+        weights: list[WeightRecord] = []
+        files: dict[str, list[FileRecord]] = {array: [] for array in arrays}
+        for shard in (s for s in self.plan.shards if s.family == family.name):
+            record = self.session.read(family.name, shard.index)
+            names = family.weights[shard.start : shard.stop]
+            if record is None or tuple(weight.name for weight in record.weights) != names:
+                raise BankError(
+                    f"{self.root}: the records of {family.name} are not those of its plan", hint="delete the bank, build again"
+                )
+            coordinates.add(record)
+            weights += record.weights
+            for array in arrays:
+                files[array].append(record.files[array])
+        for name, (values, dims) in coordinates.arrays().items():
+            self._coordinate(family, name, values, dims)
         begun = (f"{family.name}/zarr.json", *(f"{family.name}/{array}/zarr.json" for array in arrays))
         metadata = {key: file_record(read_regular(self.root / key), None) for key in begun}
         metadata |= {key: file for key, file in self._store.written.items() if key.startswith(f"{family.name}/")}
-        files = {array: tuple(record.files[array] for record in records) for array in arrays}
-        return FamilyIndex(spec=family, weights=weights, files=files, metadata=metadata)
+        return FamilyIndex(
+            spec=family,
+            weights=tuple(weights),
+            files={array: tuple(records) for array, records in files.items()},
+            metadata=metadata,
+        )
 
     def _group(self, path: str, attributes: dict[str, Any]) -> None:
         key = f"{path}/zarr.json" if path else "zarr.json"
@@ -248,10 +343,10 @@ class BankWriter:
 
 
 def clean(root: Path, manifest: Manifest) -> None:
-    """Remove what a published bank no longer needs: records, and indexes that the manifest does not name."""
+    """Remove what a published bank no longer needs: records, sources, and indexes that the manifest does not name."""
     if (root / RECORDS).is_dir():
         disk.remove_tree(root / RECORDS)
-    for path in root.glob("index-*.json"):
+    for path in (*root.glob("index-*.json"), *root.glob("sources-*.json")):
         if path.name != manifest.index:
             disk.unlink(path)
     for path in root.glob(f".*{disk.TEMPORARY}"):
@@ -269,24 +364,20 @@ def _vectors_of(basis: Basis, array: str) -> torch.Tensor:
     return vectors
 
 
-def _coordinates(records: list[ShardRecord]) -> dict[str, tuple[NDArray[Any], tuple[str, ...]]]:
-    """Arrays along the weight axis: what they hold and their dimensions. None is stored as NaN, or −1 in integers."""
-    weights = [weight for record in records for weight in record.weights]
-    certificates = [weight.certificate for weight in weights]
-    arrays: dict[str, tuple[NDArray[Any], tuple[str, ...]]] = {
-        "sigma": (np.array([row for record in records for row in record.sigma], dtype=np.float64), ("weight", "rank")),
-        "probe": (np.array([row for record in records for row in record.probe], dtype=np.float64), ("weight", "sample")),
-        "source_sha256": (
-            np.array([list(bytes.fromhex(weight.source_sha256)) for weight in weights], dtype=np.uint8),
-            ("weight", "byte"),
-        ),
-        "layer": (np.array([-1 if w.layer is None else w.layer for w in weights], dtype=np.int32), ("weight",)),
-        "expert": (np.array([-1 if w.expert is None else w.expert for w in weights], dtype=np.int32), ("weight",)),
-    }
-    if records[0].principal_sigma:
-        rows = [row for record in records for row in record.principal_sigma]
-        arrays["principal_sigma"] = (np.array(rows, dtype=np.float64), ("weight", "principal_rank"))
-    for column in ("sigma_max", "sigma_min", "sigma_next", "orthogonality", "residual", "angle_bound"):
-        values = [getattr(certificate, column) for certificate in certificates]
-        arrays[column] = (np.array([np.nan if v is None else v for v in values], dtype=np.float64), ("weight",))
-    return arrays
+def _holds(path: Path, record: FileRecord) -> bool:
+    """True where a shard's file has the size recorded and ends in the checksums recorded: of its last chunk and of its table.
+
+    One read of some hundred bytes; the whole is hashed when a build resumes, and by ``verify --data``.
+    """
+    table = record.size - len(record.chunks) * record.chunk_bytes
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != record.size or not record.chunks:
+                return False
+            end = os.pread(file.fileno(), CRC_BYTES + table, record.size - table - CRC_BYTES)
+    except FileNotFoundError:
+        return False
+    return len(end) == CRC_BYTES + table and (crc_before(end, CRC_BYTES), crc_before(end, len(end))) == (
+        record.chunks[-1],
+        record.index_crc32c,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdbank.bank.claims import Claims
+from svdbank.bank.claims import Claims, session_over
+from svdbank.bank.leases import Lease
+from svdbank.bank.sessions import Session, current_session
 from svdbank.bank.writing import BankWriter
-from svdbank.building.fetching import READ_AHEAD, Downloads, fetched, files_of
+from svdbank.building.fetching import READ_AHEAD, Downloads, FetchPlan, fetched, files_of
 from svdbank.building.memory import DEVICE_AHEAD, WRITERS, give_back
 from svdbank.building.preparation import PreparedBuild
 from svdbank.building.reading import Loaded, Reader
@@ -22,9 +25,11 @@ from svdbank.building.shards import Batch, batched, in_order, shard_works
 from svdbank.building.solving import BatchSolver, GpuSolver, batch_solver
 from svdbank.building.stopwatch import Stopwatch
 from svdbank.checkpoint.source import Checkpoint
+from svdbank.core import disk
+from svdbank.core.errors import OptionError
 from svdbank.core.probe import taken
 from svdbank.core.processors import available_cpus
-from svdbank.core.specs import Progress, ProgressCallback, ShardSpec, WeightSpec
+from svdbank.core.specs import Plan, Progress, ProgressCallback, ShardSpec, WeightSpec
 from svdbank.solver.devices import kind_of
 from svdbank.solver.threads import pinned_threads
 
@@ -53,14 +58,47 @@ def work(
     device: torch.device,
     jobs: int,
     progress: ProgressCallback,
+    lease: Lease | None = None,
+    fetch: FetchPlan | None = None,
+    as_given: bool = False,
 ) -> WorkReport:
     """Solve and record ``shards`` of a prepared build, ``jobs`` small ones at a time on a CPU.
 
     Any number of processes may do so at once, of the same shards too: each shard is claimed by one of them, and what another has
-    claimed or recorded is left out. Needs no lock. What an interrupt or an error finds under way ends and is recorded.
+    claimed or recorded is left out. What an interrupt or an error finds under way ends and is recorded. Under ``lease``, or one that is
+    taken with the bank's lock; ``fetch`` instead of the build's; ``as_given`` keeps the order of ``shards``.
+
+    Raises OptionError where the plan's solves take more threads than there are processors here, LockedError where the session is over.
     """
-    with Claims(prepared.root) as claims:
-        return _Worker(prepared, claims, checkpoint, device, jobs, progress).run(shards)
+    session = prepared.session
+    if session is None:
+        return WorkReport(0, (), {}, 0.0)
+    with contextlib.ExitStack() as stack:
+        lease = lease or stack.enter_context(lease_of(session, str(device)))
+        claims = stack.enter_context(Claims(session, lease))
+        worker = _Worker(prepared, claims, checkpoint, device, jobs, progress, fetch or prepared.fetch)
+        return worker.run(shards, as_given=as_given)
+
+
+@contextlib.contextmanager
+def lease_of(session: Session, device: str) -> Iterator[Lease]:
+    """A worker's lease in a session, taken with the bank's lock: nobody deletes the bank or begins another session at that moment."""
+    with contextlib.ExitStack() as stack:
+        with disk.locked(session.root, waiting=lambda _: None):
+            if current_session(session.root) != session:
+                raise session_over(session.root)
+            lease = stack.enter_context(Lease(session, device=device))
+        yield lease
+
+
+def refuse_few_processors(plan: Plan) -> None:
+    """OptionError where a plan's solves on a CPU take more threads than this process may use: the bytes would be others, or slow."""
+    needed, here = max((shard.threads for shard in plan.shards), default=1), available_cpus()
+    if needed > here:
+        raise OptionError(
+            f"the plan solves with {needed} threads, and this process may use {here} processors (affinity and cgroup limits count)",
+            hint=f"work on a machine with {needed} processors; SVDBANK_THREADS={needed} takes this one for such, slowly",
+        )
 
 
 class _Worker:
@@ -74,33 +112,37 @@ class _Worker:
         device: torch.device,
         jobs: int,
         progress: ProgressCallback,
+        fetch: FetchPlan,
     ) -> None:
         self.prepared = prepared
+        self.fetch = fetch
         self.claims = claims
         self.checkpoint = checkpoint
         self.device = device
         self.jobs = jobs
         self.progress = progress
         self.kind = kind_of(device)
-        self.writer = BankWriter(prepared.root, prepared.plan, generation=prepared.generation)
+        if self.kind == "cpu":
+            refuse_few_processors(prepared.plan)
+        self.writer = BankWriter(prepared.root, prepared.plan, generation=prepared.generation, session=prepared.session)
         self.watch = Stopwatch()
         self.waited = 0.0
         self.elsewhere: list[ShardSpec] = []
 
-    def run(self, shards: Sequence[ShardSpec]) -> WorkReport:
+    def run(self, shards: Sequence[ShardSpec], *, as_given: bool) -> WorkReport:
         """Do it."""
         solved, done = 0, self.prepared.recorded
         total = done + sum(shard.stop - shard.start for shard in self.prepared.todo)
         self.progress(Progress("decompose", done, total, "weights", ""))
-        for shard in self._recorded(self._batches(shards)):
+        for shard in self._recorded(self._batches(shards, as_given=as_given)):
             solved += len(shard)
             self.progress(Progress("decompose", done + solved, total, "weights", shard[-1].name))
         return WorkReport(solved, tuple(self.elsewhere), self.watch.seconds(), self.waited)
 
-    def _batches(self, shards: Sequence[ShardSpec]) -> list[Batch]:
-        by_file = self.prepared.fetch.way == "shards"
+    def _batches(self, shards: Sequence[ShardSpec], *, as_given: bool) -> list[Batch]:
+        by_file = self.fetch.way == "shards"
         works = shard_works(self.prepared.plan, self.prepared.weights, shards)
-        ordered = in_order(works, self.checkpoint, by_file=by_file)
+        ordered = works if as_given else in_order(works, self.checkpoint, by_file=by_file)
         return batched(ordered, self.prepared.plan, self.checkpoint, self.kind, by_file=by_file)
 
     def _claimed(self, batches: Sequence[Batch], downloads: Downloads) -> Iterator[Batch]:
@@ -109,7 +151,7 @@ class _Worker:
             own = []
             for one in batch.works:
                 is_mine = self.claims.take(one.shard)
-                if is_mine and self.writer.record(one.shard) is None:
+                if is_mine and not self.writer.session.record_path(one.shard.family, one.shard.index).exists():
                     own.append(one)
                     continue
                 if is_mine:
@@ -122,7 +164,7 @@ class _Worker:
 
     def _recorded(self, batches: list[Batch]) -> Iterator[tuple[WeightSpec, ...]]:
         """Read and solve shards, yielding the weights of each once its record is durable."""
-        remote = self.prepared.fetch.way in ("shards", "ranges")
+        remote = self.fetch.way in ("shards", "ranges")
         on_gpu = self.kind != "cpu"
         threads = READERS if remote else min(READERS, available_cpus()) if on_gpu else 1
         # Reads outlive downloads: a read that waits for a download is told to give up when that ends.
@@ -130,7 +172,7 @@ class _Worker:
             begun = time.perf_counter()
             weights = [weight for batch in batches for weight in batch.weights]
             with (
-                fetched(self.checkpoint, weights, self.prepared.fetch, self.progress) as downloads,
+                fetched(self.checkpoint, weights, self.fetch, self.progress) as downloads,
                 batch_solver(self.device, self.prepared.plan.options, self.watch, batches) as solver,
             ):
                 self.waited += time.perf_counter() - begun  # a whole download comes before everything else
@@ -191,7 +233,7 @@ class _Worker:
 
     def _show_download(self) -> None:
         """Nothing is being solved: say what is waited for."""
-        nbytes, remote = self.prepared.fetch.nbytes, self.checkpoint.remote
+        nbytes, remote = self.fetch.nbytes, self.checkpoint.remote
         if nbytes and remote is not None:
             self.progress(Progress("download", min(remote.traffic.nbytes, nbytes), nbytes, "bytes"))
 
@@ -199,6 +241,7 @@ class _Worker:
         """Solve the weights of a batch's shards, giving each up once it is solved, and write them; the weights of each shard."""
         started = time.perf_counter()
         solved: list[Solved] = []
+        recorded: list[tuple[WeightSpec, ...]] = []
         with pinned_threads(batch.threads if self.kind == "cpu" else 1):
             for weight, basis, matrix, sha256 in solver.solved(batch, loaded):
                 solved.append(Solved(weight, basis, sha256, taken(matrix)))
@@ -207,10 +250,14 @@ class _Worker:
             count = len(one.weights)
             own, solved = solved[:count], solved[count:]
             with self.watch.spending("write and record"):
-                self.writer.write_shard(one.shard, [each.basis for each in own], shard_record(one, own))
+                try:
+                    record = self.writer.write_shard(one.shard, [each.basis for each in own], shard_record(one, own))
+                except FileNotFoundError as cause:
+                    raise session_over(self.prepared.root) from cause
+            recorded += [one.weights] if record is not None else []
             own.clear()
             self.claims.release(one.shard)
             give_back()
             seconds = round(time.perf_counter() - started, 4)
             log(self.prepared.root, "shard", family=one.family.name, index=one.shard.index, seconds=seconds)
-        return [one.weights for one in batch.works]
+        return recorded

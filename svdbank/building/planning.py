@@ -29,11 +29,13 @@ def make_plan(
     skips: Sequence[Skip],
     options: BuildOptions,
     *,
+    threads: int | None = None,
     generation: int = 0,
     known: Sequence[WeightSpec] = (),
 ) -> Plan:
     """Group weights into families and shards and fix, by static rules, path and threads of each shard.
 
+    A solve of a large weight takes ``threads``, by default all processors there are.
     ``known`` are weights that the bank to be extended holds: what is one of them with the sides exchanged is not stored again.
     """
     grouped: dict[str, list[WeightSpec]] = {}
@@ -47,7 +49,7 @@ def make_plan(
     for slug, members in sorted(grouped.items()):
         family = _family(slug if generation == 0 else f"{slug}-x{generation}", members, options)
         families.append(family)
-        shards += _shards(family, options)
+        shards += _shards(family, options, threads or available_cpus())
     knew = matrices(checkpoint)
     base = BaseSpec(name=checkpoint.name, revision=checkpoint.revision, config_digest=checkpoint.config_digest)
     return Plan(
@@ -86,7 +88,7 @@ def _family(name: str, members: Sequence[WeightSpec], options: BuildOptions) -> 
     )
 
 
-def _shards(family: FamilySpec, options: BuildOptions) -> list[ShardSpec]:
+def _shards(family: FamilySpec, options: BuildOptions, threads: int) -> list[ShardSpec]:
     shape = family.out_features, family.in_features
     path = choose_path(*shape, family.rank) if options.solver == "auto" else options.solver
     step, count = family.weights_per_shard, len(family.weights)
@@ -97,7 +99,7 @@ def _shards(family: FamilySpec, options: BuildOptions) -> list[ShardSpec]:
             start=start,
             stop=min(start + step, count),
             path=path,
-            threads=1 if min(shape) <= ONE_THREAD_SHORT_SIDE else available_cpus(),
+            threads=1 if min(shape) <= ONE_THREAD_SHORT_SIDE else threads,
         )
         for number, start in enumerate(range(0, count, step))
     ]

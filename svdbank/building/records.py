@@ -26,10 +26,11 @@ class Solved:
 
 
 def shard_record(work: ShardWork, solved: Sequence[Solved]) -> ShardRecord:
-    """The record of a shard whose weights are ``solved``, in order; its files are added by who writes them."""
+    """The record of a shard whose weights are ``solved``, in order; its files and attempt are added by who writes them."""
     return ShardRecord(
         family=work.family.name,
         index=work.shard.index,
+        attempt="",
         weights=tuple(
             WeightRecord(
                 name=one.weight.name,

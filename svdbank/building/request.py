@@ -25,7 +25,8 @@ MOST_JOBS = 1024
 class BuildRequest(Struct, frozen=True):
     """What was asked for, checked as far as it can be without looking at the model.
 
-    ``output`` is None for a bank in the cache; ``device`` is a name as it was given; ``jobs`` small weights are solved at a time.
+    ``output`` is None for a bank in the cache; ``device`` is a name as it was given, or several with commas; each of ``workers`` (None:
+    one a device) solves a large weight with ``threads`` and ``jobs`` small ones at a time.
     """
 
     model: str | Path
@@ -35,6 +36,8 @@ class BuildRequest(Struct, frozen=True):
     device: str
     jobs: int
     fetch: FetchOptions
+    workers: int | None = None
+    threads: int = 1
 
 
 def build_request(
@@ -52,15 +55,27 @@ def build_request(
     fetch: str,
     disk_budget: int | None,
     keep: bool | None,
+    workers: int | None = None,
+    threads: int | None = None,
 ) -> BuildRequest:
     """The request that these arguments of ``svdbank.plan`` and ``svdbank.build`` make; OptionError for one that cannot be meant."""
+    here = available_cpus()
+    beside = max(_number(workers, "workers") or 1, len(device.split(",")))
+    each = _number(threads, "threads") or max(1, here // beside)
+    if each > here:
+        raise OptionError(
+            f"--threads {each}: this process may use {here} processors (affinity and cgroup limits count)",
+            hint="ask for fewer; SVDBANK_THREADS=N takes the machine as having N",
+        )
     return BuildRequest(
         model=model if isinstance(model, str) else Path(model),
         output=given_output(output),
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
         options=_options(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal),
         device=device,
-        jobs=_jobs(jobs),
+        jobs=_number(jobs, "jobs") or each,
+        workers=_number(workers, "workers"),
+        threads=each,
         fetch=checked_fetch(fetch=fetch, disk_budget=disk_budget, keep=keep),
     )
 
@@ -85,10 +100,9 @@ def _options(*, rank: int | Literal["all"], side: Side, dtype: StoredDtype, solv
     return BuildOptions(rank=rank, side=side, dtype=dtype, solver=solver, principal=principal)
 
 
-def _jobs(jobs: int | None) -> int:
-    """By default one a processor."""
-    if jobs is None:
-        return available_cpus()
-    if not (type(jobs) is int and 1 <= jobs <= MOST_JOBS):
-        raise OptionError(f"jobs is a number from 1 to {MOST_JOBS}, not {jobs!r}", hint="leave --jobs out for one a processor")
-    return jobs
+def _number(given: int | None, name: str) -> int | None:
+    if given is not None and not (type(given) is int and 1 <= given <= MOST_JOBS):
+        raise OptionError(
+            f"{name} is a number from 1 to {MOST_JOBS}, not {given!r}", hint=f"leave --{name} out: the processors decide"
+        )
+    return given

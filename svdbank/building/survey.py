@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdbank.bank.files import Folder, read_regular
+from svdbank.bank.files import Folder
 from svdbank.bank.index import read_manifest
-from svdbank.bank.layout import MANIFEST, plan_name, record_file
+from svdbank.bank.layout import MANIFEST, plan_name
 from svdbank.bank.reading import Bank, open_bank
+from svdbank.bank.sessions import current_session
+from svdbank.building.freezing import Frozen, frozen_plan, read_plan
 from svdbank.building.planning import make_plan
 from svdbank.building.request import BuildRequest
 from svdbank.cache import default_output, refuse_foreign_folder
 from svdbank.checkpoint.naming.selection import decomposable
+from svdbank.checkpoint.planned import other_files, same_files
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import BankError, OptionError, SvdbankError, WrongBaseError
-from svdbank.core.specs import BuildOptions, Plan, Skip, WeightSpec, from_json
+from svdbank.core.specs import BuildOptions, Plan, Skip, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,11 @@ class Survey:
         The place, and the bank published there, if any.
     generation
         Number of the plan that is to be carried out: 0 for a first build, n for the n-th extension.
-    plan, begun
-        That plan, of the weights asked for that are not published; ``begun`` where an unfinished build or extension has frozen its plan
-        at the place: building the weights of that plan resumes it.
+    plan, frozen
+        That plan, of the weights asked for that are not published; ``frozen`` where an unfinished build or extension has frozen it at
+        the place: building the weights of that plan resumes it.
+    other_file
+        The first weight file of the model that is not known to be the one the frozen plan is of.
     recorded
         Names of the weights whose shards an unfinished build has recorded.
     decided_before
@@ -46,7 +51,8 @@ class Survey:
     published: Bank | None
     generation: int
     plan: Plan
-    begun: bool
+    frozen: Frozen | None
+    other_file: str | None
     recorded: frozenset[str]
     asked: tuple[WeightSpec, ...]
     skips: tuple[Skip, ...]
@@ -75,22 +81,55 @@ def survey(checkpoint: Checkpoint, request: BuildRequest) -> Survey:
     """Compare what stands at the place of ``request`` with what is asked for.
 
     Raises OptionError for a bank or an unfinished build of other options or targets, and for targets that match nothing; WrongBaseError
-    where what is there was made of another model, as far as names, shapes and configuration tell; BankError for a damaged bank or plan.
+    where what is there was made of another model, as far as names, shapes, configuration and the identities of files tell; BankError for
+    a damaged bank or plan.
     """
-    asked, skips = decomposable(checkpoint, request.targets)
     root = place(checkpoint, request)
+    if checkpoint.planned:
+        return _as_frozen(root, request)
+    asked, skips = decomposable(checkpoint, request.targets)
     published, generation = _published(root, request.options)
     known = () if published is None else _known_weights(checkpoint, published, asked)
     new = [weight for weight in asked if published is None or weight.name not in published]
-    plan = make_plan(checkpoint, new, skips, request.options, generation=generation, known=known)
-    frozen = root / plan_name(generation)
-    begun = frozen.exists()
+    plan = make_plan(checkpoint, new, skips, request.options, threads=request.threads, generation=generation, known=known)
+    frozen = frozen_plan(root)
+    other_file = None
     recorded: frozenset[str] = frozenset()
-    if begun and new:
-        plan = _unfinished(frozen, plan)
+    if frozen is not None and new:
+        _refuse_other_plan(root, frozen.plan, plan)
+        plan = frozen.plan
         recorded = _recorded(root, plan)
+        other_file = _other_file(checkpoint, frozen)
+        if other_file is not None and frozen.sources is not None and not recorded:
+            raise other_files(checkpoint.name, frozen.sources, other_file)
     before = _others_decided(root, generation, plan.decided)
-    return Survey(root, published, generation, plan, begun, recorded, tuple(asked), tuple(skips), known, before)
+    return Survey(root, published, generation, plan, frozen, other_file, recorded, tuple(asked), tuple(skips), known, before)
+
+
+def _as_frozen(root: Path, request: BuildRequest) -> Survey:
+    """What a frozen plan says of itself, where the checkpoint was opened by it."""
+    frozen = frozen_plan(root)
+    if frozen is None or frozen.sources is None or not is_asked(frozen, request):
+        raise BankError(f"{root}: what was to be built here has changed meanwhile", hint="run the same command again")
+    published, plan = _published(root, request.options)[0], frozen.plan
+    before = _others_decided(root, frozen.generation, plan.decided)
+    recorded = _recorded(root, plan)
+    return Survey(
+        root, published, frozen.generation, plan, frozen, None, recorded, frozen.sources.weights, plan.skips, (), before
+    )
+
+
+def is_asked(frozen: Frozen, request: BuildRequest) -> bool:
+    """True where a frozen plan is the answer to ``request``, word for word."""
+    return frozen.sources is not None and (frozen.plan.options, frozen.sources.targets) == (request.options, request.targets)
+
+
+def _other_file(checkpoint: Checkpoint, frozen: Frozen) -> str | None:
+    """The first weight file of a model that is not known to be the one a frozen plan is of."""
+    if frozen.sources is None:
+        return checkpoint.files[0].name if checkpoint.files else None
+    used = {file.name for file in frozen.sources.files}
+    return same_files(tuple(file for file in checkpoint.files if file.name in used), frozen.sources.files)
 
 
 def _others_decided(root: Path, generations: int, now: str) -> tuple[str, ...]:
@@ -98,8 +137,7 @@ def _others_decided(root: Path, generations: int, now: str) -> tuple[str, ...]:
     before = []
     for generation in range(generations):
         with contextlib.suppress(SvdbankError, OSError):
-            where = root / plan_name(generation)
-            before.append(from_json(read_regular(where), Plan, where=str(where), error=BankError).decided)
+            before.append(read_plan(root / plan_name(generation)).decided)
     return tuple(dict.fromkeys(decided for decided in before if decided != now))
 
 
@@ -130,16 +168,12 @@ def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpe
     return tuple(known)
 
 
-def _unfinished(path: Path, plan: Plan) -> Plan:
-    """The plan of an unfinished build or extension, which is carried out as it stands; errors name what is now asked otherwise."""
-    try:
-        frozen = from_json(read_regular(path), Plan, where=str(path), error=BankError)
-    except BankError as cause:
-        raise BankError(str(cause), hint="the file is damaged: delete this bank, or choose another place with -o") from cause
-    _refuse_other_options(path.parent, frozen.options, plan.options)
+def _refuse_other_plan(root: Path, frozen: Plan, plan: Plan) -> None:
+    """An unfinished build or extension is carried out as it stands; errors name what is now asked otherwise."""
+    _refuse_other_options(root, frozen.options, plan.options)
     if frozen.base.config_digest != plan.base.config_digest:
         raise WrongBaseError(
-            f"{path.parent} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
+            f"{root} was begun for {frozen.base.name}, whose configuration is not that of {plan.base.name}",
             hint="give the bank another place with -o, or delete it",
         )
     if (frozen.families, frozen.aliases) != (plan.families, plan.aliases):
@@ -148,18 +182,19 @@ def _unfinished(path: Path, plan: Plan) -> Plan:
         differs = sorted(ours ^ theirs)[:3] or ["the shape of a family"]
         names = sorted({re.sub(r"\.(weight|[0-9]+)$", "", name).rpartition(".")[2] for name in theirs})
         raise OptionError(
-            f"{path.parent} has an unfinished build of other targets ({len(theirs)} weights, now {len(ours)}; e.g. {', '.join(differs)})",
+            f"{root} has an unfinished build of other targets ({len(theirs)} weights, now {len(ours)}; e.g. {', '.join(differs)})",
             hint=f"finish it first (its modules end in {', '.join(names)}), then build again with more targets; or delete the bank",
         )
-    return frozen
 
 
 def _recorded(root: Path, plan: Plan) -> frozenset[str]:
+    session = current_session(root)
+    done = session.recorded(plan) if session is not None else set()
     families = {family.name: family for family in plan.families}
     return frozenset(
         name
         for shard in plan.shards
-        if (root / record_file(shard.family, shard.index)).is_file()
+        if (shard.family, shard.index) in done
         for name in families[shard.family].weights[shard.start : shard.stop]
     )
 

@@ -79,6 +79,8 @@ class Checkpoint:
     _open: dict[str, WeightBytes] = field(repr=False)
     #: How files that are on the Hub and not on this disk are had; None where all are here.
     remote: Remote | None = field(default=None, repr=False)
+    #: Opened by a frozen plan's :class:`~svdbank.core.specs.Sources`: no header was read, ``config`` and ``tensors`` are empty.
+    planned: bool = False
     #: What was worked out of all this, by those who did, so that it is done once.
     kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -118,7 +120,7 @@ class Checkpoint:
         import torch
 
         stored = self.tensors.get(source.name)
-        if stored is None or not source.is_of(stored):
+        if not self.planned and (stored is None or not source.is_of(stored)):
             raise CheckpointError(
                 f"{self.name}: the tensor {source.name!r} is not here as it was planned",
                 hint="this weight was planned from another checkpoint: plan again",
@@ -280,7 +282,7 @@ def _assembled(
         config=config,
         tensors=with_values(tensors, quantised, config, where, made_from=made_from),
         files=tuple(files),
-        cache_key=_cache_key(files),
+        cache_key=cache_key_of(files),
         config_digest=digest(config),
         _open=opened,
         remote=remote,
@@ -317,7 +319,8 @@ def _agree(found: dict[str, TensorSource], weight_map: dict[str, str], file: str
             )
 
 
-def _cache_key(files: list[SourceFile]) -> str:
+def cache_key_of(files: Iterable[SourceFile]) -> str:
+    """sha256 hex over the names and identities of weight files."""
     lines = "".join(f"{file.name}\0{file.identity}\n" for file in sorted(files, key=lambda file: file.name))
     return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -17,6 +17,7 @@ import shutil
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -33,6 +34,12 @@ _WRITE_BEHIND = 16 << 20
 #: What ``copy_file_range`` says where it cannot copy between these two files.
 _NOT_INSIDE = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ETXTBSY})
 
+#: What ``link`` says on a file system without hard links.
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK})
+
+#: Seconds after which one that waits for a lock asks again.
+_ASK_AGAIN = 0.1
+
 #: Suffix of files not yet renamed into place. Whoever finds one may delete it.
 TEMPORARY = ".tmp"
 
@@ -41,8 +48,8 @@ TEMPORARY = ".tmp"
 def observe(observer: Callable[[str, Path], None]) -> Iterator[None]:
     """Call ``observer(operation, path)`` before every operation; what it raises stops that operation.
 
-    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``exchange``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``, ``rmdir``,
-    ``chmod``.
+    Operations: ``create``, ``write``, ``fsync``, ``rename``, ``link``, ``exchange``, ``fsync-dir``, ``unlink``, ``mkdir``, ``rmtree``,
+    ``rmdir``, ``chmod``.
     """
     _observers.append(observer)
     try:
@@ -173,11 +180,72 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         raise
 
 
+def write_once(path: Path, data: bytes | memoryview) -> bool:
+    """Write a file whole and durably unless one of that name is there; False then, and nothing has changed.
+
+    Of any number of processes on any number of machines one succeeds: a hard link is made or not. Where the file system has none,
+    two that come at the same moment may both succeed, and the later file stands.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write_new(temporary, data)
+        _about_to("link", path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            unlink(temporary)
+            return False
+        except OSError as cause:
+            if cause.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                unlink(temporary)
+                return False
+            replace(temporary, path)
+            return True
+        unlink(temporary)
+        fsync_dir(path.parent)
+    except Exception:
+        with contextlib.suppress(OSError):
+            unlink(temporary)
+        raise
+    return True
+
+
+def create_mark(path: Path, data: bytes) -> bool:
+    """Create a small file unless it is there, False then. It promises nothing after a crash, so it is neither fsynced nor observed."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except FileExistsError:
+        return False
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def remove_mark(path: Path) -> None:
+    """Remove what :func:`create_mark` made, if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def stamped(path: Path) -> float:
+    """Give a file of ours the time that its file system has now, and return it: seconds on that clock, whoever's clock that is."""
+    os.utime(path)
+    return path.stat().st_mtime
+
+
 def replace(source: Path, target: Path) -> None:
     """Rename within one file system, over an existing file, and fsync the folder."""
+    rename(source, target)
+    fsync_dir(target.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """As :func:`replace`, but the caller fsyncs the folder, after many."""
     _about_to("rename", target)
     source.replace(target)
-    fsync_dir(target.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -236,11 +304,13 @@ def fsync_tree(folder: Path) -> None:
         fsync_dir(Path(root))
 
 
-def make_dirs(path: Path) -> None:
-    """Create a folder and its parents, durably."""
+def make_dirs(path: Path, *, below: Path | None = None) -> None:
+    """Create a folder and its parents, durably. FileNotFoundError where ``below``, a folder above it, is not there: it is not made."""
     if path.is_dir():
         return
-    make_dirs(path.parent)
+    if path == below:
+        raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(path))
+    make_dirs(path.parent, below=below)
     _about_to("mkdir", path)
     path.mkdir(exist_ok=True)
     fsync_dir(path.parent)
@@ -354,28 +424,26 @@ _OWNER = msgspec.json.Decoder(_Owner)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the writer's lock of a folder.
 
-    A file beside it names the owner, so that the error can say who. Raises :class:`LockedError`.
+    A file beside it names the owner, so that the error can say who. Raises :class:`LockedError`; with ``waiting`` it waits instead, and
+    calls that with who has the lock, again and again.
     """
-
-    make_dirs(folder)
     owner_path = folder / ".lock.owner"
-    with _held(folder / ".lock", owner_path) as held:
-        if not held:
+    while True:
+        make_dirs(folder)
+        with _held(folder / ".lock", owner_path) as held:
+            if held:
+                owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
+                yield
+                return
+        if waiting is None:
             raise LockedError(
                 f"{folder}: another process is writing here{_describe(owner_path)}", hint="wait for it, or stop it"
             )
-        owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
-        yield
-
-
-@contextlib.contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Hold the lock of one piece of work, a file made for it in a folder that is there; False where another one holds it."""
-    with _held(path) as held:
-        yield held
+        waiting(_describe(owner_path).strip(" ()"))
+        time.sleep(_ASK_AGAIN)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every description: immutable, comparable, strict when decoded."""
 
 
-class Quantisation(Struct, frozen=True):
+class Quantisation(Struct, frozen=True, omit_defaults=True):
     """How the stored codes of a tensor become its values: each is multiplied by the scale of its block.
 
     Attributes
@@ -57,7 +57,7 @@ class Quantisation(Struct, frozen=True):
         return msgspec.structs.replace(self, shape=self.shape[1:], scales=scales)
 
 
-class TensorSource(Struct, frozen=True):
+class TensorSource(Struct, frozen=True, omit_defaults=True):
     """One tensor of a checkpoint file, or one piece of it: where its bytes lie and how to read them.
 
     ``begin`` and ``end`` are absolute byte offsets in ``file``; ``dtype`` is safetensors' name (``BF16``, ``F32``, …). A piece is slice
@@ -170,7 +170,7 @@ def rows_in_order(order: tuple[tuple[int, int], ...]) -> list[int]:
     return rows
 
 
-class WeightSpec(Struct, frozen=True):
+class WeightSpec(Struct, frozen=True, omit_defaults=True):
     """One matrix to decompose, as a module of the loaded model sees it.
 
     Attributes
@@ -312,7 +312,8 @@ class Plan(Struct, frozen=True, omit_defaults=True):
 
     ``shards`` say how a CPU solves; ``devices`` maps each kind of GPU to what it does for each family, so that a bank begun on one machine
     goes on on another. ``decided`` is who knew which matrices a model of these tensors has: ``table`` (this package's own), Transformers'
-    version and class, or ``names`` where nobody did, and ``doubt`` then says why.
+    version and class, or ``names`` where nobody did, and ``doubt`` then says why. ``sources`` is the file of the :class:`Sources` that
+    belong to it, named by content; it goes when the bank is published.
     """
 
     format: Literal[1]
@@ -325,6 +326,22 @@ class Plan(Struct, frozen=True, omit_defaults=True):
     devices: dict[str, dict[str, DevicePath]] = {}
     decided: str = "table"
     doubt: str | None = None
+    sources: str = ""
+
+
+class Sources(Struct, frozen=True):
+    """Which bytes a plan is of: frozen with it, so that whoever joins the work reads these and no others, and no header again.
+
+    ``targets`` are what was asked for, ``files`` the weight files with their identities (the Hub's ids; size, time and header of local
+    ones), ``weights`` those of the plan with their byte ranges.
+    """
+
+    format: Literal[1]
+    name: str
+    revision: str | None
+    targets: tuple[str, ...]
+    files: tuple[SourceFile, ...]
+    weights: tuple[WeightSpec, ...]
 
 
 class Progress(Struct, frozen=True):

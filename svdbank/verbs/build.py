@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 
 from svdbank.bank.reading import Bank, open_bank
 from svdbank.building.devices import working_device
-from svdbank.building.execution import WorkReport, work
 from svdbank.building.fetching import Fetch, FetchReport, fetch_report
-from svdbank.building.preparation import PreparedBuild, prepare
-from svdbank.building.publication import publish
+from svdbank.building.joining import finished, joined, work_through
 from svdbank.building.request import build_request
-from svdbank.building.survey import place
-from svdbank.checkpoint.source import Checkpoint, open_checkpoint
-from svdbank.core import disk
-from svdbank.core.errors import SvdbankError
+from svdbank.building.shares import Share, parse_share
 from svdbank.core.specs import ProgressCallback, Side, StoredDtype, Struct, ignore_progress, quantised_formats
-
-if TYPE_CHECKING:
-    import torch
 
 
 class BuildReport(Struct, frozen=True):
@@ -69,6 +59,9 @@ def build(
     fetch: Fetch = "auto",
     disk_budget: int | None = None,
     keep: bool | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    shard: str | None = None,
     progress: ProgressCallback | None = None,
     on_report: Callable[[BuildReport], None] | None = None,
 ) -> Bank:
@@ -99,6 +92,10 @@ def build(
         next while this one is solved), ``ranges`` (only the bytes needed, nothing on disk), or ``auto``, by what fits; the most bytes
         of them on disk at a time (default: what is free); whether they stay (default: where all fit). None of it changes a byte of
         the bank.
+    shard
+        ``I/N``, or ``auto[/N]`` in a Slurm array, an indexed Job or under torchrun: work beside other processes, on any machines that
+        see the bank's folder, beginning with part I of N. An order of preference and no bound; whoever is done helps, takes over what
+        dead workers held and waits for the rest, and the bank is published once.
     progress, on_report
         Called with each step, and once with a summary.
 
@@ -128,20 +125,26 @@ def build(
         fetch=fetch,
         disk_budget=disk_budget,
         keep=keep,
+        workers=workers,
+        threads=threads,
     )
-    where = working_device(request.device)
+    share = None if shard is None else parse_share(shard, os.environ)
+    where = working_device(share.device if share and share.device and request.device in ("auto", "cuda") else request.device)
     tell = progress or ignore_progress
-    with open_checkpoint(request.model) as checkpoint:
-        root = place(checkpoint, request)
-        with _nothing_left_of_a_refusal(root), disk.locked(root):
-            prepared = prepare(checkpoint, request, device=str(where), progress=tell)
-            done = _worked(prepared, checkpoint, where, request.jobs, tell)
-            bank = open_bank(root)
+    with joined(request, device=str(where), join=share is not None, on_cpu=where.type == "cpu", progress=tell) as here:
+        checkpoint, prepared = here.checkpoint, here.prepared
+        done = work_through(here, share or Share(0, 1), device=where, request=request, progress=tell)
+        fetching = fetch_report(checkpoint, prepared.fetch, done.waited)
+        finished(
+            prepared,
+            progress=tell,
+            facts=lambda: {"solved": done.solved, "reused": prepared.recorded, "fetch": msgspec.to_builtins(fetching)},
+        )
+        bank = open_bank(prepared.root)
         if checkpoint.remote is not None:
             checkpoint.remote.remember()
-        fetching = fetch_report(checkpoint, prepared.fetch, done.waited)
     summary = BuildReport(
-        bank=str(root),
+        bank=str(prepared.root),
         weights=len(bank),
         solved=done.solved,
         reused=prepared.recorded + prepared.published,
@@ -161,28 +164,3 @@ def build(
     if on_report is not None:
         on_report(summary)
     return bank
-
-
-def _worked(
-    prepared: PreparedBuild, checkpoint: Checkpoint, device: torch.device, jobs: int, progress: ProgressCallback
-) -> WorkReport:
-    """All the work that is left, and the publication, where there is something to publish."""
-    if prepared.is_published:
-        return WorkReport(solved=0, elsewhere=(), stages={}, waited=0.0)
-    done = work(prepared, prepared.todo, checkpoint=checkpoint, device=device, jobs=jobs, progress=progress)
-    fetching = fetch_report(checkpoint, prepared.fetch, done.waited)
-    facts = {"solved": done.solved, "reused": prepared.recorded, "fetch": msgspec.to_builtins(fetching)}
-    publish(prepared.root, prepared.plan, prepared.generation, progress=progress, facts=facts)
-    return done
-
-
-@contextlib.contextmanager
-def _nothing_left_of_a_refusal(root: Path) -> Iterator[None]:
-    """Folders that were made for a build which is then refused go again, as long as nothing is in them."""
-    made = [folder for folder in (root, *root.parents) if not folder.exists()]
-    try:
-        yield
-    except SvdbankError:
-        for folder in made:
-            disk.remove_empty(folder)
-        raise

@@ -7,6 +7,7 @@ from collections import Counter
 
 from svdbank import cache
 from svdbank.building.checking import FamilyInfo, family_info
+from svdbank.building.standing import UnfinishedInfo, unfinished_info
 from svdbank.core.specs import Struct, quantised_formats
 
 
@@ -35,8 +36,13 @@ class BankInfo(Struct, frozen=True):
     tied: dict[str, str]
 
 
-def info(source: str | os.PathLike[str]) -> BankInfo:
-    """Describe a bank, or the cached bank of a model, from its index. Errors as :func:`svdbank.open`."""
+def info(source: str | os.PathLike[str]) -> BankInfo | UnfinishedInfo:
+    """Describe a bank, or the cached bank of a model, from its index; an unfinished build, or extension, by what stands at its place.
+
+    Errors as :func:`svdbank.open`.
+    """
+    if (unfinished := unfinished_info(source)) is not None:
+        return unfinished
     bank = cache.open(source)
     manifest = bank.manifest
     families = tuple(family_info(bank, family) for family in bank.index.families)

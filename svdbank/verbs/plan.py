@@ -119,7 +119,15 @@ def plan(
         if found.recorded:
             stored = [weight for weight in found.new if weight.name in found.recorded]
             known = (*found.known, *stored)
-            made = make_plan(checkpoint, left, found.skips, request.options, generation=found.generation, known=known)
+            made = make_plan(
+                checkpoint,
+                left,
+                found.skips,
+                request.options,
+                threads=request.threads,
+                generation=found.generation,
+                known=known,
+            )
         to_write = bank_bytes(found.root, found.plan)
         fetching = plan_fetch(checkpoint, left, request.fetch, root=found.root, bank_bytes=to_write)
         weights = {weight.name: weight for weight in left}

@@ -144,7 +144,6 @@ def test_a_base_with_one_changed_byte_is_refused_and_named(model: Path, tmp_path
         svdbank.verify(bank, model=model)
     # The same for a build that was stopped: reused shards are checked against the base too.
     (bank / MANIFEST).unlink()
-    (bank / "records").mkdir()
     with pytest.raises(svdbank.SvdbankError):
         _resume_from_index(bank)
         _build(model, bank)
@@ -152,26 +151,27 @@ def test_a_base_with_one_changed_byte_is_refused_and_named(model: Path, tmp_path
 
 def _resume_from_index(bank: Path) -> None:
     """Turn a published bank back into an unfinished one by writing its records again from its index."""
-    from svdbank.bank.layout import Index, ShardRecord, record_file
+    from svdbank.bank.layout import Index, ShardRecord
+    from svdbank.bank.sessions import begin_session
     from svdbank.core.errors import DamageError
-    from svdbank.core.specs import from_json, to_json
+    from svdbank.core.specs import from_json
 
     (path,) = bank.glob("index-*.json")
     index = from_json(path.read_bytes(), Index, where=str(path), error=DamageError)
+    session = begin_session(bank, [family.spec.name for family in index.families])
     for family in index.families:
         for number, weight in enumerate(family.weights):
             record = ShardRecord(
                 family=family.spec.name,
                 index=number,
+                attempt="published",
                 weights=(weight,),
                 files={array: files[number] for array, files in family.files.items()},
                 sigma=((0.0,) * family.spec.rank,),
                 principal_sigma=(),
                 probe=((0.0,),),
             )
-            target = bank / record_file(family.spec.name, number)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(to_json(record))
+            assert session.add(record)
 
 
 def test_another_model_is_refused_for_the_same_bank(minilm: Path, model: Path, tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def test_a_crash_at_any_operation_then_a_second_build_gives_the_same_bytes(
     checkpoint: Path, operations: list[str], undisturbed: dict[str, bytes], memory_disk: Path
 ) -> None:
     assert len(operations) > 100
-    assert {"create", "write", "fsync", "rename", "fsync-dir", "mkdir", "rmtree"} <= {entry.split()[0] for entry in operations}
+    assert {"create", "write", "fsync", "rename", "link", "fsync-dir", "mkdir", "rmtree"} <= {
+        entry.split()[0] for entry in operations
+    }
     _crash_everywhere(checkpoint, operations, undisturbed, memory_disk, keep_every=3)
 
 
@@ -154,7 +156,7 @@ def test_the_faulty_disk_sees_a_missing_fsync(checkpoint: Path, operations: list
 
 
 def test_resume_solves_only_what_is_not_recorded(checkpoint: Path, operations: list[str], tmp_path: Path) -> None:
-    after_first_record = next(i for i, entry in enumerate(operations) if entry == "rename 0.json") + 2
+    after_first_record = next(i for i, entry in enumerate(operations) if entry == "link 0.json") + 3
     bank = tmp_path / "bank"
     _crash(checkpoint, bank, after_first_record)
     (report,) = _build(checkpoint, bank)
@@ -164,10 +166,10 @@ def test_resume_solves_only_what_is_not_recorded(checkpoint: Path, operations: l
 def test_a_recorded_shard_whose_bytes_changed_is_solved_again(
     checkpoint: Path, operations: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    after_first_record = next(i for i, entry in enumerate(operations) if entry == "rename 0.json") + 2
+    after_first_record = next(i for i, entry in enumerate(operations) if entry == "link 0.json") + 3
     bank = tmp_path / "bank"
     _crash(checkpoint, bank, after_first_record)
-    (shard,) = bank.glob("*/left/c/0/0/0")
+    (shard,) = bank.glob("*/left/c/0/0/.*.tmp")
     data = bytearray(shard.read_bytes())
     data[7] ^= 1
     shard.write_bytes(data)
@@ -180,7 +182,9 @@ def test_a_recorded_shard_whose_bytes_changed_is_solved_again(
 def test_an_error_of_the_disk_leaves_a_state_that_the_next_build_finishes(
     code: int, checkpoint: Path, operations: list[str], undisturbed: dict[str, bytes], memory_disk: Path
 ) -> None:
-    writes = [i for i, entry in enumerate(operations) if entry.split()[0] in ("create", "write", "fsync", "mkdir", "rename")]
+    writes = [
+        i for i, entry in enumerate(operations) if entry.split()[0] in ("create", "write", "fsync", "mkdir", "rename", "link")
+    ]
     # Each kind of error at its own third of the operations: together, every one of them.
     for stop_at in writes[(errno.ENOSPC, errno.EIO, errno.EACCES).index(code) :: 3]:
         bank = memory_disk / "bank"

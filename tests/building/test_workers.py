@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import torch
 
 import svdbank
 from svdbank.bank.claims import Claims
-from svdbank.bank.layout import claim_file
+from svdbank.bank.leases import Lease
+from svdbank.bank.sessions import WORKERS
 from svdbank.building.execution import WorkReport, work
 from svdbank.building.preparation import PreparedBuild, prepare
 from svdbank.building.publication import publish
@@ -31,6 +33,7 @@ LAYERS, RANK = 12, 18
 _WORKER = """
 import pathlib, pickle, sys, time
 import torch
+from svdbank.bank.sessions import WORKERS
 from svdbank.building.execution import work
 from svdbank.checkpoint import open_checkpoint
 prepared = pickle.loads(pathlib.Path(sys.argv[2]).read_bytes())
@@ -106,7 +109,7 @@ def start(model: Path, prepared: PreparedBuild, note: Path) -> subprocess.Popen[
 def test_shares_of_one_plan_make_the_bank_of_one_process(model: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     prepared = prepared_build(model, tmp_path / "bank")
     assert worked(model, prepared, shards=slice(0, 5)).solved == 5
-    with pytest.raises(UnfinishedError, match=r"7 of 12 shards have no record: .*/5\.json"):
+    with pytest.raises(UnfinishedError, match=r"7 of 12 shards have no record: .*/5, "):
         published(prepared)
     assert worked(model, prepared, shards=slice(5, None)).solved == LAYERS - 5
     again = worked(model, prepared)
@@ -141,43 +144,67 @@ def test_a_killed_worker_s_shards_are_taken_over(model: Path, alone: dict[str, b
     while int(worker.stdout.readline()) < 3:
         time.sleep(0.001)
     # It reads ahead, so it holds claims now.
-    with pytest.raises(svdbank.LockedError, match="another process is working on"):
+    with pytest.raises(svdbank.LockedError, match=f"another process is working on it .process {worker.pid} on "):
         svdbank.build(model, tmp_path / "bank", rank=RANK)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
-    assert list((tmp_path / "bank").glob("records/*/*.claim")), "the files of a dead worker's claims stay"
+    assert claims_of(tmp_path / "bank"), "the files of a dead worker's claims stay"
     report = worked(model, prepared)
     assert 0 < report.solved <= LAYERS - 3
-    assert not list((tmp_path / "bank").glob("records/*/*.claim"))
+    assert not claims_of(tmp_path / "bank")
     published(prepared)
     assert tree(tmp_path / "bank") == alone
+
+
+def claims_of(bank: Path) -> list[Path]:
+    return list(bank.glob("records/*/*/*.claim"))
 
 
 def test_a_shard_is_claimed_by_one_and_let_go_at_the_end(model: Path, tmp_path: Path) -> None:
     prepared = prepared_build(model, tmp_path / "bank")
     first, second = prepared.todo[:2]
-    with Claims(prepared.root) as one, Claims(prepared.root) as other:
+    session = prepared.session
+    assert session is not None
+    with Lease(session) as my, Lease(session) as their, Claims(session, my) as one, Claims(session, their) as other:
         assert one.take(first) and other.take(second)
         assert not other.take(first) and not one.take(second)
         one.release(first)
         assert other.take(first)
-    with Claims(prepared.root) as one:
+        one.release(first)  # which is another's now
+        assert not one.take(first)
+    with Lease(session) as my, Claims(session, my) as one:
         assert one.take(first) and one.take(second)
 
 
-def test_a_bank_with_a_claimed_shard_is_not_deleted(model: Path, tmp_path: Path) -> None:
+def test_a_bank_with_a_living_worker_is_not_deleted(model: Path, tmp_path: Path) -> None:
     prepared = prepared_build(model, tmp_path / "bank")
-    before = tree(tmp_path / "bank")
-    with Claims(prepared.root) as worker:
+    session = prepared.session
+    assert session is not None
+    with Lease(session) as lease, Claims(session, lease) as worker:
         assert worker.take(prepared.todo[0])
+        before = tree(tmp_path / "bank")
         with pytest.raises(svdbank.LockedError, match="another process is working on"):
             svdbank.rm(tmp_path / "bank")
         assert before.keys() <= tree(tmp_path / "bank").keys()
     # What a dead worker left binds nobody.
-    claim = tmp_path / "bank" / claim_file(prepared.todo[0].family, prepared.todo[0].index)
-    claim.touch()
+    session.claim_path(prepared.todo[0].family, prepared.todo[0].index).write_text("0123456789abcdef")
     assert svdbank.rm(tmp_path / "bank") > 0
     assert not (tmp_path / "bank").exists()
+
+
+def test_a_silent_worker_loses_its_lease_and_its_claims(model: Path, tmp_path: Path) -> None:
+    """The worker of another machine, whose lock cannot be asked: its age alone tells."""
+    prepared = prepared_build(model, tmp_path / "bank")
+    session, shard = prepared.session, prepared.todo[0]
+    assert session is not None
+    with Lease(session, seconds=60) as silent, Lease(session) as lease, Claims(session, silent) as one:
+        assert one.take(shard)
+        with Claims(session, lease) as other:
+            assert not other.take(shard)
+            os.utime(session.folder / WORKERS / silent.name, (0, lease.now() - 59))
+            assert not other.take(shard)
+            os.utime(session.folder / WORKERS / silent.name, (0, lease.now() - 61))
+            assert other.take(shard)
 
 
 def test_an_interrupt_lets_every_claim_go(model: Path, tmp_path: Path) -> None:
@@ -187,5 +214,5 @@ def test_an_interrupt_lets_every_claim_go(model: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         svdbank.build(model, tmp_path / "bank", rank=RANK, jobs=1, progress=interrupt)
-    assert list((tmp_path / "bank").glob("records/*/*.json"))
-    assert not list((tmp_path / "bank").glob("records/*/*.claim"))
+    assert list((tmp_path / "bank").glob("records/*/*/*.json"))
+    assert not claims_of(tmp_path / "bank") and not list((tmp_path / "bank").glob(f"records/*/{WORKERS}/*"))

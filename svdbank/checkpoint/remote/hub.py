@@ -9,7 +9,7 @@ import contextlib
 import glob
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from svdbank.checkpoint.files import CARD, blob_id, member, read_card, read_docu
 from svdbank.checkpoint.layout import MAX_CONFIG, MAX_INDEX, choose, parse_index
 from svdbank.core.errors import CheckpointError
 from svdbank.core.hub_refusals import ATTEMPTS, explain, is_connection_error, status_of, wait_before_retry
+from svdbank.core.specs import SourceFile
 
 #: ``progress(stage, done, total)``: bytes done and bytes known so far of a stage such as ``download``.
 DownloadProgress = Callable[[str, int, int], None]
@@ -90,6 +91,12 @@ def look_up(repository: str, revision: str | None) -> Snapshot:
         raise explain(cause, shown) from cause
     has_card = CARD in listed and (listed[CARD].size or 0) <= MAX_CONFIG
     return Snapshot(repository, commit, folder, config, weight_map, files, has_card)
+
+
+def located(repository: str, commit: str, files: Iterable[SourceFile]) -> tuple[Path, tuple[HubFile, ...]]:
+    """The cache's folder of a commit, and its weight files as somebody has recorded them: where the cache has each. Asks no network."""
+    folder = storage_folder(repository) / "snapshots" / commit
+    return folder, tuple(HubFile(f.name, f.size, f.identity, _cached(folder, f.name, f.identity)) for f in files)
 
 
 def fetch_card(snapshot: Snapshot) -> str | None:

@@ -1,0 +1,92 @@
+"""The frozen plan of a bank: what is to be done, and of which bytes. Written whole, once, before any work; read by whoever joins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from svdbank.bank.files import Folder, read_regular
+from svdbank.bank.index import read_manifest
+from svdbank.bank.layout import MANIFEST, plan_name, sources_name
+from svdbank.building.fetching import files_of
+from svdbank.checkpoint.source import Checkpoint
+from svdbank.core import disk
+from svdbank.core.errors import BankError
+from svdbank.core.specs import Plan, Sources, WeightSpec, from_json, to_json
+
+_DAMAGED = "the file is damaged: delete this bank, or choose another place with -o"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The plan of an unfinished build or extension with its sources, as it stands at a bank's place.
+
+    ``sources`` are None where they are gone, or were never there: an earlier svdbank froze none. Which bytes the plan is of is then known
+    from what is recorded alone.
+    """
+
+    generation: int
+    plan: Plan
+    sources: Sources | None
+
+
+def frozen_plan(root: Path) -> Frozen | None:
+    """What an unfinished build or extension at ``root`` has frozen; None where there is none. BankError where it cannot be read."""
+    generation = len(read_manifest(Folder(root)).plans) if (root / MANIFEST).exists() else 0
+    path = root / plan_name(generation)
+    if not path.exists():
+        return None
+    plan = read_plan(path)
+    where = root / plan.sources
+    if not plan.sources or "/" in plan.sources or not where.exists():
+        return Frozen(generation, plan, None)
+    data = read_regular(where)
+    if sources_name(data) != plan.sources:
+        raise BankError(f"{where}: not the bytes that its plan names", hint=_DAMAGED)
+    try:
+        return Frozen(generation, plan, from_json(data, Sources, where=str(where), error=BankError))
+    except BankError as cause:
+        raise BankError(str(cause), hint=_DAMAGED) from cause
+
+
+def read_plan(path: Path) -> Plan:
+    """A frozen plan; BankError where it cannot be read."""
+    try:
+        return from_json(read_regular(path), Plan, where=str(path), error=BankError)
+    except BankError as cause:
+        raise BankError(str(cause), hint=_DAMAGED) from cause
+
+
+def with_sources(
+    plan: Plan, checkpoint: Checkpoint, weights: Sequence[WeightSpec], targets: tuple[str, ...]
+) -> tuple[Plan, Sources]:
+    """A plan that names its sources, and those."""
+    used = {name for weight in weights for name in files_of(weight)}
+    sources = Sources(
+        format=1,
+        name=checkpoint.name,
+        revision=checkpoint.revision,
+        targets=targets,
+        files=tuple(file for file in checkpoint.files if file.name in used),
+        weights=tuple(weights),
+    )
+    return msgspec.structs.replace(plan, sources=sources_name(to_json(sources))), sources
+
+
+def freeze(root: Path, generation: int, plan: Plan, sources: Sources, *, instead: bool = False) -> None:
+    """Write a plan and its sources, each whole; the plan, whose name makes it count, last.
+
+    ``instead`` replaces one whose recorded work was found to be of these bytes too. Otherwise BankError where one is there: the caller
+    holds the bank's lock and has looked.
+    """
+    disk.write_bytes(root / plan.sources, to_json(sources))
+    data = to_json(plan, indent=1)
+    if instead:
+        disk.write_bytes(root / plan_name(generation), data)
+    elif not disk.write_once(root / plan_name(generation), data):
+        raise BankError(
+            f"{root}: another build has frozen its plan here meanwhile", hint="run the same command again: it joins"
+        )
