@@ -13,7 +13,7 @@ from svdbank.core.specs import FamilySpec
 _CERTIFICATE = ("sigma_max", "sigma_min", "sigma_next", "orthogonality", "residual", "angle_bound")
 
 
-class Coordinates:
+class CoordinateColumns:
     """What a family's coordinate arrays hold. None is stored as NaN, or −1 in integers."""
 
     def __init__(self, family: FamilySpec) -> None:

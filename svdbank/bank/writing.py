@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from svdbank.bank.chunks import crc_before
-from svdbank.bank.coordinates import Coordinates
+from svdbank.bank.coordinates import CoordinateColumns
 from svdbank.bank.files import read_regular
 from svdbank.bank.index import base_digest
 from svdbank.bank.layout import (
@@ -246,7 +246,7 @@ class BankWriter:
     def _fold(self, family: FamilySpec) -> FamilyIndex:
         """Write a family's coordinate arrays from its records and return its part of the index."""
         arrays = vector_arrays(family, self.plan.options.side)
-        coordinates = Coordinates(family)
+        coordinates = CoordinateColumns(family)
         weights: list[WeightRecord] = []
         files: dict[str, list[FileRecord]] = {array: [] for array in arrays}
         for shard in (s for s in self.plan.shards if s.family == family.name):

@@ -40,7 +40,7 @@ _LOOK_AGAIN = 0.5
 
 
 @dataclass(frozen=True)
-class Joined:
+class Workplace:
     """A worker at its place: the checkpoint as the plan has it, what is to be done, and its lease; None where nothing is."""
 
     checkpoint: Checkpoint
@@ -49,7 +49,7 @@ class Joined:
 
 
 @contextlib.contextmanager
-def joined(request: BuildRequest, *, device: str, join: bool, on_cpu: bool, progress: ProgressCallback) -> Iterator[Joined]:
+def joined(request: BuildRequest, *, device: str, join: bool, on_cpu: bool, progress: ProgressCallback) -> Iterator[Workplace]:
     """Prepare a build, or with ``join`` take a place beside those at it. The bank's lock is held for that alone; the lease stays.
 
     Raises as :func:`svdbank.building.preparation.prepare`, and OptionError where the plan needs more processors than are here.
@@ -73,7 +73,7 @@ def joined(request: BuildRequest, *, device: str, join: bool, on_cpu: bool, prog
                 refuse_few_processors(prepared.plan)
             session = prepared.session
             lease = None if session is None else stack.enter_context(Lease(session, device=device))
-        yield Joined(checkpoint, prepared, lease)
+        yield Workplace(checkpoint, prepared, lease)
 
 
 def _opened(request: BuildRequest, root: Path, *, join: bool) -> Checkpoint:
@@ -104,7 +104,7 @@ def _pinned(model: str | os.PathLike[str], sources: Sources) -> str | os.PathLik
 
 
 def work_through(
-    here: Joined, share: Share, *, device: torch.device, request: BuildRequest, progress: ProgressCallback
+    here: Workplace, share: Share, *, device: torch.device, request: BuildRequest, progress: ProgressCallback
 ) -> WorkReport:
     """Do a share of the work, then help the others from the ends of theirs, then wait until all is recorded.
 
