@@ -163,6 +163,14 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma() -> Path:
+    """A small Gemma-3 trained on code, whose tokenizer adds the BOS on which it depends; trained once for all runs, in minutes."""
+    from tests.lm.gemma import gemma_folder
+
+    return gemma_folder()
+
+
+@pytest.fixture(scope="session")
 def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 cut to two layers and the first of its tokens."""
     from tests.lm.models import cut_smollm2

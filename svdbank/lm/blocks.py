@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from svdbank.core.errors import OptionError
 from svdbank.lm.libraries import import_datasets, quiet_datasets
+from svdbank.lm.marks import end_of_document, marks_of
 from svdbank.lm.texts import COLUMNS, STRETCH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: The label of a token that is not predicted: torch's and Transformers' own.
+IGNORED = -100
+
 #: Rows packed at a time. What does not fill a block at the end of such a batch is dropped.
 _PACKED_TOGETHER = 1000
 
+#: Part of the names of cached blocks: another one where blocks are made in another way.
+_MADE = 2
+
 
 def pack(documents: Any, tokenizer: Any, length: int) -> Any:
-    """Blocks ``input_ids`` (length,) int32 from the documents laid end to end, each closed by the tokenizer's end-of-sequence token.
+    """Blocks of ``length`` tokens from the documents laid end to end, each closed by an end-of-sequence token.
 
-    Where the tokenizer begins a text with a token of its own (BOS), so does each document. What does not fill a last block is dropped.
+    Where the tokenizer begins a text with tokens of its own (BOS), so do each document and each block, also one that begins inside a
+    document. Columns: ``input_ids`` (length,) int32; ``starts`` int32, where a document, or at 0 the rest of one, begins; ``context``,
+    how many tokens at the head of the block are read and not predicted. What does not fill a last block is dropped.
     """
-    prefix, end = document_marks(tokenizer)
+    before, end = marks_of(tokenizer).before, end_of_document(tokenizer)
     mapped = hasattr(documents, "select")
     known: dict[str, Any] = {}
     if mapped:
         # datasets would pickle the tokenizer to name the cache file, which differs from run to run.
-        identity = f"{documents._fingerprint} {tokenizer_digest(tokenizer)} {prefix} {end} {STRETCH}"
+        identity = f"{documents._fingerprint} {tokenizer_digest(tokenizer)} {end} {STRETCH} {_MADE}"
         known = {"new_fingerprint": _digest(identity), "load_from_cache_file": True}
     with quiet_datasets():
         tokens = documents.map(
@@ -37,13 +46,18 @@ def pack(documents: Any, tokenizer: Any, length: int) -> Any:
             batched=True,
             batch_size=100,
             remove_columns=list(COLUMNS),
-            fn_kwargs={"tokenizer": tokenizer, "prefix": prefix, "end": end},
+            fn_kwargs={"tokenizer": tokenizer, "end": list(end)},
             **known,
         )
         if mapped:
-            known["new_fingerprint"] = _digest(f"{tokens._fingerprint} {length}")
+            known["new_fingerprint"] = _digest(f"{tokens._fingerprint} {length} {before}")
         blocks = tokens.with_format("arrow").map(
-            _pack_batch, batched=True, batch_size=_PACKED_TOGETHER, fn_kwargs={"length": length}, **known
+            _pack_batch,
+            batched=True,
+            batch_size=_PACKED_TOGETHER,
+            remove_columns=["document"],
+            fn_kwargs={"length": length, "before": list(before)},
+            **known,
         )
     return blocks.with_format(None)
 
@@ -56,26 +70,30 @@ def first(blocks: Any, count: int) -> Any:
     return datasets.Dataset.from_list(list(itertools.islice(blocks, count)))
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Blocks as a batch: ``input_ids`` and ``labels`` (rows, length) int64. Transformers shifts the labels itself."""
-    import torch
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of blocks: ``input_ids`` and ``labels`` (rows, length) int64. Transformers shifts the labels itself.
 
-    tokens = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int64)
-    return {"input_ids": tokens, "labels": tokens.clone()}
+    A label is −100 where nothing is predicted, as the ``prefix`` tokens that begin a document. With ``packing``, positions begin anew
+    at each document (``position_ids``), which ends attention there too, and nothing is predicted from the document before.
+    """
 
+    prefix: int
+    packing: bool = False
 
-def document_marks(tokenizer: Any) -> tuple[list[int], int]:
-    """Tokens before a document, and the one after it. Raises :class:`OptionError` for a tokenizer without an end of sequence."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise OptionError(
-            "the model's tokenizer has no end-of-sequence token to put between documents",
-            hint="name one as eos_token in the model's tokenizer_config.json",
-        )
-    before = list(tokenizer("")["input_ids"])
-    while before and before[-1] == end and end != tokenizer.bos_token_id:
-        before.pop()
-    return before, int(end)
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        import torch
+
+        tokens = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int64)
+        labels = tokens.clone()
+        positions = torch.arange(tokens.shape[1]).repeat(len(rows), 1)
+        for row, own, places in zip(rows, labels, positions, strict=True):
+            own[: row["context"]] = IGNORED
+            for start in row["starts"][1:]:
+                own[start : start + max(self.prefix, int(self.packing))] = IGNORED
+                places[start:] = torch.arange(len(places) - start)
+        batch = {"input_ids": tokens, "labels": labels}
+        return batch | {"position_ids": positions} if self.packing else batch
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -85,7 +103,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return _digest(text)
 
 
-def _tokenise(rows: dict[str, list[Any]], *, tokenizer: Any, prefix: list[int], end: int) -> dict[str, list[list[int]]]:
+def _tokenise(rows: dict[str, list[Any]], *, tokenizer: Any, end: list[int]) -> dict[str, list[Any]]:
     pieces, begins, ends = [], [], []
     for text, first_part, last_part in zip(rows["text"], rows["begins"], rows["ends"], strict=True):
         if text and not text.isspace():
@@ -94,26 +112,57 @@ def _tokenise(rows: dict[str, list[Any]], *, tokenizer: Any, prefix: list[int], 
             begins += [bool(first_part)] + [False] * (len(cuts) - 1)
             ends += [False] * (len(cuts) - 1) + [bool(last_part)]
     if not pieces:
-        return {"input_ids": []}
+        return {"input_ids": [], "document": []}
     encoded = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return {
-        "input_ids": [
-            [*(prefix if begin else ()), *ids, *([end] if stop else ())]
-            for begin, ids, stop in zip(begins, encoded, ends, strict=True)
-        ]
+        "input_ids": [[*ids, *(end if stop else ())] for ids, stop in zip(encoded, ends, strict=True)],
+        "document": begins,
     }
 
 
-def _pack_batch(table: Any, *, length: int) -> Any:
+def _pack_batch(table: Any, *, length: int, before: list[int]) -> Any:
     import numpy
     import pyarrow
     import pyarrow.compute
 
-    tokens = pyarrow.compute.list_flatten(table["input_ids"].combine_chunks()).to_numpy(zero_copy_only=False)
-    count = len(tokens) // length
-    offsets = numpy.arange(0, (count + 1) * length, length, dtype=numpy.int32)
-    values = pyarrow.array(tokens[: count * length].astype(numpy.int32))
-    return pyarrow.table({"input_ids": pyarrow.ListArray.from_arrays(offsets, values)})
+    rows = table["input_ids"].combine_chunks()
+    tokens = pyarrow.compute.list_flatten(rows).to_numpy(zero_copy_only=False).astype(numpy.int32)
+    sizes = pyarrow.compute.list_value_length(rows).to_numpy(zero_copy_only=False)
+    begins = table["document"].combine_chunks().to_numpy(zero_copy_only=False)
+    heads = numpy.unique((numpy.cumsum(sizes) - sizes)[begins])
+    blocks = list(_cut(tokens, heads, length, numpy.array(before, dtype=numpy.int32)))
+    return pyarrow.table(
+        {
+            "input_ids": pyarrow.array([ids for ids, _, _ in blocks], pyarrow.list_(pyarrow.int32())),
+            "starts": pyarrow.array([starts for _, starts, _ in blocks], pyarrow.list_(pyarrow.int32())),
+            "context": pyarrow.array([context for _, _, context in blocks], pyarrow.int32()),
+        }
+    )
+
+
+def _cut(tokens: Any, heads: Any, length: int, before: Any) -> Iterator[tuple[Any, list[int], int]]:
+    """(tokens, starts, context) of each block, from documents end to end of which one begins at each of ``heads``."""
+    import numpy
+
+    at, following = 0, int(numpy.searchsorted(heads, 0))
+    while True:
+        fresh = following < len(heads) and heads[following] == at
+        parts, starts, filled = [before], [0], len(before)
+        following += fresh
+        while filled < length and at < len(tokens):
+            stop = int(heads[following]) if following < len(heads) else len(tokens)
+            taken = min(stop - at, length - filled)
+            parts.append(tokens[at : at + taken])
+            at, filled = at + taken, filled + taken
+            if at == stop < len(tokens) and filled < length:
+                starts.append(filled)
+                # A block that has room for no more than BOS ends with it; the document then begins the next one.
+                parts.append(before[: length - filled])
+                filled += len(parts[-1])
+                following += filled < length
+        if filled < length:
+            return
+        yield numpy.concatenate(parts), starts, max(1, len(before) + (not fresh))
 
 
 def _digest(text: str) -> str:

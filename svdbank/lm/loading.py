@@ -9,6 +9,7 @@ from typing import Any, Literal
 from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError
 from svdbank.core.places import OnDisk, OnHub, locate, refusal, refuse_empty
 from svdbank.lm.libraries import first_line, import_transformers, quiet_transformers
+from svdbank.lm.marks import marks_of
 from svdbank.lm.memory import out_of_memory
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -35,10 +36,11 @@ class CausalModel:
     def length(self, asked: int | None) -> int:
         """Tokens of a block: what is asked for, else :data:`LENGTH` or what the model takes. Raises :class:`OptionError`."""
         longest = self.positions
+        least = len(marks_of(self.tokenizer).before) + 2
         if asked is None:
             return min(LENGTH, longest or LENGTH)
-        if asked < 2:
-            raise OptionError(f"a block of {asked} tokens holds nothing to predict", hint="--length 2 or more")
+        if asked < least:
+            raise OptionError(f"a block of {asked} tokens holds nothing to predict", hint=f"--length {least} or more")
         if longest is not None and asked > longest:
             raise OptionError(
                 f"blocks of {asked} tokens are longer than the {longest} positions that {self.name} was made for",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from svdbank.core.errors import NotFiniteError
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.adapters import acting
+from svdbank.lm.blocks import IGNORED
 from svdbank.lm.scores import BASE, Score, TextTally
 from svdbank.lm.windows import Window, batches, windows
 
@@ -53,22 +54,38 @@ def summed_losses(model: Any, batch: Sequence[Window]) -> list[float]:
     """Summed loss of each window in nats, by the model with the adapters that act."""
     import torch
 
-    longest = max(len(window.tokens) for window in batch)
-    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask = torch.zeros(len(batch), longest, dtype=torch.int64)
-    for row, window in enumerate(batch):
-        tokens[row, : len(window.tokens)] = torch.tensor(window.tokens)
-        mask[row, : len(window.tokens)] = 1
-    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    inputs = padded(batch)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    labels = inputs.pop("labels")
     with torch.inference_mode():
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    losses = [row_loss(logits[row], tokens[row], len(window.tokens)) for row, window in enumerate(batch)]
-    sums: list[float] = torch.stack(losses).tolist()  # at once: a GPU is waited for at every number that it is asked for
+        logits = model(**inputs, use_cache=False).logits
+        sums: list[float] = row_losses(
+            logits, labels
+        ).tolist()  # at once: a GPU is waited for at every number that it is asked for
     return sums
 
 
-def row_loss(logits: Tensor, tokens: Tensor, count: int) -> Tensor:
-    """Summed loss in nats of predicting ``tokens`` (length,) from ``logits`` (length, vocabulary), of the first ``count`` tokens."""
+def padded(batch: Sequence[Window]) -> dict[str, Tensor]:
+    """Windows as ``input_ids``, ``attention_mask`` and ``labels`` (windows, longest) int64; −100 where nothing is predicted."""
     import torch
 
-    return torch.nn.functional.cross_entropy(logits[: count - 1].float(), tokens[1:count], reduction="sum")
+    longest = max(len(window.tokens) for window in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask, labels = tokens.clone(), torch.full_like(tokens, IGNORED)
+    for row, window in enumerate(batch):
+        count = len(window.tokens)
+        tokens[row, :count] = torch.tensor(window.tokens)
+        mask[row, :count] = 1
+        labels[row, window.context : count] = tokens[row, window.context : count]
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(rows,) summed loss in nats of predicting ``labels`` (rows, length), −100 for not, from ``logits`` (rows, length, vocabulary)."""
+    import torch
+
+    losses = [
+        torch.nn.functional.cross_entropy(row[:-1].float(), wanted[1:], reduction="sum", ignore_index=IGNORED)
+        for row, wanted in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(losses)

@@ -12,6 +12,7 @@ from svdbank.core.specs import Progress
 from svdbank.lm.blocks import first, pack
 from svdbank.lm.held_out import hold_out
 from svdbank.lm.texts import explained, read_documents
+from svdbank.lm.windows import Window, sample
 from svdbank.training.run import Run
 
 #: The name under which the text held out is measured.
@@ -20,10 +21,10 @@ HELD_OUT = "held out"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Blocks to train on and, by name, blocks to measure."""
+    """Blocks to train on and, by name, windows to measure."""
 
     training: Any
-    measured: dict[str, Any]
+    measured: dict[str, list[Window]]
     digest: str
 
 
@@ -34,6 +35,9 @@ def read_data(run: Run) -> TrainingData:
 
     def blocks(documents: Any) -> Any:
         return pack(documents, run.model.tokenizer, length)
+
+    def chosen(documents: Any) -> list[Window]:
+        return sample(documents, run.model.tokenizer, length, blocks=options.held_out_blocks, seed=options.seed)
 
     def enough(found: Any, what: str) -> Any:
         if len(found) == 0:
@@ -56,25 +60,26 @@ def read_data(run: Run) -> TrainingData:
             enough(training, ", ".join(options.data))
         measured = {}
         if held_out is not None:
-            chosen = blocks(held_out)
-            chosen = chosen if streaming else chosen.shuffle(seed=options.seed)
-            measured[HELD_OUT] = enough(first(chosen, options.held_out_blocks), "the text held out")
+            measured[HELD_OUT] = enough(chosen(held_out), "the text held out")
     for source in options.retain:
         with explained([source]):
-            kept = blocks(read_documents([source], field=options.field, split=options.split))
-            measured[source] = enough(first(kept.shuffle(seed=options.seed), options.held_out_blocks), source)
+            kept = read_documents([source], field=options.field, split=options.split, streaming=streaming)
+            measured[source] = enough(chosen(kept), source)
     run.tell(Progress("reading the text", 1, 1, "text"))
     return TrainingData(training, measured, _digest(training, measured))
 
 
-def _digest(training: Any, measured: Mapping[str, Any]) -> str:
+def _digest(training: Any, measured: Mapping[str, list[Window]]) -> str:
     """Hash over every token, of a stream over those measured: a run goes on only with the text it began with."""
     import numpy
 
     digest = hashlib.sha256()
-    mapped = [training] if hasattr(training, "select") else []
-    for blocks in (*mapped, *measured.values()):
-        digest.update(len(blocks).to_bytes(8, "little"))
-        for batch in blocks.with_format("numpy").iter(1000):
+    if hasattr(training, "select"):
+        digest.update(len(training).to_bytes(8, "little"))
+        for batch in training.select_columns("input_ids").with_format("numpy").iter(1000):
             digest.update(numpy.ascontiguousarray(batch["input_ids"], dtype=numpy.int32).tobytes())
+    for windows in measured.values():
+        digest.update(len(windows).to_bytes(8, "little"))
+        for window in windows:
+            digest.update(numpy.array([len(window.tokens), window.context, *window.tokens], dtype=numpy.int32).tobytes())
     return digest.hexdigest()

@@ -13,14 +13,13 @@ import msgspec
 from svdbank.core import disk
 from svdbank.core.errors import SvdbankError
 from svdbank.core.specs import Progress, to_json
-from svdbank.lm.blocks import collate
 from svdbank.lm.libraries import import_transformers
 from svdbank.lm.loading import load_model
 from svdbank.lm.scores import standard_error
 from svdbank.training import checkpoints
 from svdbank.training.attaching import attach, left_out, trainable_parameters
 from svdbank.training.data import HELD_OUT, TrainingData
-from svdbank.training.losses import change_of, measure, release, row_losses
+from svdbank.training.losses import change_of, collator, measure, release, summed
 from svdbank.training.report import Change, TrainReport
 from svdbank.training.run import Run
 from svdbank.training.watching import peak_bytes, watcher
@@ -47,8 +46,8 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
         model=model,
         args=run.arguments,
         train_dataset=data.training,
-        data_collator=collate,
-        preprocess_logits_for_metrics=row_losses,
+        data_collator=collator(run.model.tokenizer),
+        preprocess_logits_for_metrics=summed,
         callbacks=[watcher(tell, run.clock, options.save_minutes, model)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -64,7 +63,7 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
             "the loss is not a number any more", hint="a lower --learning-rate, or --dtype bfloat16 instead of float16"
         )
     after = measure(trainer, data.measured, tell, "loss after")
-    changes = {name: change_of(name, run.length, before[name], after[name]) for name in data.measured}
+    changes = {name: change_of(name, data.measured[name], before[name], after[name]) for name in data.measured}
     report = _report(run, data, trainer, changes, seconds, None if whole is None else checkpoints.step_of(whole))
     run.processes.wait_for_everyone()
     if run.is_main:

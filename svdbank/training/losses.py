@@ -1,35 +1,48 @@
-"""Losses of blocks before and after, through the Trainer."""
+"""Losses of windows before and after, through the Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from svdbank.core.specs import Progress, ProgressCallback
-from svdbank.lm.measuring import row_loss
-from svdbank.lm.scores import standard_error
+from svdbank.lm.blocks import Collator
+from svdbank.lm.marks import marks_of
+from svdbank.lm.measuring import padded, row_losses
+from svdbank.lm.scores import TextTally
+from svdbank.lm.windows import Window
 from svdbank.training.report import Change
 
 
-def measure(trainer: Any, measured: Mapping[str, Any], tell: ProgressCallback, stage: str) -> dict[str, list[float]]:
-    """Mean loss of each block, by text, through the Trainer's own evaluation, which knows about devices and processes."""
+def measure(
+    trainer: Any, measured: Mapping[str, Sequence[Window]], tell: ProgressCallback, stage: str
+) -> dict[str, list[float]]:
+    """Summed loss of each window in nats, by text, through the Trainer's own evaluation, which knows about devices and processes."""
     losses = {}
-    for i, (name, blocks) in enumerate(measured.items()):
+    for i, (name, windows) in enumerate(measured.items()):
         tell(Progress(stage, i, len(measured), "text", name))
-        losses[name] = [float(value) for value in trainer.predict(blocks).predictions]
+        by_size = sorted(range(len(windows)), key=lambda place: len(windows[place].tokens))  # least padding
+        found = trainer.predict([{"window": windows[place]} for place in by_size]).predictions
+        sums = dict(zip(by_size, map(float, found), strict=True))
+        losses[name] = [sums[place] for place in range(len(windows))]
         tell(Progress(stage, i + 1, len(measured), "text", name))
     return losses
 
 
-def row_losses(logits: Any, labels: Any) -> Any:
-    """(rows,) mean loss a token, so that no logits are kept."""
-    import torch
+def collator(tokenizer: Any, *, packing: bool = False) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    """Batches for the Trainer, of blocks to train on and of windows to measure."""
+    blocks = Collator(len(marks_of(tokenizer).before), packing)
 
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return torch.stack(
-        [row_loss(rows, tokens, len(tokens)) / (len(tokens) - 1) for rows, tokens in zip(logits, labels, strict=True)]
-    )
+    def collate(rows: Sequence[Any]) -> dict[str, Any]:
+        return padded([row["window"] for row in rows]) if "window" in rows[0] else blocks(rows)
+
+    return collate
+
+
+def summed(logits: Any, labels: Any) -> Any:
+    """(rows,) summed loss, so that no logits are kept."""
+    return row_losses(logits[0] if isinstance(logits, tuple) else logits, labels)
 
 
 def release(trainer: Any) -> None:
@@ -45,16 +58,23 @@ def release(trainer: Any) -> None:
     trainer.model._is_accelerate_prepared = False
 
 
-def change_of(name: str, length: int, before: Sequence[float], after: Sequence[float]) -> Change:
-    differences = [b - a for a, b in zip(before, after, strict=True)]
+def change_of(name: str, windows: Sequence[Window], before: Sequence[float], after: Sequence[float]) -> Change:
+    """Losses a token from summed losses of windows, with documents as the independent draws, as in ``eval``."""
+    first, second = TextTally(), TextTally()
+    last = {window.document: place for place, window in enumerate(windows)}
+    for place, (window, one, other) in enumerate(zip(windows, before, after, strict=True)):
+        closing = replace(window, ends=last[window.document] == place)
+        first.add(closing, one, 0.0)
+        second.add(closing, other, other - one)
+    start, end = first.score("", name), second.score("", name)
     return Change(
         text=name,
-        blocks=len(before),
-        tokens=len(before) * (length - 1),
-        before=fmean(before),
-        before_error=standard_error(before),
-        after=fmean(after),
-        after_error=standard_error(after),
-        change=fmean(differences),
-        change_error=standard_error(differences),
+        blocks=len(windows),
+        tokens=start.tokens,
+        before=start.loss,
+        before_error=start.error,
+        after=end.loss,
+        after_error=end.error,
+        change=end.change,
+        change_error=end.change_error,
     )
