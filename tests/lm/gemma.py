@@ -23,7 +23,7 @@ from tests.peft.models import quiet, smollm2_cache
 VOCABULARY = 2048
 LENGTH = 128
 BATCH = 16
-STEPS = 400
+STEPS = 300
 RATE = 5e-3
 
 #: Documents that are not trained on.
