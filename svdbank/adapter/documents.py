@@ -90,6 +90,11 @@ KINDS_BEYOND = {
     "velora_config": "VeLoRA",
 }
 
+#: Those of them that PEFT's ``merge_and_unload`` adds to their base right (not activated LoRAs, biases where the base has none, …).
+MERGED_BY_PEFT = frozenset(
+    {"bias", "kasa_config", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_dora", "velora_config"}
+)
+
 #: Values of ``init_lora_weights`` with which training begins on the base as it is.
 _UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva", "mica"})
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from svdbank.adapter.card import card
 from svdbank.adapter.checksums import check_folder, sealed, tensor_file
-from svdbank.adapter.documents import Documents, read_documents
+from svdbank.adapter.documents import MERGED_BY_PEFT, Documents, read_documents
 from svdbank.adapter.experts import parameters_of
 from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.adapter.whole import WholeTensors
@@ -284,6 +284,8 @@ def _refused_tensor(folder: Path, key: str) -> CheckpointError:
 
 
 def _refused(folder: Path, what: str) -> CheckpointError:
+    merges = any(f"({field})" in what for field in MERGED_BY_PEFT)
     return CheckpointError(
-        f"{folder}: {what} is not a sum ΔW = s·B·A of low rank", hint="merge it into its base with PEFT's merge_and_unload()"
+        f"{folder}: {what} is not a sum ΔW = s·B·A of low rank",
+        hint="merge it into its base with PEFT's merge_and_unload()" if merges else None,
     )

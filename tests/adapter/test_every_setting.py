@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 import svdbank
+from svdbank.adapter.documents import KINDS_BEYOND, MERGED_BY_PEFT
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import SvdbankError
-from tests.adapter.every import MODELS, VERBS, Made, make, write_base
-from tests.adapter.settings import cases, settings
+from svdbank.core.errors import CheckpointError, SvdbankError
+from tests.adapter.every import MODELS, TOKENS, VERBS, Made, make, off, write_base
+from tests.adapter.settings import cases, logits, settings
 from tests.peft.models import quiet
 
 #: Of float32: sums of some hundred terms in another order, through two layers.
@@ -99,6 +100,21 @@ def test_a_setting_is_used_or_refused_by_name(label: str, models: Models, memory
     assert outcomes(label, models, memory_disk) == written()[label], (
         "python -m tests.adapter.test_every_setting writes the table"
     )
+
+
+@pytest.mark.parametrize("label", [label for label in cases() if label.partition(":")[0] in KINDS_BEYOND])
+def test_merging_by_peft_is_named_where_it_is_right(label: str, models: Models, memory_disk: Path) -> None:
+    import peft
+
+    case = cases()[label]
+    made = make(case, *models[case.model], memory_disk)
+    with pytest.raises(CheckpointError) as refused:
+        svdbank.read_adapter(made.one)
+    if refused.value.hint is not None:
+        assert "merge_and_unload()" in refused.value.hint
+        merged = peft.PeftModel.from_pretrained(made.fresh(), made.one).merge_and_unload()
+        assert off(logits(merged.eval(), TOKENS), made.expected()) < EXACT
+    assert (refused.value.hint is not None) == (label.partition(":")[0] in MERGED_BY_PEFT)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import svdbank
 import svdbank.peft
-from svdbank.core.errors import CheckpointError, NotFiniteError, OptionError, WrongBaseError
+from svdbank.core.errors import CheckpointError, NotFiniteError, OptionError, SvdbankError, WrongBaseError
 from tests.adapter.every import TOKENS, off, write_base
 from tests.adapter.settings import Case, logits, save, small_llama, wrapped
 
@@ -192,7 +192,7 @@ def test_a_larger_vocabulary_says_what_to_do_and_that_works(targets: list[str], 
     assert off(logits(svdbank.peft.load_adapter(resized(), tmp_path / "exported", is_trainable=False), TOKENS), expected) < 1e-6
 
 
-def test_eval_ends_where_a_loss_is_no_number_or_a_token_has_no_row(base: Path, tmp_path: Path) -> None:
+def test_eval_and_train_end_where_a_loss_is_no_number_or_a_token_has_no_row(base: Path, tmp_path: Path) -> None:
     import transformers
 
     broken = write_base("untied", tmp_path / "broken")
@@ -208,6 +208,13 @@ def test_eval_ends_where_a_loss_is_no_number_or_a_token_has_no_row(base: Path, t
     tokenizer.save_pretrained(other)
     with pytest.raises(CheckpointError, match="104 tokens, its embedding 96 rows"):
         svdbank.eval(other, data={"text": base / "text.txt"})
+    short: dict[str, Any] = {"length": 4, "held_out": 0.0, "method": "lora", "rank": 2, "steps": 1}
+    (tmp_path / "text.txt").write_text("w1 x7 w3 x5 w5 w6 w7 w8")
+    with pytest.raises(CheckpointError, match="104 tokens, its embedding 96 rows"):
+        svdbank.train(other, output=tmp_path / "out", data=str(tmp_path / "text.txt"), **short)
+    with pytest.raises(SvdbankError, match="not a number"):
+        svdbank.train(broken, output=tmp_path / "not", data=str(base / "text.txt"), **short)
+    assert not (tmp_path / "out").exists()
 
 
 def test_null_metadata_and_an_adapters_config_beside_a_model(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
