@@ -38,7 +38,7 @@ def kind_in_peft(module: str, kind: WeightKind, *, stacked: bool, fused: bool) -
         return "expert"
     if kind == "embedding":
         return "embedding"
-    return "parameter" if kind == "router" or (fused and module.rpartition(".")[2] in TAKEN) else "linear"
+    return "parameter" if kind in ("router", "grouped") or (fused and module.rpartition(".")[2] in TAKEN) else "linear"
 
 
 def target_fields(kinds: Mapping[str, Kind]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -133,6 +133,11 @@ def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
         folder = found.path.resolve() if isinstance(found, OnDisk) else None
         if folder is not None and folder.is_dir() and folder in output.parents:
             raise OptionError(f"{output} lies inside {place}, which is read", hint="name an output beside it")
+
+
+def moved_key(key: str, move: Callable[[str], str]) -> str:
+    """A key of a saved adapter with its module path moved."""
+    return f"{_ROOT}{move(key.removeprefix(_ROOT))}"
 
 
 def key_of(module: str, factor: Literal["A", "B"], *, embedding: bool = False) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from svdbank.adapter.bands import free
 from svdbank.adapter.claims import placed
@@ -49,13 +50,20 @@ def read_adapter(path: str | Path, *, bank: Bank | None = None, name: str | None
 
 
 def adapter_of(
-    folder: AdapterFolder, *, bank: Bank | None = None, name: str | None = None, method: str | None = None
+    folder: AdapterFolder,
+    *,
+    bank: Bank | None = None,
+    name: str | None = None,
+    method: str | None = None,
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> Adapter:
-    """:func:`read_adapter` of a folder that is read already."""
+    """:func:`read_adapter` of a folder that is read already; ``known`` are names in the bank by key, where nothing is recorded yet."""
     own = name or folder.path.resolve().name
     kind = folder.made_as(method)
     entries = list(entries_of(folder))
-    names = {} if bank is None else bank_names(bank, [entry.key for entry in entries])
+    sources = folder.cache.sources if folder.cache is not None else {}
+    recorded = {key: of for key, (of, _) in sources.items()} or known
+    names = {} if bank is None else bank_names(bank, [entry.key for entry in entries], recorded)
     notes = [] if folder.unchecked is None else [f"{folder.path.name}: its bytes are unchecked: {folder.unchecked}"]
     notes += _check_base(folder, bank, names)
     if kind in RESIDUAL_METHODS:
@@ -66,7 +74,6 @@ def adapter_of(
         weights, said = with_parts(folder, found, own)
         notes += said
     # Without a record nothing is known of the base, whatever bank is at hand.
-    sources = folder.cache.sources if folder.cache is not None else {}
     adapted = {
         entry.key: AdaptedWeight(
             out_features=entry.B.shape[0],

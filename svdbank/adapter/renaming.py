@@ -94,7 +94,8 @@ def _assembled(key: str, parts: Mapping[int, tuple[Place, AdaptedWeight]], exper
         ]
         A = torch.cat([A for _, (A, _) in own])
         blocks = dict(own)
-        B = torch.block_diag(*(blocks[part][1] if part in blocks else A.new_zeros(out[part], 0) for part in range(place.parts)))
+        pieces = [blocks[part][1] if part in blocks else A.new_zeros(out[part], 0) for part in range(place.parts)]
+        B = torch.block_diag(*pieces)  # type: ignore[no-untyped-call]
         components[name] = Free(A, B)
     return AdaptedWeight(sum(out), first.in_features, components, "expert", None, count)
 

@@ -71,9 +71,15 @@ class AdaptedWeight:
         return all(isinstance(component, InBank) for component in self.components.values())
 
 
+def names_in(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, str]:
+    """Name in the bank of each weight that the bank holds, by key."""
+    recorded = {key: weight.source.name for key, weight in weights.items() if weight.source is not None}
+    return bank_names(bank, list(weights), recorded)
+
+
 def directions(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
     """All left vectors (R, out) that a bank stores of each weight, most minor first."""
-    names = bank_names(bank, list(weights))
+    names = names_in(bank, weights)
     missing = [key for key in weights if key not in names]
     if missing:
         raise BankError(
@@ -100,7 +106,7 @@ def rebased(
 
     Raises :class:`OptionError` where a weight keeps less than ``minimum_share``, unless ``force``.
     """
-    names = bank_names(bank, list(weights))
+    names = names_in(bank, weights)
     lefts = directions(bank, weights)
     shares = {key: share_in(left, weights[key].total()) for key, left in lefts.items()}
     worst = min(shares, key=shares.__getitem__)

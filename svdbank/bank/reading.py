@@ -62,7 +62,7 @@ class StoredBasis:
 
     @property
     def kind(self) -> WeightKind:
-        """``linear``, ``embedding``, ``head`` or ``router``."""
+        """``linear``, ``embedding``, ``head``, ``router`` or ``grouped``."""
         return self.family.kind
 
     @property

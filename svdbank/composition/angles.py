@@ -12,8 +12,8 @@ import torch
 from svdbank.adapter.bands import share_in
 from svdbank.adapter.components import Component
 from svdbank.adapter.model import Adapter
-from svdbank.adapter.naming import bank_names
 from svdbank.adapter.spectra import compact
+from svdbank.adapter.weights import names_in
 from svdbank.bank.reading import Bank
 from svdbank.composition.coordinates import common_coordinates
 from svdbank.composition.relations import Pair, Relation, verdict
@@ -76,7 +76,7 @@ def measure(name: str, adapter: Adapter, bank: Bank | None) -> Size:
 
 def _share(adapter: Adapter, bank: Bank) -> float:
     """Share of ``‖ΔW‖²`` over all weights in what the bank stores of them."""
-    names = bank_names(bank, list(adapter.weights))
+    names = names_in(bank, adapter.weights)
     if len(names) < len(adapter.weights):
         raise BankError(
             f"{bank.path}: the bank lacks {len(adapter.weights) - len(names)} weights of the adapter",

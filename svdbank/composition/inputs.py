@@ -11,9 +11,8 @@ from svdbank import cache
 from svdbank.adapter.fetching import located, name_of
 from svdbank.adapter.folder import read_folder
 from svdbank.adapter.model import Adapter, aligned
-from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import adapter_of, read_adapter
-from svdbank.adapter.weights import check_bases
+from svdbank.adapter.weights import check_bases, names_in
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.places import named_place
@@ -104,7 +103,7 @@ def _carried_over(path: Path, name: str, bank: Bank) -> Adapter:
     """On the bank's base: as it is where it was made there or does not say, else projected on the bank's directions."""
     folder = read_folder(path)
     adapter = adapter_of(folder, name=name)
-    known = bank_names(bank, list(adapter.weights))
+    known = names_in(bank, adapter.weights)
     made_elsewhere = (bool(adapter.base.digest and adapter.base.weights) and not adapter.base.is_of(bank)) or any(
         weight.source is not None and key in known and weight.source.sha256 != bank[known[key]].source_sha256
         for key, weight in adapter.weights.items()

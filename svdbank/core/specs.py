@@ -19,8 +19,9 @@ from svdbank.core.errors import SvdbankError
 Side = Literal["both", "left"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
-#: What a matrix is in its model. A ``router`` of a mixture of experts is a bare parameter: PEFT adapts it through ``target_parameters``.
-WeightKind = Literal["linear", "embedding", "head", "router"]
+#: What a matrix is in its model. A ``router`` of a mixture of experts is a bare parameter, a ``grouped`` one the weight of a linear module
+#: that does something else with it (a block for each group of inputs): PEFT adapts both through ``target_parameters``.
+WeightKind = Literal["linear", "embedding", "head", "router", "grouped"]
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,7 +182,7 @@ class WeightSpec(Struct, frozen=True, omit_defaults=True):
     module
         Dotted path of the module that owns it; for an expert of a stacked parameter, of that parameter.
     kind
-        ``linear``, ``embedding``, ``head`` or ``router``.
+        ``linear``, ``embedding``, ``head``, ``router`` or ``grouped``.
     family
         Slug shared by the weights of the same role and shape; ``[a-z0-9._-]+``.
     out_features, in_features

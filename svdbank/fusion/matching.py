@@ -30,9 +30,9 @@ _RESIZE = "model.resize_token_embeddings({0}), model.save_pretrained(FOLDER), an
 def named_as_stored(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     """The adapter with the names that its modules have in the model that is loaded of ``checkpoint`` today, where it has others
     (:func:`svdbank.adapter.renaming.in_model`)."""
-    held = {(spec.name if spec.stacked else spec.module) for spec in decomposable(checkpoint, (".*",))[0]}
+    held = {(spec.name if spec.stacked else spec.module): spec for spec in decomposable(checkpoint, (".*",))[0]}
     whole = matrices_of(checkpoint).whole
-    same = not adapter.weights or len(matched({key: key for key in held}, list(adapter.weights))) == len(adapter.weights)
+    same = not adapter.weights or len(_names(adapter, held)) == len(adapter.weights)
     kept = not adapter.whole.replacing or len(matched({key: key for key in whole}, list(adapter.whole.replacing))) == len(
         adapter.whole.replacing
     )
@@ -49,7 +49,7 @@ def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> l
         return []
     specs, _ = decomposable(checkpoint, (".*",))
     held = {(spec.name if spec.stacked else spec.module): spec for spec in specs}
-    names = matched({key: key for key in held}, list(adapter.weights))
+    names = _names(adapter, held)
     missing = [key for key in adapter.weights if key not in names]
     if missing:
         raise OptionError(
@@ -75,6 +75,23 @@ def _rows_of_vocabulary(spec: WeightSpec, ours: tuple[int, int], theirs: tuple[i
     """How many tokens there were in training, where that is all that differs."""
     tokens = {"embedding": 1, "head": 0}.get(spec.kind)
     return theirs[tokens] if tokens is not None and ours[1 - tokens] == theirs[1 - tokens] else None
+
+
+def _names(adapter: Adapter, held: Mapping[str, WeightSpec]) -> dict[str, str]:
+    """Which of ``held`` each weight of the adapter is: what it records where that is here, else by path, and shape where two are."""
+    by_name = {spec.name: key for key, spec in held.items()}
+    recorded = {key: by_name.get(weight.source.name) for key, weight in adapter.weights.items() if weight.source is not None}
+    known = {key: name for key, name in recorded.items() if name is not None}
+    if len(known) == len(adapter.weights):
+        return known
+
+    def fits(key: str, name: str) -> bool:
+        weight, spec = adapter.weights[key], held[name]
+        return (spec.out_features, spec.in_features) == (weight.out_features, weight.in_features)
+
+    names = {key: key for key in held}
+    found = matched(names, list(adapter.weights), fits)
+    return found if len(found) == len(adapter.weights) else matched(names, list(adapter.weights))
 
 
 def _refuse_tied(chosen: Sequence[WeightSpec], specs: Sequence[WeightSpec], checkpoint: Checkpoint) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from svdbank.adapter.components import Band, bands_of, indices_of
 from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod
 from svdbank.adapter.model import Adapter
-from svdbank.adapter.naming import bank_names
 from svdbank.adapter.reading import read_adapter
 from svdbank.adapter.starting import check_rank
+from svdbank.adapter.weights import names_in
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError
 from svdbank.initialisation.configuration import ranks_by_pattern
@@ -178,7 +178,7 @@ def _taken(bank: Bank, adapters: Iterable[Adapter]) -> dict[str, set[int]]:
     """Minor indices that adapters use, by name in the bank."""
     taken: dict[str, set[int]] = {}
     for adapter in adapters:
-        for key, name in bank_names(bank, list(adapter.weights)).items():
+        for key, name in names_in(bank, adapter.weights).items():
             taken.setdefault(name, set()).update(indices_of(adapter.bands(key)))
     return taken
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,23 +16,31 @@ from svdbank.lm.memory import out_of_memory
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadIn = Literal["4bit", "8bit"]
 
+_CAUSAL, _WITH_IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+
 #: Tokens of a block where nothing is asked for and the model takes as many.
 LENGTH = 1024
 
 
 @dataclass(frozen=True)
 class CausalModel:
-    """A causal language model before its weights are loaded: its folder, or Hub id and revision; configuration; tokenizer."""
+    """A causal language model before its weights are loaded: its folder, or Hub id and revision; configuration; tokenizer.
+
+    ``automatic`` is Transformers' class that loads it: the one for causal models, which of many multimodal ones takes the language model
+    alone, else the one for models of images and text, which are given text.
+    """
 
     name: str
     revision: str | None
     config: Any
     tokenizer: Any
+    automatic: str = _CAUSAL
 
     @property
     def positions(self) -> int | None:
         """The longest sequence the model was made for; None where its configuration does not say."""
-        return getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        text = self.config.get_text_config(decoder=True)
+        return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
     def length(self, asked: int | None) -> int:
         """Tokens of a block: what is asked for, else :data:`LENGTH` or what the model takes. Raises :class:`OptionError`."""
@@ -64,13 +73,7 @@ def open_model(model: str) -> CausalModel:
                 f"{model}: no model configuration to be read: {first_line(cause)}",
                 hint="name a folder with config.json, or org/name[@revision]; HF_TOKEN for a private or gated model",
             ) from cause
-        # Encoders are in Transformers' table of causal models too, for those that were made decoders.
-        encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-        if encoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-            raise OptionError(
-                f"{model}: a {config.model_type} model does not predict next tokens, which this needs",
-                hint="name a causal model",
-            )
+        automatic = _automatic(transformers, config, model)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
         except Exception as cause:
@@ -78,7 +81,30 @@ def open_model(model: str) -> CausalModel:
                 f"{model}: its tokenizer cannot be loaded: {first_line(cause)}",
                 hint="the folder needs tokenizer.json or the files of its tokenizer class beside config.json",
             ) from cause
-    return CausalModel(name, revision, config, tokenizer)
+    return CausalModel(name, revision, config, tokenizer, automatic)
+
+
+def _automatic(transformers: Any, config: Any, model: str) -> str:
+    """The class that loads a model for text. OptionError where none does."""
+    # Encoders are in Transformers' table of causal models too, for those that were made decoders.
+    encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping and not encoder:
+        return _CAUSAL
+    with_images = transformers.AutoModelForImageTextToText._model_mapping
+    if type(config) not in with_images or config.is_encoder_decoder:
+        raise OptionError(
+            f"{model}: a {config.model_type} model does not predict next tokens, which this needs",
+            hint="name a causal model",
+        )
+    inputs = inspect.signature(with_images[type(config)].forward).parameters
+    needed = [name for name, own in inputs.items() if own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD]
+    others = [name for name in needed if name not in ("self", "input_ids")]
+    if others or "labels" not in inputs:
+        raise OptionError(
+            f"{model}: a {config.model_type} model is given {' and '.join(others) or 'no labels'}, and here there is text alone",
+            hint="name a causal model",
+        )
+    return _WITH_IMAGES
 
 
 def load_model(model: CausalModel, *, dtype: Dtype = "auto", load_in: LoadIn | None = None) -> Any:
@@ -93,12 +119,23 @@ def load_model(model: CausalModel, *, dtype: Dtype = "auto", load_in: LoadIn | N
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     with quiet_transformers(), out_of_memory():
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(model.name, **options)
+            loaded, info = getattr(transformers, model.automatic).from_pretrained(
+                model.name, output_loading_info=True, **options
+            )
         except (OSError, ValueError, ImportError) as cause:
             raise CheckpointError(
                 f"{model.name}: the model cannot be loaded: {first_line(cause)}",
                 hint="the weights have to lie beside config.json, whole; fetch the model again, or name another one",
             ) from cause
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise CheckpointError(
+            f"{model.name}: {len(lacking)} parameters of {type(loaded).__name__} are not among its weights, first {lacking[0]}, and would "
+            "be random numbers",
+            hint="save the model whole, in the class that config.json names",
+        )
+    if model.automatic == _WITH_IMAGES:
+        _try_text(loaded, model.name)
     rows, words = loaded.get_input_embeddings().weight.shape[0], len(model.tokenizer)
     if words > rows:
         raise CheckpointError(
@@ -106,6 +143,20 @@ def load_model(model: CausalModel, *, dtype: Dtype = "auto", load_in: LoadIn | N
             hint=f"model.resize_token_embeddings({words}), model.save_pretrained(FOLDER), or take the tokenizer of this model",
         )
     return loaded
+
+
+def _try_text(model: Any, name: str) -> None:
+    """OptionError where a model of images and text does not take text alone."""
+    import torch
+
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+    except Exception as cause:
+        raise OptionError(
+            f"{name}: {type(model).__name__} does not take text alone: {first_line(cause)}", hint="name a causal model"
+        ) from cause
 
 
 def chosen_dtype(dtype: Dtype) -> Dtype:

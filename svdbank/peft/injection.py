@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from svdbank.adapter.folder import Factors
 from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError
+from svdbank.checkpoint.naming.tree import multiplies
+from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError, abridge
 from svdbank.core.probe import lies_in
 from svdbank.peft import quantised, residuals, sharding
 from svdbank.peft.configuration import method_of, normalise
@@ -69,6 +70,7 @@ def inject(
         finally:
             config.init_lora_weights = method
         layers = slots(root, adapter_name)
+        _check_layers(layers)
         _fill(source, root, adapter_name, method, layers, time.perf_counter() - begun)
     except BaseException:
         before.restore(adapter_name)
@@ -85,6 +87,19 @@ def check_reload(source: FactorSource, root: nn.Module, adapter_name: str) -> No
         targets = [target for layer in layers for target in layer.targets]
         found = look_up(source.bank, targets, prefix=getattr(root, "base_model_prefix", ""))
         _check_saved_bases(source, source.bank, layers, found)
+
+
+def _check_layers(layers: Sequence[Slot]) -> None:
+    """PEFT puts a layer around every module of a linear class, and its ``forward`` fails where the module does more than multiply."""
+    other = [
+        layer.targets[0].module for layer in layers if layer.kind == "linear" and not multiplies(layer.layer.get_base_layer())
+    ]
+    if other:
+        names = sorted({module.rpartition(".")[2] for module in other})
+        raise OptionError(
+            f"PEFT has no layer for {abridge(other)}: the module does something else with its weight than multiply",
+            hint=f"exclude_modules={names} leaves them out, target_parameters={[f'{name}.weight' for name in names]} adapts them",
+        )
 
 
 def _check_company(root: nn.Module, adapter_name: str, method: InitialisationMethod) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import msgspec
 import safetensors
 import safetensors.torch
+from torch import nn
 
-from svdbank.adapter.folder import AdapterFolder
+from svdbank.adapter.experts import bare, parameters_of
+from svdbank.adapter.folder import AdapterFolder, moved_key
+from svdbank.adapter.naming import Move, move_of
 from svdbank.adapter.settings import CONFIG, WEIGHTS
 from svdbank.core.errors import CheckpointError, SvdbankError
 from svdbank.peft.layers import unwrapped
@@ -72,18 +75,51 @@ def check_rows(model: Any, saved: AdapterFolder) -> None:
             )
 
 
+def move_into(model: Any, saved: AdapterFolder) -> Move:
+    """From the paths of the class that was trained to those of the model at hand: a bare one and one with a head, a language model alone
+    and inside a multimodal one. OptionError where two places would do."""
+    root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = {unwrapped(name): module for name, module in root.named_modules()}
+    shapes = {bare(unwrapped(module)): sorted((pair.B.shape[0], pair.A.shape[1])) for module, pair in saved.factors.items()}
+
+    def fits(key: str, path: str) -> bool:
+        weight = getattr(modules[path], "weight", None)
+        return weight is None or weight.dim() != 2 or not weight.is_floating_point() or sorted(weight.shape) == shapes[key]
+
+    return move_of(list(shapes), {path: path for path in modules}, fits) if shapes else Move("", "")
+
+
+def moved_fields(saved: AdapterFolder, move: Move) -> dict[str, Any]:
+    """What a config has to say so that the adapter is put where ``move`` says, and nowhere else."""
+    settings = saved.settings
+    parameters = parameters_of(settings, saved.factors)
+    return {
+        "target_modules": sorted(move(module) for module in saved.factors if module not in parameters),
+        "target_parameters": sorted(move(parameter) for parameter in set(parameters.values())) or None,
+        "rank_pattern": {move(name): rank for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {move(name): alpha for name, alpha in settings.alpha_pattern.items()},
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
 @contextlib.contextmanager
-def as_peft_writes(saved: AdapterFolder) -> Iterator[str]:
-    """The folder, or where wrappers left their names in its keys, one for the time being with the keys that PEFT looks for."""
-    if not saved.names:
+def as_peft_writes(saved: AdapterFolder, move: Move) -> Iterator[str]:
+    """The folder, or one for the time being with the keys that PEFT looks for: wrappers may have left names in keys, paths may move."""
+    if not saved.names and move == Move("", ""):
         yield str(saved.path)
         return
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         plain = {stored: key for key, stored in saved.names.items()}
         tensors = safetensors.torch.load_file(saved.path / WEIGHTS)
-        safetensors.torch.save_file({plain.get(key, key): value for key, value in tensors.items()}, place / WEIGHTS)
-        (place / CONFIG).write_bytes((saved.path / CONFIG).read_bytes())
+        renamed = {moved_key(plain.get(key, key), move): value for key, value in tensors.items()}
+        safetensors.torch.save_file(renamed, place / WEIGHTS)
+        config = (saved.path / CONFIG).read_bytes()
+        if move != Move("", ""):
+            config = msgspec.json.encode(msgspec.json.decode(config) | moved_fields(saved, move))
+        (place / CONFIG).write_bytes(config)
         yield folder
 
 

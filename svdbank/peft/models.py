@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from svdbank import cache
 from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
+from svdbank.adapter.naming import Move
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_extra
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import FactorSource, attachments, check_reload
-from svdbank.peft.layers import unwrapped
-from svdbank.peft.loading import as_peft_writes, check_known, check_rows, explained
+from svdbank.peft.loading import as_peft_writes, check_known, check_rows, explained, move_into, moved_fields
 from svdbank.peft.lookup import Attachment
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
@@ -102,12 +101,13 @@ def load_adapter(
         )
     if method is None and is_trainable:  # of the other methods, the injection takes care
         keep_gradients(model)
-    added = _added_prefix(model, saved.factors)
-    if added:
-        options.setdefault("key_mapping", {"^": added})
-    pairs = {added + module: pair for module, pair in saved.factors.items()}
+    move = move_into(model, saved)
+    if move != Move("", ""):
+        for field, value in moved_fields(saved, move).items():
+            setattr(config, field, value)
+    pairs = {move(module): pair for module, pair in saved.factors.items()}
     source = FactorSource(opened, saved=pairs, folder=str(folder), frozen=method == "mica")
-    with as_it_was(model, adapter_name), reroute(source), as_peft_writes(saved) as place, explained(saved):
+    with as_it_was(model, adapter_name), reroute(source), as_peft_writes(saved, move) as place, explained(saved):
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:
                 raise OptionError(
@@ -159,18 +159,6 @@ def attachment(model: nn.Module, adapter_name: str = "default") -> Attachment:
             hint=f"there are: {', '.join(map(repr, found))}" if found else "get_peft_model(model, config, bank=…) attaches one",
         )
     return found[adapter_name]
-
-
-def _added_prefix(model: nn.Module, saved: Iterable[str]) -> str:
-    """``"bert."`` where the adapter of a bare ``BertModel`` meets a ``BertForMaskedLM``, else nothing."""
-    wrapped: Any = model
-    root: nn.Module = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
-    prefix = str(getattr(root, "base_model_prefix", "") or "")
-    paths = {unwrapped(name) for name, _ in root.named_modules()}
-    modules = [unwrapped(module) for module in saved]
-    if prefix and not any(module in paths for module in modules) and all(f"{prefix}.{module}" in paths for module in modules):
-        return f"{prefix}."
-    return ""
 
 
 def _check_base(bank: Bank, saved: AdapterFolder) -> None:

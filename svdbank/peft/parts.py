@@ -3,53 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
+from torch import nn
+
+from svdbank.adapter.naming import Elsewhere, Move, elsewhere
 from svdbank.bank.reading import Bank
 from svdbank.core.probe import differing, is_readable, sample
+from svdbank.peft.layers import unwrapped
 from svdbank.peft.targets import Target, as_in, of_module
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """``module`` of the bank is a module of the model if what is ``ours`` there, at the beginning of paths, is ``theirs`` in the bank."""
-
-    module: str
-    ours: str
-    theirs: str
-
-    @property
-    def is_part(self) -> bool:
-        """True where one path is the other with components left out: ``model`` and ``model.language_model``, no encoder and decoder."""
-        less, more = sorted((self.ours.split("."), self.theirs.split(".")), key=len)
-        rest = iter(more)
-        return less == [""] or all(part in rest for part in less)
-
-
-def elsewhere(modules: Iterable[str], held: Iterable[str]) -> dict[str, list[Elsewhere]]:
-    """Of each module of a model, where it may be in a bank of ``held``: paths that end alike, from numbered layers on at least."""
-    ends: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for path in held:
-        for theirs, end in _parted(path):
-            ends[end].append((theirs, path))
-    return {
-        module: [
-            Elsewhere(path, ours, theirs)
-            for ours, end in _parted(module)
-            for theirs, path in ends.get(end, ())
-            if not ours or not theirs or ours.rpartition(".")[2] != theirs.rpartition(".")[2]
-        ]
-        for module in modules
-    }
-
-
-def _parted(path: str) -> Iterator[tuple[str, str]]:
-    """(beginning, end): a number and what it counts stay at the end."""
-    parts = path.split(".")
-    last = next((i - 1 for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    for i in range(max(last, 0) + 1):
-        yield ".".join(parts[:i]), ".".join(parts[i:])
 
 
 def under_other_paths(bank: Bank, held: Mapping[str, Sequence[str]], targets: Sequence[Target]) -> list[str | None]:
@@ -89,3 +51,40 @@ def _of_all(targets: Sequence[Target], found: Sequence[Sequence[tuple[str, Elsew
         for (ours, theirs), count in served.items()
         if count == sum(not ours or target.module.startswith(f"{ours}.") for target in targets)
     }
+
+
+def keys_in(model: nn.Module, bank: Bank, names: Sequence[str]) -> dict[str, str]:
+    """What an adapter of ``model`` calls each of the bank's weights that it has: by its path there, also where that is another one.
+
+    Linear modules that are not in the bank under their own path say what other paths are, by :func:`under_other_paths`.
+    """
+    keys = {name: name if bank[name].stacked else bank[name].module for name in names}
+    there = {unwrapped(path) for paths in (model.named_modules(), model.named_parameters()) for path, _ in paths}
+    lacking = [name for name in names if bank[name].module not in there]
+    if not lacking:
+        return keys
+    held: dict[str, list[str]] = defaultdict(list)
+    for name in bank.names:
+        held[bank[name].module].append(name)
+    modules = {unwrapped(path): module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    places = elsewhere([path for path in modules if path not in held], held)
+    own = [
+        Target(path, modules[path].weight, False, modules[path].out_features, modules[path].in_features, 1)
+        for path, found in places.items()
+        if found
+    ]
+    changes = {
+        (place.theirs, place.ours)
+        for target, name in zip(own, under_other_paths(bank, held, own), strict=True)
+        for place in (elsewhere([target.module], [bank[name].module])[target.module] if name is not None else ())
+    }
+    moved = {}
+    for name in lacking:
+        module = bank[name].module
+        for theirs, ours in sorted(changes, key=lambda change: -len(change[0])):
+            changed = Move(f"{theirs}." if theirs else "", f"{ours}." if ours else "")(module)
+            if changed in there:
+                moved[name] = changed + keys[name].removeprefix(module)
+                break
+    kept = {name: moved.get(name, key) for name, key in keys.items() if name in moved or bank[name].module in there}
+    return kept or keys

@@ -12,7 +12,7 @@ from svdbank.adapter.experts import target_fields
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.naming.targets import ALL_LINEAR, parse_targets
 from svdbank.core.errors import OptionError
-from svdbank.initialisation.configuration import keys_of, kinds_of
+from svdbank.initialisation.configuration import kinds_of
 from svdbank.initialisation.selection import Adaptable, adaptable, selected
 from svdbank.lm.libraries import import_peft
 from svdbank.training.bands import free_band
@@ -30,11 +30,11 @@ def attach(model: Any, options: TrainOptions, bank: Bank | None) -> Any:
 
     torch.manual_seed(options.seed)
     if options.method == "lora":
-        wrapped = peft.get_peft_model(model, _config(options, bank, model.config.model_type))
+        wrapped = peft.get_peft_model(model, _config(options, bank, model))
         keep_gradients(model)
     else:
         assert bank is not None
-        wrapped = get_peft_model(model, _config(options, bank, model.config.model_type), bank=bank)
+        wrapped = get_peft_model(model, _config(options, bank, model), bank=bank)
         band = free_band(options, bank)
         if band[0]:
             _move_to_band(wrapped, bank, band)
@@ -59,6 +59,16 @@ def activate(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
+def names_attached(model: Any) -> dict[str, str]:
+    """Name in the bank of each weight of the new adapter, by its key in a saved folder."""
+    from svdbank.peft import attachment
+    from svdbank.peft.layers import slots
+
+    targets = [target for slot in slots(model.get_base_model(), NAME) for target in slot.targets]
+    keys = [target.module if target.expert is None else f"{target.module}.{target.expert}" for target in targets]
+    return dict(zip(keys, attachment(model, NAME).weights, strict=True))
+
+
 def trainable_parameters(model: Any) -> int:
     """How many numbers training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -73,15 +83,17 @@ def left_out(options: TrainOptions, bank: Bank | None, model_type: str) -> tuple
     return () if bank is None else _adaptable(options, bank, model_type).left_out
 
 
-def parameters_of(options: TrainOptions, bank: Bank, model_type: str) -> list[str]:
-    """The experts and routers, as PEFT names parameters, that the new adapter is on."""
-    return _targets(options, bank, model_type)["target_parameters"] or []
+def parameters_of(options: TrainOptions, bank: Bank, model: Any) -> list[str]:
+    """The experts and routers, as PEFT names parameters of the model, that the new adapter is on."""
+    return _targets(options, bank, model)["target_parameters"] or []
 
 
-def _targets(options: TrainOptions, bank: Bank, model_type: str) -> dict[str, Any]:
-    names = _adaptable(options, bank, model_type).names
-    keys, kinds = keys_of(bank, names), kinds_of(bank, names, dropout=options.dropout)
-    return target_fields({keys[name]: kinds[name] for name in names})
+def _targets(options: TrainOptions, bank: Bank, model: Any) -> dict[str, Any]:
+    from svdbank.peft.parts import keys_in
+
+    names = _adaptable(options, bank, model.config.model_type).names
+    keys, kinds = keys_in(model, bank, names), kinds_of(bank, names, dropout=options.dropout)
+    return target_fields({key: kinds[name] for name, key in keys.items()})
 
 
 def _adaptable(options: TrainOptions, bank: Bank, model_type: str) -> Adaptable:
@@ -94,12 +106,13 @@ def _adaptable(options: TrainOptions, bank: Bank, model_type: str) -> Adaptable:
     return adaptable(bank, names, options.targets, model_type, stops=dict.fromkeys(names, stop))
 
 
-def _config(options: TrainOptions, bank: Bank | None, model_type: str) -> Any:
+def _config(options: TrainOptions, bank: Bank | None, model: Any) -> Any:
+    model_type = model.config.model_type
     if bank is None:
         targets: dict[str, Any] = {"target_modules": _target_modules(options.targets)}
     elif has_experts(bank):
         # PEFT takes fused experts and routers as parameters, by their path.
-        targets = _targets(options, bank, model_type)
+        targets = _targets(options, bank, model)
     else:
         out = [bank[name].module for name in left_out(options, bank, model_type)]
         targets = {"target_modules": _target_modules(options.targets), "exclude_modules": out or None}

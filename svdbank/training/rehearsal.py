@@ -48,15 +48,16 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
                 + (f", which has no more than {most}" if stop > most else ""),
                 hint=hint,
             )
-        if options.on_top_of and has_experts(bank):
-            _check_parameters(options, bank, causal.config.model_type)
+    given = options
     if options.method in RESIDUAL_METHODS or options.on_top_of:
         # These need the values of weights. An ordinary LoRA has the same targets.
         options = msgspec.structs.replace(options, method="lora", on_top_of=())
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(causal.config)
+            model = getattr(transformers, causal.automatic).from_config(causal.config)
+        if bank is not None and given.on_top_of and has_experts(bank):
+            _check_parameters(given, bank, model)
         if not has_experts(bank):
             _check_targets(model, options)
         try:
@@ -80,9 +81,9 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
             ) from cause
 
 
-def _check_parameters(options: TrainOptions, bank: Bank, model_type: str) -> None:
+def _check_parameters(options: TrainOptions, bank: Bank, model: Any) -> None:
     """Raise :class:`OptionError` where an adapter beneath is on other experts or routers than the new one: PEFT has one set for all."""
-    new = parameters_of(options, bank, model_type)
+    new = parameters_of(options, bank, model)
     for folder in options.on_top_of:
         kinds = {key: weight.kind for key, weight in read_adapter(folder).weights.items()}
         beneath = target_fields(kinds)["target_parameters"] or []

@@ -13,15 +13,14 @@ from svdbank.adapter.checksums import sealed, tensor_file
 from svdbank.adapter.experts import join, parameters_of, split
 from svdbank.adapter.folder import new_folder, read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, restored, restored_alpha
-from svdbank.adapter.naming import bank_names
-from svdbank.adapter.reading import read_adapter
+from svdbank.adapter.reading import adapter_of
 from svdbank.adapter.settings import CACHE, CONFIG, TRAINING_CONFIG, TRAINING_FIGURES, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.adapter.writing import recorded
 from svdbank.bank.reading import Bank
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError
 from svdbank.core.specs import from_json, to_json
-from svdbank.training.attaching import NAME
+from svdbank.training.attaching import NAME, names_attached
 from svdbank.training.card import card
 from svdbank.training.options import TrainOptions, to_toml
 from svdbank.training.report import TrainReport
@@ -57,7 +56,7 @@ def write_adapter(
     elif options.method == "mica":
         _for_peft(folder)
     if bank is not None:
-        _seal(folder, _record(folder, options, bank))
+        _seal(folder, _record(folder, options, bank, model))
     disk.write_bytes(folder / "README.md", readme.encode())
     # safetensors writes through a private temporary file; the others have the modes that the umask gives.
     disk.share_mode(folder / "README.md", folder / WEIGHTS)
@@ -71,10 +70,10 @@ def _seal(folder: Path, record: AdapterCache) -> None:
     disk.write_bytes(folder / CACHE, to_json(sealed(record, settings, {WEIGHTS: weights}), indent=2))
 
 
-def _record(folder: Path, options: TrainOptions, bank: Bank) -> AdapterCache:
-    """What ``svdbank.json`` says: the base's weights and the directions of the bank, as they are found in the folder itself."""
-    adapter = read_adapter(folder, bank=bank)
-    names = bank_names(bank, list(adapter.weights))
+def _record(folder: Path, options: TrainOptions, bank: Bank, model: Any) -> AdapterCache:
+    """What ``svdbank.json`` says: the base's weights as attaching recognised them, directions as they are found in the folder itself."""
+    names = names_attached(model)
+    adapter = adapter_of(read_folder(folder), bank=bank, known=names)
     return recorded(
         options.method if options.method == "mica" else "lora",
         bank.manifest.base.name,

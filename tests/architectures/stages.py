@@ -215,26 +215,7 @@ class _Run:
         if wrong and {_key(line) for line in wrong} <= self._lost_by_peft(folder):
             raise _CannotError(f"PEFT does not give the values of a plain LoRA back either: {len(wrong)} of {len(written)}")
         if wrong:
-            said = f"{len(wrong)} of {len(written)} values are not those of the folder: {'; '.join(wrong[:3])}"
-            lost = self._lost_by_peft()
-            if lost and all(any(line.startswith(f"{name}:") for name in lost) for line in wrong):
-                raise _CannotError(f"PEFT loses these values of an adapter of its own too; {said}")
-            raise _WrongError(said)
-
-    def _lost_by_peft(self) -> set[str]:
-        """What PEFT does not load of what it saved itself of a plain LoRA, by the key in the folder."""
-        import safetensors.torch
-        from peft import PeftModel, get_peft_model_state_dict
-
-        adapted, folder = plain.attached(self._base(), RANK), self.work / "own"
-        for name, value in adapted.named_parameters():
-            if ".lora_" in name:
-                value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
-        adapted.save_pretrained(str(folder))
-        loaded = PeftModel.from_pretrained(copy.deepcopy(self._base()), str(folder))
-        written = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        read = dict(get_peft_model_state_dict(loaded, save_embedding_layers=False))
-        return {line.partition(":")[0] for line in small.different(written, read)}
+            raise _WrongError(f"{len(wrong)} of {len(written)} values are not those of the folder: {'; '.join(wrong[:3])}")
 
     def _lost_by_peft(self, folder: Path) -> set[str]:
         """Keys whose values PEFT itself does not read again from a plain LoRA on the same modules that it wrote."""

@@ -47,3 +47,15 @@ def cut_tokenizer(source: Path, folder: Path) -> None:
 def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def word_tokenizer(words: Sequence[str], folder: Path) -> None:
+    """A tokenizer of whole words, for models whose vocabulary is a hundred tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    numbers = {word: i for i, word in enumerate(dict.fromkeys([*special.values(), *words]))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

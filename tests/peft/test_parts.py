@@ -12,10 +12,10 @@ from peft import LoraConfig
 from torch import nn
 
 import svdbank
+from svdbank.adapter.naming import Elsewhere, elsewhere
 from svdbank.core.errors import BankError
 from svdbank.peft import attachment, get_peft_model
 from svdbank.peft.lookup import UnverifiedBaseWarning
-from svdbank.peft.parts import Elsewhere, elsewhere
 from tests.architectures import plain, small
 
 RANK, STORED = 2, 4

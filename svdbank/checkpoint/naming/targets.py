@@ -16,7 +16,7 @@ from svdbank.core.expressions import Expression, is_plain
 ALL_LINEAR = "all-linear"
 
 #: The kinds of weight that it means: PEFT takes routers, which were linear modules in older Transformers, as parameters.
-ALL_LINEAR_KINDS = frozenset({"linear", "router"})
+ALL_LINEAR_KINDS = frozenset({"linear", "router", "grouped"})
 
 
 @dataclass(frozen=True)

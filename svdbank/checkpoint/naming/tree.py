@@ -12,7 +12,7 @@ import io
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,9 @@ _NOT_PASSED = re.compile(
     r"|use_pretrained_backbone|compile_config|device_map"
 )
 
+#: What routers are called.
+_ROUTERS = ("gate", "router")
+
 #: Largest number that a configuration may give for layers, experts and the like: each is a module to make.
 _MOST_MODULES = 1 << 14
 _COUNTS = re.compile(
@@ -49,7 +52,7 @@ class TreeWeight:
     """A matrix of the loaded model, or a stack of them, one an expert. ``transposed``: the parameter is (…, in, out).
 
     ``kind`` is what PEFT's ``all-linear`` makes of it: a ``linear`` module or expert, a ``router``, the output ``head``, an
-    ``embedding``.
+    ``embedding``; or a ``grouped`` one, see :func:`multiplies`.
     """
 
     module: str
@@ -107,7 +110,10 @@ class ModuleTree:
                 parent, _, last = path.rpartition(".")
                 shape = tuple(parameter.shape)
                 if len(shape) == 2 and own == "weight" and isinstance(module, nn.Linear):
-                    self.weights[name] = TreeWeight(path, "head" if module is head else "linear", shape, False)
+                    kind: WeightKind = "head" if module is head else "linear"
+                    if kind == "linear" and not multiplies(module):
+                        kind = "router" if last in _ROUTERS else "grouped"
+                    self.weights[name] = TreeWeight(path, kind, shape, False)
                 elif own == "weight" and isinstance(module, Conv1D):
                     self.weights[name] = TreeWeight(path, "linear", shape, True)
                 elif own == "weight" and isinstance(module, nn.Embedding):
@@ -221,7 +227,7 @@ class ModuleTree:
             made.places[name] = value.places
 
 
-def renamed(model: Any, names: Iterable[str], there: Container[str]) -> dict[str, tuple[str, int | None, int, int]]:
+def renamed(model: Any, names: Iterable[str], there: Collection[str]) -> dict[str, tuple[str, int | None, int, int]]:
     """:meth:`ModuleTree.renamed` for any model of Transformers, of which ``there`` are the parameters."""
     from transformers.core_model_loading import Concatenate, MergeModulelist, rename_source_key
 
@@ -255,9 +261,30 @@ def _conversion(model: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
     return renamings, converters, {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
 
+def multiplies(module: Any) -> bool:
+    """False for a module of a class of linear ones in Transformers that makes something else of its input than one product.
+
+    PEFT puts a layer around it all the same, which then fails: DeepSeek-V4's ``o_a_proj`` has a block for each group of inputs, the
+    routers of Llama-4 and Phi-MoE return scores.
+    """
+    import torch
+    from torch import nn
+
+    kind = type(module)
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers.models."):
+        return True
+    own = {name: torch.empty_like(value, device="meta") for name, value in module.named_parameters()}
+    try:
+        with torch.no_grad():
+            made = torch.func.functional_call(module, own, (torch.empty(2, 3, module.in_features, device="meta"),))
+    except Exception:  # whatever it is, it takes no rows
+        return False
+    return isinstance(made, torch.Tensor) and made.shape == (2, 3, module.out_features)
+
+
 def _is_router(parent: str, own: str, modules: Mapping[str, Any]) -> bool:
     """True for a bare ``weight`` of a ``gate`` or ``router`` beside ``experts``: what was a linear module in older Transformers."""
-    return own in ("gate", "router") and f"{parent}.experts" in modules
+    return own in _ROUTERS and f"{parent}.experts" in modules
 
 
 def _is_in_out(experts: Any) -> bool:
