@@ -5,6 +5,7 @@ What reads a bank asks for nothing else, and checks what it gets against index a
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,10 @@ class Folder:
             status = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError) as cause:
             raise FileNotFoundError(path) from cause
+        except (OSError, ValueError) as cause:
+            if getattr(cause, "errno", errno.ENAMETOOLONG) != errno.ENAMETOOLONG:
+                raise
+            raise DamageError(f"{path[:200]}: no name that a file can have") from cause
         if not stat.S_ISREG(status.st_mode):
             raise DamageError(f"{path}: not a regular file")
         return status.st_size

@@ -20,6 +20,7 @@ from svdbank.bank.layout import (
     ITEMSIZE,
     MANIFEST,
     RANK_CHUNK,
+    STORED,
     FamilyIndex,
     FileRecord,
     Index,
@@ -31,7 +32,10 @@ from svdbank.bank.layout import (
 )
 from svdbank.bank.zarr_metadata import ArrayMetadata, checked_metadata
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError
-from svdbank.core.specs import from_json
+from svdbank.core.specs import BuildOptions, from_json
+
+#: Characters of a name of a file or folder, and of a weight; features of a weight.
+_LONGEST_NAME, _LONGEST_WEIGHT, _LARGEST = 250, 4096, 1 << 31
 
 
 def read_manifest(files: Files) -> Manifest:
@@ -64,7 +68,7 @@ def read_index(files: Files, manifest: Manifest) -> Index:
     """The index that the manifest names; DamageError when it is not the bytes that were published, or does not fit itself."""
     name = manifest.index
     record = manifest.files.get(name)
-    if record is None or "/" in name or "\\" in name:
+    if record is None or not _is_plain(name):
         raise DamageError(f"{files.place}/{MANIFEST}: {name!r} is not among its files")
     try:
         data = read_recorded(files, name, record)
@@ -96,6 +100,14 @@ def read_metadata(files: Files, family: FamilyIndex, array: str, shape: tuple[in
         claim = f"claims {metadata.data_type} of {metadata.shape}, the index says {dtype} of {shape}"
         raise DamageError(f"{files.place}/{family.spec.name}/{array}: {claim}")
     return metadata
+
+
+def check_vectors(files: Files, family: FamilyIndex, array: str, options: BuildOptions) -> None:
+    """DamageError unless the ``zarr.json`` of a family's array of vectors is as published, and as format 1 says for its shape."""
+    rank, length = vector_arrays(family.spec, options.side)[array]
+    metadata = read_metadata(files, family, array, (len(family.weights), rank, length), STORED[options.dtype][0])
+    if not metadata.is_sharded((family.spec.weights_per_shard, rank_extent(rank), length), (1, RANK_CHUNK, length)):
+        raise DamageError(f"{files.place}/{family.spec.name}/{array}: not cut as format 1 says")
 
 
 def read_coordinate(files: Files, family: FamilyIndex, array: str, columns: int) -> memoryview[float]:
@@ -156,6 +168,9 @@ def _record(files: Files, family: FamilyIndex, path: str) -> FileRecord:
 def _check_consistent(place: str, manifest: Manifest, index: Index) -> None:
     """Names must be plain and unique and the counts must fit before any of them is used as a path."""
     seen: set[str] = set()
+    named = [*(weight.name for family in index.families for weight in family.weights), *(alias.name for alias in index.aliases)]
+    if not all(0 < len(name) <= _LONGEST_WEIGHT for name in named):
+        raise DamageError(f"{place}: a weight's name is empty, or longer than {_LONGEST_WEIGHT} characters")
     for family in index.families:
         _check_family(place, manifest, family)
         if seen & set(family.spec.weights):
@@ -177,6 +192,8 @@ def _check_family(place: str, manifest: Manifest, family: FamilyIndex) -> None:
     if tuple(weight.name for weight in family.weights) != spec.weights or not spec.weights:
         raise DamageError(f"{place}: the weights of {spec.name} disagree with its description")
     full = min(spec.out_features, spec.in_features)
+    if not (0 < spec.out_features <= _LARGEST and 0 < spec.in_features <= _LARGEST):
+        raise DamageError(f"{place}: {spec.name} claims {spec.out_features}x{spec.in_features}")
     if not (1 <= spec.rank <= full and 0 <= spec.principal <= full and 1 <= spec.weights_per_shard <= len(spec.weights)):
         raise DamageError(f"{place}: {spec.name} claims rank {spec.rank} for {spec.out_features}x{spec.in_features}")
     # A data file without a record would be read unchecked.
@@ -194,6 +211,11 @@ def _check_family(place: str, manifest: Manifest, family: FamilyIndex) -> None:
 
 
 def _is_family_name(name: str) -> bool:
-    """``[a-z0-9_-][a-z0-9._-]*``."""
-    plain = all(ch.isascii() and ((ch.isalnum() and not ch.isupper()) or ch in "._-") for ch in name)
-    return bool(name) and plain and not name.startswith(".")
+    """``[a-z0-9_-][a-z0-9._-]*``, and short enough for a folder."""
+    return _is_plain(name) and not any(ch.isupper() for ch in name)
+
+
+def _is_plain(name: str) -> bool:
+    """``[A-Za-z0-9_-][A-Za-z0-9._-]*``, and short enough for a file or folder."""
+    plain = all(ch.isascii() and (ch.isalnum() or ch in "._-") for ch in name)
+    return 0 < len(name) <= _LONGEST_NAME and plain and not name.startswith(".")

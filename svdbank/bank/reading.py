@@ -14,7 +14,7 @@ import msgspec
 
 from svdbank.bank.chunks import ShardRead, read_chunks
 from svdbank.bank.files import Files, Folder
-from svdbank.bank.index import base_digest, read_coordinate, read_index, read_manifest, read_metadata
+from svdbank.bank.index import base_digest, check_vectors, read_coordinate, read_index, read_manifest
 from svdbank.bank.layout import ITEMSIZE, RANK_CHUNK, STORED, Index, Manifest, WeightRecord, shard_file, vector_arrays
 from svdbank.core.errors import BankError, DamageError, OptionError
 from svdbank.core.specs import Alias, FamilySpec, WeightKind
@@ -281,9 +281,9 @@ class Bank:
     def _shard_reads(self, family: str, array: str, rows: list[int], rank: int | None) -> list[ShardRead]:
         """What to read for some rows, ascending, of a family's array of vectors."""
         entry = self._families[family]
-        stored, length = vector_arrays(entry.spec, self.side)[array]
+        stored, _ = vector_arrays(entry.spec, self.side)[array]
         if (family, array) not in self._metadata_seen:
-            read_metadata(self.files, entry, array, (len(entry.weights), stored, length), STORED[self.dtype][0])
+            check_vectors(self.files, entry, array, self.manifest.options)
             self._metadata_seen.add((family, array))
         each = entry.spec.weights_per_shard
         return [

@@ -8,9 +8,10 @@ import shlex
 from collections.abc import Iterator
 
 from svdbank.bank.files import Files, Folder
-from svdbank.bank.index import data_files
+from svdbank.bank.index import check_vectors, data_files, read_recorded
 from svdbank.bank.layout import LOG, MANIFEST, FamilyIndex, FileRecord
 from svdbank.bank.reading import Bank
+from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
 from svdbank.core.basis import unresolved_ranks
 from svdbank.core.errors import DamageError, WrongBaseError
@@ -94,9 +95,25 @@ def examine(bank: Bank, *, data: bool = False, progress: ProgressCallback | None
         damage += _examine_file(bank, name, record, hashed=hashed)
         if progress is not None and hashed:
             progress(Progress("verify", done + 1, len(recorded), "files", name))
+    if not damage:
+        damage += _contradictions(bank)
     unrecorded, irregular = _unrecorded(Folder(bank.path), set(recorded))
     nbytes = sum(record.size for record in recorded.values())
     return Examination(len(recorded), nbytes, (*damage, *irregular), tuple(unrecorded))
+
+
+def _contradictions(bank: Bank) -> Iterator[Damage]:
+    """Metadata whose hashes fit, and which another Zarr reader would believe, but which say what format 1 does not."""
+    for family in bank.index.families:
+        for name, record in family.metadata.items():
+            array = name.split("/")[1]
+            try:
+                if array in family.files:
+                    check_vectors(bank.files, family, array, bank.manifest.options)
+                elif name.endswith("zarr.json"):
+                    checked_metadata(read_recorded(bank.files, name, record), where=f"{bank.files.place}/{name}")
+            except DamageError as error:
+                yield Damage(name, str(error).removeprefix(f"{bank.files.place}/{name}: "))
 
 
 def rebuild_command(path: str, bank: Bank | None) -> str:

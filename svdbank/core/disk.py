@@ -435,7 +435,7 @@ def locked(folder: Path, *, waiting: Callable[[str], None] | None = None) -> Ite
         make_dirs(folder)
         with _held(folder / ".lock", owner_path) as held:
             if held:
-                owner_path.write_bytes(msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
+                _write_owner(owner_path)
                 yield
                 return
         if waiting is None:
@@ -454,6 +454,8 @@ def _held(path: Path, *beside: Path) -> Iterator[bool]:
     """
     import filelock  # a twentieth of a second, which only writers should wait
 
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OptionError(f"{path}: a link, pipe or folder where a lock belongs", hint="see who put it there, and remove it")
     lock = filelock.FileLock(path, timeout=0, thread_local=False)
     try:
         lock.acquire()
@@ -480,9 +482,24 @@ def _is_file(path: Path, identity: os.stat_result) -> bool:
         return False
 
 
+def _write_owner(path: Path) -> None:
+    """Say who holds the lock. What stands there, also a link to elsewhere, gives way."""
+    with contextlib.suppress(OSError):  # it is for people alone
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            os.write(descriptor, msgspec.json.encode(_Owner(socket.gethostname(), os.getpid())))
+        finally:
+            os.close(descriptor)
+
+
 def _describe(owner_path: Path) -> str:
     try:
-        owner = _OWNER.decode(owner_path.read_bytes())
-    except (OSError, msgspec.DecodeError):
+        descriptor = open_regular(owner_path, error=LockedError)
+        try:
+            owner = _OWNER.decode(os.read(descriptor, 1 << 12))
+        finally:
+            os.close(descriptor)
+    except (OSError, LockedError, msgspec.DecodeError):
         return ""
     return f" (process {owner.pid} on {owner.host})"
