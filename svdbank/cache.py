@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-import secrets
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -163,17 +163,43 @@ def recorded_bank(adapter: Documents, kind: str) -> Bank:
 def remove(root: Path) -> int:
     """Delete a bank's folder and return the bytes freed; LockedError where somebody writes into it or has claimed a shard.
 
-    The folder leaves its name before anything in it goes: a build that starts meanwhile makes a new one, with a lock of its own.
+    The folder leaves its name, and is no bank any more, in one step before anything in it goes: a build that starts meanwhile makes a new
+    one, with a lock of its own. What a run that was killed then leaves is removed by the next one (:func:`remove_left`).
     """
-    aside = root.with_name(f".{secrets.token_hex(8)}{disk.TEMPORARY}")
+    freed = remove_left(root)
     with disk.locked(root):
         refuse_claimed(root)
-        freed = sum(file.lstat().st_size for file in root.rglob("*") if file.is_file())
-        # Without its manifest it is no bank, whatever of it a crash leaves.
-        disk.unlink(root / MANIFEST)
+        freed += _bytes_in(root)
+        aside = _aside(root)
         disk.replace(root, aside)
         disk.remove_tree(aside)
     return freed
+
+
+def remove_left(root: Path) -> int:
+    """Finish what a killed :func:`remove` of this place left; the bytes freed, 0 where there is nothing."""
+    aside, freed = _aside(root), 0
+    if aside.is_dir() and not aside.is_symlink():
+        with disk.locked(aside):  # LockedError where another one is at it now
+            freed = _bytes_in(aside)
+            disk.remove_tree(aside)
+    return freed
+
+
+def left_of(root: Path) -> bool:
+    """True where a killed :func:`remove` left something of a bank of this name."""
+    return _aside(root).is_dir()
+
+
+def _aside(root: Path) -> Path:
+    """Where a bank goes to be deleted: always the same place for one name, so that it is found again."""
+    return root.with_name(
+        f".{hashlib.sha256(root.name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.rm{disk.TEMPORARY}"
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def is_bank(root: Path) -> bool:

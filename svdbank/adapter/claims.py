@@ -11,10 +11,15 @@ from svdbank.adapter.bands import free, recover
 from svdbank.adapter.components import Band, Component, Free, InBank, bands_of, indices_of, off_orthonormal
 from svdbank.adapter.entries import Entry
 from svdbank.adapter.folder import AdapterFolder
+from svdbank.adapter.settings import CACHE
 from svdbank.bank.reading import Bank
+from svdbank.core.errors import CheckpointError
 
 #: ‖BᵀB − I‖ up to which columns that a cache calls bank directions can be that without a bank at hand: bfloat16 rounds by 2⁻⁹.
 _ORTHONORMAL = 2.0**-6
+
+#: Directions of one weight, those of all components counted: a hundred thousand domains of rank 16.
+_MOST = 1 << 21
 
 #: The same for float32 columns, of which norms and inner products may be taken from coefficients alone: a few thousand entries
 #: rounded by 6e-8 give about 1e-7.
@@ -80,6 +85,12 @@ def _claim(folder: AdapterFolder, entry: Entry) -> tuple[Band, ...]:
     if not cache.components:
         return (cache.band,) if cache.band[1] - cache.band[0] == entry.rank else ()
     parts = [bands[entry.key] for bands in cache.components.values() if entry.key in bands]
+    limit = min(entry.B.shape[0], entry.A.shape[1])
+    bands = [band for part in parts for band in part]
+    if any(not 0 <= start < stop <= limit for start, stop in bands) or sum(stop - start for start, stop in bands) > _MOST:
+        raise CheckpointError(
+            f"{folder.path / CACHE}: claims directions of {entry.key} that a weight of its shape does not have"
+        )
     # A sum with free factors in it stands nowhere, whatever its other parts stand on.
     return bands_of(i for bands in parts for i in indices_of(bands)) if all(parts) else ()
 

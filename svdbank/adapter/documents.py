@@ -125,7 +125,10 @@ class Documents:
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module, with PEFT's patterns applied."""
-        return int(self._by_pattern(self.settings.rank_pattern, module, self.settings.r))
+        rank = int(self._by_pattern(self.settings.rank_pattern, module, self.settings.r))
+        if rank < 1:
+            raise CheckpointError(f"{self.path / CONFIG}: rank {rank} of {module}")
+        return rank
 
     def alpha(self, module: str) -> float:
         """The α that the config gives a module, with PEFT's patterns applied."""
@@ -139,7 +142,10 @@ class Documents:
 
     def scale(self, module: str) -> float:
         """α/r, or α/√r with rsLoRA, with PEFT's per-module patterns applied."""
-        return lora_scale(self.rank(module), self.alpha(module), rslora=self.settings.use_rslora)
+        try:
+            return lora_scale(self.rank(module), self.alpha(module), rslora=self.settings.use_rslora)
+        except OptionError as cause:
+            raise CheckpointError(f"{self.path / CONFIG}: {module}: {cause}") from cause
 
     @property
     def base(self) -> BaseIdentity:

@@ -10,7 +10,6 @@ from torch import Tensor
 from svdbank.adapter.components import Kind
 from svdbank.adapter.experts import join, parameters_of, split, wrapper_paths
 from svdbank.adapter.folder import AdapterFolder, Factors
-from svdbank.adapter.methods import lora_scale
 from svdbank.adapter.settings import WEIGHTS
 
 
@@ -33,8 +32,7 @@ def entries_of(folder: AdapterFolder) -> Iterator[Entry]:
     parameters = parameters_of(folder.settings, folder.factors)
     for module, pair in folder.factors.items():
         path = parameters.get(module, module)
-        rank, alpha = folder.rank(path), folder.alpha(path)
-        scale = lora_scale(rank, alpha, rslora=folder.settings.use_rslora)
+        rank, alpha, scale = folder.rank(path), folder.alpha(path), folder.scale(path)
         if module not in parameters:
             yield Entry(path, pair.A, pair.B, rank, alpha, scale, "embedding" if pair.embedding else "linear")
             continue

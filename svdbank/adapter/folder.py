@@ -26,6 +26,7 @@ from svdbank.adapter.documents import MERGED_BY_PEFT, Documents, read_documents
 from svdbank.adapter.experts import parameters_of
 from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
 from svdbank.adapter.whole import WholeTensors
+from svdbank.checkpoint.header import PREFIX, header_length, parse_header
 from svdbank.checkpoint.naming.wrappers import unwrapped
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
@@ -35,6 +36,8 @@ from svdbank.core.specs import to_json
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
 _ROOT = "base_model.model."
+#: No matrix of a model has more rows or columns.
+_LARGEST = 1 << 26
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
 _EMBEDDING_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
 _BENEATH_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.base_layer\.weight$")
@@ -90,6 +93,7 @@ def write_folder(
         if whole is not None:
             tensors |= {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in whole.replacing.items()}
             tensors |= {f"{_ROOT}{module}.base_layer.weight": tensor.contiguous() for module, tensor in whole.beneath.items()}
+        _refuse_overflow(tensors)
         weights = tensor_file(tensors)
         disk.write_new(folder / WEIGHTS, weights)
         disk.write_new(folder / CONFIG, to_json(settings, indent=2))
@@ -98,6 +102,16 @@ def write_folder(
         for name, data in extra.items():
             disk.write_new(folder / name, data)
         disk.fsync_dir(folder)
+
+
+def _refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
+    """OptionError for a factor that is no finite number in its dtype: what was read is finite, so a scale or weight made it so."""
+    over = [key for key, tensor in tensors.items() if not _finite(tensor)]
+    if over:
+        raise OptionError(
+            f"{len(over)} tensors of the result overflow {str(tensors[over[0]].dtype).removeprefix('torch.')}, first {over[0]}",
+            hint="use a smaller scale, weight or alpha",
+        )
 
 
 def new_folder(output: Path, *, force: bool) -> AbstractContextManager[Path]:
@@ -170,11 +184,7 @@ def _keys_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     Wrappers leave their names in keys: ``_orig_mod`` (torch.compile), ``module`` (DDP), FSDP's and those of checkpointed activations. A
     state dict saved by hand has the adapter's name in them (``lora_A.default.weight``), or lacks ``base_model.model``.
     """
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            stored = list(file.keys())
-    except safetensors.SafetensorError as cause:
-        raise CheckpointError(f"{path}: {cause}") from cause
+    stored = _declared(path)
     bare = {key: _unwrapped(key) for key in stored}
     rooted = any(key.startswith(_ROOT) for key in bare.values())
     keys: dict[str, str] = {}
@@ -187,6 +197,22 @@ def _keys_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 _NAMED = re.compile(r"\.(?P<factor>lora_[AB])\.(?P<name>[^.]+)\.weight$|\.(?P<embedding>lora_embedding_[AB])\.(?P<own>[^.]+)$")
+
+
+def _declared(path: Path) -> list[str]:
+    """The keys of a file by its header, read before anything maps what it claims: a file with holes may claim what no memory holds."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(PREFIX)
+            header = file.read(header_length(prefix, size=size, where=str(path)))
+    except OSError as cause:
+        raise CheckpointError(f"{path}: cannot be read: {cause.strerror}") from cause
+    entries = parse_header(header, file=path.name, size=size, where=str(path))
+    for key, entry in entries.items():
+        if any(length > _LARGEST for length in entry.shape):
+            raise CheckpointError(f"{path}: {key} claims to be {entry.shape}, which no model has")
+    return list(entries)
 
 
 def _unwrapped(key: str) -> str:
@@ -260,7 +286,7 @@ def _read(said: Documents, keys: Mapping[str, str], others: AbstractSet[str]) ->
         rank = said.rank(parameters.get(module, module))
         if module in parameters and A.ndim == 2 and A.shape[0] % rank == 0:
             rank = A.shape[0]  # that of all experts together
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank or not (A.numel() and B.numel()):
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not rank {rank} as {CONFIG} says"
             )

@@ -37,9 +37,16 @@ RESIDUAL_METHODS: tuple[InitialisationMethod, ...] = ("milora", "pissa")
 SIGMA_FLOOR = 1e-6
 
 
+#: Largest float32, in which adapters are stored and act.
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+
+
 def lora_scale(rank: int, alpha: float, *, rslora: bool = False) -> float:
-    """PEFT's scale: α/r, or α/√r with rsLoRA (arXiv 2312.03732)."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
+    """PEFT's scale: α/r, or α/√r with rsLoRA (arXiv 2312.03732). Raises :class:`OptionError` where that is no number of float32."""
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    if not abs(scale) <= LARGEST_FLOAT32:
+        raise OptionError(f"alpha {alpha:g} at rank {rank} is a scale of {scale:g}, which float32 does not hold")
+    return scale
 
 
 def initial_factors(

@@ -323,9 +323,14 @@ def unlink(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and what is in it, links not followed."""
+    """Remove a folder and what is in it, links not followed. What another process removes meanwhile is gone too."""
     _about_to("rmtree", path)
-    shutil.rmtree(path)
+
+    def tell(function: Callable[..., object], name: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+        if not isinstance(error[1], FileNotFoundError):
+            raise error[1]
+
+    shutil.rmtree(path, onerror=tell)
 
 
 def remove_empty(path: Path) -> None:

@@ -8,13 +8,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from svdbank.core import disk
+from svdbank.core.errors import SvdbankError
 from svdbank.core.places import refuse_empty
 
 
 def output_folder(output: str | os.PathLike[str]) -> Path:
-    """The folder that an ``output=`` argument names, absolute and without links; OptionError for an empty name."""
+    """The folder that an ``output=`` argument names, absolute and without links; OptionError for an empty name.
+
+    What a run that was killed after its last step left beside it goes.
+    """
     refuse_empty(output, "the output's name", "name a folder with -o")
-    return disk.expanded(output).resolve()
+    path = disk.expanded(output).resolve()
+    work = _work(path)
+    if work.is_dir() and not work.is_symlink() and path.exists():
+        with contextlib.suppress(OSError, SvdbankError):
+            if not {entry.name for entry in work.iterdir()} - {".lock", ".lock.owner"}:
+                with disk.locked(work):
+                    pass  # its files go with the lock
+                disk.remove_empty(work)
+    return path
+
+
+def _work(output: Path) -> Path:
+    """The hidden folder beside an output in which it is made."""
+    return output.with_name(f".{output.name}{disk.TEMPORARY}")
 
 
 @contextlib.contextmanager
@@ -28,7 +45,7 @@ def appearing(output: Path, *, replacing: bool = False, check: Callable[[], None
 
     Raises :class:`~svdbank.core.errors.LockedError` while another process makes the same folder.
     """
-    work = output.with_name(f".{output.name}{disk.TEMPORARY}")
+    work = _work(output)
     folder, replaced = work / "new", work / "replaced"
     disk.make_dirs(output.parent)
     try:

@@ -11,13 +11,15 @@ from svdbank.core.places import refuse_empty
 
 
 def rm(path: str | os.PathLike[str]) -> int:
-    """Delete a bank folder, finished, unfinished or damaged; returns the bytes freed.
+    """Delete a bank folder, finished, unfinished or damaged, or what a killed ``rm`` left of it; returns the bytes freed.
 
     Raises BankNotFoundError for a folder that is no bank or a link to one, LockedError where somebody writes into it or works
     on a shard of it; nothing is touched then.
     """
     refuse_empty(path, "the bank's name", "svdbank ls shows the banks there are")
     root = disk.expanded(path)
+    if not root.exists() and not root.is_symlink() and cache.left_of(root.resolve()):
+        return cache.remove_left(root.resolve())
     if root.is_symlink() or not cache.is_bank(root):
         why = "a link, which is not followed" if root.is_symlink() else "no bank here"
         raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")

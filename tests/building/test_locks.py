@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 import svdbank
 from svdbank.core import disk
-from svdbank.core.errors import LockedError
-from tests.building.small import write_small_checkpoint
+from svdbank.core.errors import BankNotFoundError, LockedError
+from tests.building.crashes import Crash, FaultyDisk
+from tests.building.small import tree, write_small_checkpoint
 
 # Adds 1 to a number in a file, in steps that another process inside the lock would spoil, as often as it is told.
 _COUNTING = """
@@ -79,3 +81,55 @@ def test_a_bank_that_is_being_written_is_not_deleted(minilm: Path, tmp_path: Pat
     with disk.locked(bank.path), pytest.raises(LockedError):
         svdbank.rm(bank.path)
     assert svdbank.verify(bank.path, data=True).sound
+
+
+@pytest.mark.parametrize("kind", ["finished", "unfinished"])
+def test_an_rm_that_is_killed_at_any_operation_is_finished_when_told_again(
+    kind: str, minilm: Path, memory_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first step the bank is whole; after it there is no bank, and a new one can be built at the place."""
+    bank = svdbank.build(write_small_checkpoint(memory_disk / "model", minilm), memory_disk / "bank", rank=2)
+    if kind == "unfinished":
+        (bank.path / "manifest.json").unlink()
+    before = tree(bank.path)
+    monkeypatch.setenv("SVDBANK_HOME", str(memory_disk / "home"))
+    counted = FaultyDisk(memory_disk)
+    shutil.copytree(bank.path, memory_disk / "counted")
+    with disk.observe(counted):
+        svdbank.rm(memory_disk / "counted")
+    steps = [operation.split()[0] for operation in counted.operations]
+    assert steps.index("rename") < steps.index("rmtree") and "unlink" not in steps[: steps.index("rename")]
+    for stop_at in range(len(steps)):
+        place = memory_disk / f"at-{stop_at}"
+        shutil.copytree(bank.path, place)
+        with disk.observe(FaultyDisk(memory_disk, stop_at=stop_at)), pytest.raises(Crash):
+            svdbank.rm(place)
+        if place.exists():
+            assert tree(place) == before
+        assert svdbank.rm(place) > 0
+        with pytest.raises(BankNotFoundError):
+            svdbank.rm(place)
+        assert not [path.name for path in memory_disk.iterdir() if path.name.startswith(".")]
+
+
+def test_an_rm_killed_among_its_files_is_finished_by_rm_and_by_the_next_build(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_small_checkpoint(tmp_path / "model", minilm)
+    place = svdbank.build(model, tmp_path / "bank", rank=2).path
+
+    def some(path: Path, **options: object) -> None:
+        for file in sorted(Path(path).rglob("*"))[:5]:
+            if file.is_file():
+                file.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", some)
+        with pytest.raises(KeyboardInterrupt):
+            svdbank.rm(place)
+    assert not place.exists()
+    svdbank.build(model, place, rank=2)
+    assert svdbank.verify(place, data=True).sound
+    svdbank.rm(place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
