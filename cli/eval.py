@@ -67,8 +67,8 @@ def eval_command(
 ) -> None:
     """Measure MODEL alone and with each adapter on each text: loss in nats a token, perplexity, standard errors.
 
-    Errors are over documents. The change against the base is measured in pairs, document by document, so its error is far below that of
-    the loss. Several folders after one name act together.
+    Windows begin with what the tokenizer puts before a text (BOS). Errors are over documents. The change against the base is measured in
+    pairs, document by document, so its error is far below that of the loss. Several folders after one name act together.
 
     \b
     Examples:
@@ -82,6 +82,7 @@ def eval_command(
     with output.progress() as progress:
         report = svdbank.eval(model, data=data, adapters=stacks, progress=progress, **options)
     output.data(report, _text)
+    output.notes(report.notes)
 
 
 def _text(report: EvalReport) -> str:

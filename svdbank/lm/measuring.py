@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from svdbank.core.errors import NotFiniteError
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.adapters import acting
 from svdbank.lm.blocks import IGNORED
+from svdbank.lm.dependence import WINDOWS, note, with_and_without
 from svdbank.lm.scores import BASE, Score, TextTally
 from svdbank.lm.windows import Window, batches, windows
 
@@ -48,6 +50,19 @@ def measure(
         seen += sum(window.predicted for window in batch)
         tell(Progress(f"measuring on {text}", seen, limit or seen, "tokens"))
     return [tally.score(name, text) for name, tally in tallies.items()]
+
+
+def needs_bos(model: Any, tokenizer: Any, text: str, documents: Iterator[str], length: int, batch_size: int) -> list[str]:
+    """What to say where a text costs the base less after the BOS that its tokenizer has and does not add; two short batches."""
+    compared = with_and_without(tokenizer, list(itertools.islice(windows(documents, tokenizer, length), WINDOWS)))
+    if compared is None:
+        return []
+    with acting(model, ()):
+        sums = [
+            [value for batch in batches(iter(side), batch_size) for value in summed_losses(model, batch)] for side in compared
+        ]
+    said = note(tokenizer, compared[0], *sums)
+    return [] if said is None else [f"{text}: {said}"]
 
 
 def summed_losses(model: Any, batch: Sequence[Window]) -> list[float]:

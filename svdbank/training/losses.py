@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from svdbank.core.specs import Progress, ProgressCallback
+from svdbank.core.specs import Progress, ProgressCallback, ignore_progress
 from svdbank.lm.blocks import Collator
+from svdbank.lm.dependence import note, with_and_without
 from svdbank.lm.marks import marks_of
 from svdbank.lm.measuring import padded, row_losses
 from svdbank.lm.scores import TextTally
@@ -38,6 +39,15 @@ def collator(tokenizer: Any, *, packing: bool = False) -> Callable[[Sequence[Any
         return padded([row["window"] for row in rows]) if "window" in rows[0] else blocks(rows)
 
     return collate
+
+
+def needs_bos(trainer: Any, tokenizer: Any, windows: Sequence[Window]) -> str | None:
+    """What to say where these windows cost less after the BOS that the tokenizer has and does not add; two short batches."""
+    compared = with_and_without(tokenizer, windows)
+    if compared is None:
+        return None
+    sums = measure(trainer, {"without": compared[0], "after": compared[1]}, ignore_progress, "")
+    return note(tokenizer, compared[0], sums["without"], sums["after"])
 
 
 def summed(logits: Any, labels: Any) -> Any:

@@ -14,7 +14,7 @@ from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progre
 from svdbank.lm.adapters import with_adapters
 from svdbank.lm.libraries import quiet_transformers
 from svdbank.lm.loading import Dtype, LoadIn, check_quantiser, load_model, open_model
-from svdbank.lm.measuring import measure
+from svdbank.lm.measuring import measure, needs_bos
 from svdbank.lm.memory import out_of_memory
 from svdbank.lm.scores import BASE, Score
 from svdbank.lm.tasks import TaskScore, import_lm_eval, task_scores
@@ -22,13 +22,14 @@ from svdbank.lm.texts import check_source, check_text, documents_of, named_texts
 
 
 class EvalReport(Struct, frozen=True):
-    """The table, text by text, and what it was measured with. ``length`` is the window in tokens."""
+    """The table, text by text, and what it was measured with. ``length`` is the window in tokens; ``notes`` are for people."""
 
     model: str
     length: int
     dtype: str
     scores: tuple[Score, ...]
     tasks: tuple[TaskScore, ...]
+    notes: tuple[str, ...] = ()
 
 
 def eval(
@@ -61,8 +62,9 @@ def eval(
     tasks, task_limit, task_folder
         lm-eval tasks (needs the extra ``eval``), examples a task, a folder with task files of your own.
     length
-        Tokens of a window; a longer document is cut, and the last token of a window begins the next, so that every token but a
-        document's first is predicted once. 1024, or what the model takes.
+        Tokens of a window, which begins with what the tokenizer puts before a text. A longer document is cut, and the last token of a
+        window is read again at the head of the next, so that every token is predicted once; where the tokenizer puts nothing before a
+        text, all but a document's first. 1024, or what the model takes.
     tokens
         Stop a text after so many predicted tokens.
 
@@ -89,13 +91,18 @@ def eval(
         tell(Progress("loading the model", 0, 1, "model", opened.name))
         loaded = with_adapters(load_model(opened, dtype=dtype, load_in=load_in), stacks)
         tell(Progress("loading the model", 1, 1, "model", opened.name))
-        scores = []
+        scores, notes = [], []
         with out_of_memory("lower --batch-size or --length, or load the base with --load-in 4bit"):
             for name, text in texts.items():
+                notes += needs_bos(
+                    loaded, opened.tokenizer, name, documents_of(text, field=field, split=split), window, batch_size
+                )
                 documents = documents_of(text, field=field, split=split)
                 scores += measure(loaded, opened.tokenizer, stacks, name, documents, window, tokens, batch_size, tell)
             results = task_scores(loaded, opened.tokenizer, stacks, tasks, task_limit, task_folder, batch_size) if tasks else ()
-    return EvalReport(opened.name, window, str(loaded.dtype).removeprefix("torch."), tuple(scores), tuple(results))
+    return EvalReport(
+        opened.name, window, str(loaded.dtype).removeprefix("torch."), tuple(scores), tuple(results), tuple(notes)
+    )
 
 
 def _stacks(adapters: Mapping[str, str | Path | Sequence[str | Path]]) -> dict[str, tuple[str, ...]]:
