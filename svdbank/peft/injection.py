@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class FactorSource:
 
     ``saved`` are the factors of ``folder`` by layer, where one is being loaded: a targeted layer that is not among them would keep
     what it is given here. ``overwritten`` says that PEFT will put its own values in, whatever the method; ``frozen`` that it is MiCA
-    whatever the folder's config says.
+    whatever the folder's config says. ``exact`` names the adapters whose factors keep the digits they are given, on a narrower base too.
     """
 
     bank: Bank | None
@@ -38,6 +38,7 @@ class FactorSource:
     folder: str = ""
     overwritten: bool = False
     frozen: bool = False
+    exact: set[str] = field(default_factory=set)
 
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:
@@ -56,6 +57,7 @@ def inject(
     normalise(config)
     root: nn.Module = tuner.model
     before = Snapshot(root)
+    source.exact.add(adapter_name)
     if not source.overwritten:
         _check_company(root, adapter_name, method)
     if not config.inference_mode:

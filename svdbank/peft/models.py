@@ -106,7 +106,8 @@ def load_adapter(
         for field, value in moved_fields(saved, move).items():
             setattr(config, field, value)
     pairs = {move(module): pair for module, pair in saved.factors.items()}
-    source = FactorSource(opened, saved=pairs, folder=str(folder), frozen=method == "mica")
+    exact = {adapter_name} if options.get("autocast_adapter_dtype", True) else set()
+    source = FactorSource(opened, saved=pairs, folder=str(folder), frozen=method == "mica", exact=exact)
     with as_it_was(model, adapter_name), reroute(source), as_peft_writes(saved, move) as place, explained(saved):
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:

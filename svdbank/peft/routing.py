@@ -69,9 +69,9 @@ def _patch() -> None:
     """Wrap the places where PEFT makes layers and decides their dtype, and those where Transformers forgets what PEFT knows."""
     try:
         from peft import PeftModel
-        from peft.tuners.lora.layer import Embedding, LoraLayer
+        from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
         from peft.tuners.lora.model import LoraModel
-        from peft.tuners.tuners_utils import BaseTuner
+        from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
         from transformers.integrations.peft import PeftAdapterMixin
     except ImportError as cause:
         raise missing_extra("peft", "peft") from cause
@@ -80,6 +80,8 @@ def _patch() -> None:
     _wrap(Embedding, "mica_init", _mica_init)
     _wrap(BaseTuner, "inject_adapter", _inject_adapter)
     _wrap(BaseTuner, "_cast_adapter_dtype", _cast_adapter_dtype)
+    for layer in (BaseTunerLayer, ParamWrapper):
+        _wrap(layer, "_move_adapter_to_device_of_base_layer", _move_adapter)
     _wrap(LoraModel, "add_weighted_adapter", _add_weighted_adapter)
     _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(PeftAdapterMixin, "add_adapter", _transformers_add_adapter)
@@ -155,6 +157,31 @@ def _cast_adapter_dtype(
         _narrow(tuner.model, adapter_name)
 
 
+def _move_adapter(
+    source: FactorSource, original: Callable[..., Any], layer: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """PEFT gives factors the base's dtype too, which takes digits from those just read, and makes new, trainable ones of an embedding's."""
+    if adapter_name not in source.exact:
+        original(layer, adapter_name, *args, **kwargs)
+        return
+    before = [(parameter.detach(), parameter.requires_grad) for parameter in _own(layer, adapter_name)]
+    original(layer, adapter_name, *args, **kwargs)
+    for moved, (values, trains) in zip(_own(layer, adapter_name), before, strict=True):
+        moved.data = values.to(moved.device)
+        moved.requires_grad_(trains)
+
+
+def _own(layer: Any, adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of one adapter in a layer of PEFT's."""
+    kept = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    entries = [
+        entry[adapter_name] for entry in kept if isinstance(entry, nn.ModuleDict | nn.ParameterDict) and adapter_name in entry
+    ]
+    return [
+        parameter for entry in entries for parameter in ([entry] if isinstance(entry, nn.Parameter) else entry.parameters())
+    ]
+
+
 def _narrow(root: nn.Module, adapter_name: str) -> None:
     for slot in slots(root, adapter_name):
         slot.narrow()
@@ -190,7 +217,9 @@ def _transformers_add_adapter(
 def _transformers_load_adapter(
     source: FactorSource, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Transformers puts new parameters in place of PEFT's, and those train; PEFT's layers still know which ones must not."""
+    """Transformers puts new parameters in place of PEFT's, and of an embedding beneath one, and those train; PEFT's layers still know
+    which must not.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with _as_it_was(model):
@@ -198,6 +227,7 @@ def _transformers_load_adapter(
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module._freeze_non_trainable_peft_weights()
+            module.get_base_layer().requires_grad_(False)
     return result
 
 
