@@ -64,7 +64,8 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "path/to/this/folder", is_trainable=True, low_cpu_mem_usage=True)
 ```
 
-`low_cpu_mem_usage=True` is what keeps PEFT from running one SVD a weight, whose result it would then overwrite.
+`low_cpu_mem_usage=True` is what keeps PEFT from running one SVD a weight, whose result it would then overwrite. On a base in
+bfloat16 it also rounds the factors; `svdbank.peft.load_adapter(model, "path/to/this/folder")` does not.
 """
 
 

@@ -9,6 +9,25 @@ from svdbank.training.options import TrainOptions
 from svdbank.training.report import TrainReport
 
 
+#: ``low_cpu_mem_usage`` would round the factors on a base in bfloat16.
+_PLAIN = """```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+"""
+
+_LOADED = """```python
+from svdbank.peft import load_adapter
+
+model = load_adapter(model, "path/to/this/folder", is_trainable=False)
+```
+
+`PeftModel.from_pretrained` loads it too, after one SVD a weight, whose result it then overwrites. With `low_cpu_mem_usage=True` it needs
+none, and on a base in bfloat16 rounds the factors.
+"""
+
+
 def card(options: TrainOptions, report: TrainReport) -> str:
     """README.md of a trained adapter: front matter that the Hub reads, what it was trained on and what came of it."""
     held_out = report.held_out
@@ -42,9 +61,4 @@ tokens of {", ".join(map(escaped, options.data))}, {report.trainable_parameters:
 {beneath}
 `training.toml` holds every option, and `svdbank train --config training.toml -o OTHER` trains it again; `training.json` holds the figures.
 
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(model, "path/to/this/folder", low_cpu_mem_usage=True)
-```
-"""
+{_LOADED if options.method == "mica" else _PLAIN}"""
