@@ -8,7 +8,6 @@ from svdbank.adapter.card import escaped
 from svdbank.training.options import TrainOptions
 from svdbank.training.report import TrainReport
 
-
 #: ``low_cpu_mem_usage`` would round the factors on a base in bfloat16.
 _PLAIN = """```python
 from peft import PeftModel
