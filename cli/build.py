@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 @build_options
 @device_option
 @click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Worker processes: on a CPU as many as asked for, of several GPUs the first so many. [default: 1; every GPU of --device cuda]",
+)
+@click.option(
     "--shard",
     metavar="I/N|auto[/N]",
     help="Work beside other processes and machines that see the bank's folder, first on part I of N. auto: as Slurm's array, an "
@@ -31,6 +36,7 @@ def build_command(
     bank: str | None,
     targets: tuple[str, ...],
     device: str,
+    workers: int | None,
     shard: str | None,
     dry_run: bool,
     output: Output,
@@ -48,6 +54,8 @@ def build_command(
       svdbank build ./my-model --targets q_proj --targets v_proj
       svdbank build ./my-model --targets '.*layers\\.(0|1)\\..*proj'
       svdbank build meta-llama/Llama-3.1-70B --disk-budget 20GB --no-keep
+      svdbank build ./my-model --workers 2 --threads 8
+      svdbank build ./my-model --device cuda:0,cuda:2
       svdbank build ./my-model -o /shared/my-model.bank --shard 1/4       on each of four machines, with its number
       svdbank build ./my-model -o /shared/my-model.bank --shard auto      in sbatch --array, or torchrun
       svdbank build ./my-model --json | tail -1
@@ -63,7 +71,15 @@ def build_command(
     reports: list[BuildReport] = []
     with output.progress(lines=True) as progress:
         svdbank.build(
-            model, bank, targets=targets, device=device, shard=shard, progress=progress, on_report=reports.append, **options
+            model,
+            bank,
+            targets=targets,
+            device=device,
+            workers=workers,
+            shard=shard,
+            progress=progress,
+            on_report=reports.append,
+            **options,
         )
     output.data(reports[0], _text)
 

@@ -27,6 +27,7 @@ class BuildOptions(TypedDict):
     principal: int
     solver: str
     jobs: int | None
+    threads: int | None
     fetch: Fetch
     disk_budget: int | None
     keep: bool | None
@@ -81,7 +82,14 @@ def build_options(command: Command) -> Command:
                 "--solver", default="auto", show_default=True, metavar="PATH", help="Force a solver path; see docs/numerics.md."
             ),
             click.option(
-                "--jobs", type=click.IntRange(min=1), help="Small weights solved at a time. [default: one a processor]"
+                "--jobs",
+                type=click.IntRange(min=1),
+                help="Small weights that a worker solves at a time. [default: one a thread]",
+            ),
+            click.option(
+                "--threads",
+                type=click.IntRange(min=1),
+                help="Threads of a worker for a large weight; fixed in the plan, because bytes depend on it. [default: its processors]",
             ),
             click.option(
                 "--fetch",
@@ -112,7 +120,8 @@ def device_option(command: Command) -> Command:
         "--device",
         default="auto",
         show_default=True,
-        help="Where to compute: auto (CUDA if there), cpu, cuda, cuda:1 …; plan also takes cuda-low-float64, a card with little float64.",
+        help="Where to compute: auto (CUDA if there), cpu, cuda (every GPU), cuda:1 …, or several with commas, a worker each; "
+        "plan also takes cuda-low-float64, a card with little float64.",
     )(command)
 
 

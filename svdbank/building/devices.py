@@ -56,6 +56,30 @@ def _cuda_is_available() -> bool:
     return torch.cuda.is_available()
 
 
+def worker_devices(names: str, workers: int | None) -> tuple[str, ...]:
+    """A device for each worker: of a list with commas each one named, also twice; of ``cuda``, and ``auto`` where there are several, every
+    GPU there is; of a CPU as many as ``workers``. OptionError for devices that are not here, or not so many."""
+    listed = [name.strip() for name in names.split(",")]
+    if len(listed) > 1:
+        if workers not in (None, len(listed)):
+            raise OptionError(f"{len(listed)} devices are named and {workers} workers asked for", hint="leave --workers out")
+        return tuple(str(named_device(name)) for name in listed)
+    device = named_device(listed[0])
+    if device.type == "cpu":
+        return ("cpu",) * (workers or 1)
+    import torch
+
+    count = torch.cuda.device_count() if device.index is None else 1
+    if workers is not None and workers > count:
+        again = ",".join([str(torch.device("cuda", device.index or 0))] * workers)
+        raise OptionError(
+            f"{workers} workers were asked for, {names} is {count} GPUs", hint=f"--device {again} has them share one"
+        )
+    if count == 1:
+        return (str(device),)
+    return tuple(f"cuda:{number}" for number in range(workers or count))
+
+
 def named_device(name: str) -> torch.device:
     """The torch device called ``name``, or ``auto``: CUDA where there is one. OptionError for one that is not here."""
     import torch

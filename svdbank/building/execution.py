@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -61,12 +61,14 @@ def work(
     lease: Lease | None = None,
     fetch: FetchPlan | None = None,
     as_given: bool = False,
+    tick: Callable[[], None] = lambda: None,
 ) -> WorkReport:
     """Solve and record ``shards`` of a prepared build, ``jobs`` small ones at a time on a CPU.
 
     Any number of processes may do so at once, of the same shards too: each shard is claimed by one of them, and what another has
     claimed or recorded is left out. What an interrupt or an error finds under way ends and is recorded. Under ``lease``, or one that is
-    taken with the bank's lock; ``fetch`` instead of the build's; ``as_given`` keeps the order of ``shards``.
+    taken with the bank's lock; ``fetch`` instead of the build's; ``as_given`` keeps the order of ``shards``;
+    ``tick`` is called about once a second.
 
     Raises OptionError where the plan's solves take more threads than there are processors here, LockedError where the session is over.
     """
@@ -76,7 +78,7 @@ def work(
     with contextlib.ExitStack() as stack:
         lease = lease or stack.enter_context(lease_of(session, str(device)))
         claims = stack.enter_context(Claims(session, lease))
-        worker = _Worker(prepared, claims, checkpoint, device, jobs, progress, fetch or prepared.fetch)
+        worker = _Worker(prepared, claims, checkpoint, device, jobs, progress, fetch or prepared.fetch, tick)
         return worker.run(shards, as_given=as_given)
 
 
@@ -91,13 +93,13 @@ def lease_of(session: Session, device: str) -> Iterator[Lease]:
         yield lease
 
 
-def refuse_few_processors(plan: Plan) -> None:
-    """OptionError where a plan's solves on a CPU take more threads than this process may use: the bytes would be others, or slow."""
-    needed, here = max((shard.threads for shard in plan.shards), default=1), available_cpus()
+def refuse_few_processors(plan: Plan, here: int) -> None:
+    """OptionError where a plan's solves on a CPU take more threads than the ``here`` of this worker: other bytes, or a slow build."""
+    needed = max((shard.threads for shard in plan.shards), default=1)
     if needed > here:
         raise OptionError(
-            f"the plan solves with {needed} threads, and this process may use {here} processors (affinity and cgroup limits count)",
-            hint=f"work on a machine with {needed} processors; SVDBANK_THREADS={needed} takes this one for such, slowly",
+            f"the plan solves with {needed} threads, and this worker has {here} (affinity, cgroup limits and --threads count)",
+            hint=f"work on {needed} processors, with --threads {needed}; SVDBANK_THREADS={needed} takes fewer for so many, slowly",
         )
 
 
@@ -113,9 +115,11 @@ class _Worker:
         jobs: int,
         progress: ProgressCallback,
         fetch: FetchPlan,
+        tick: Callable[[], None],
     ) -> None:
         self.prepared = prepared
         self.fetch = fetch
+        self.tick = tick
         self.claims = claims
         self.checkpoint = checkpoint
         self.device = device
@@ -123,7 +127,7 @@ class _Worker:
         self.progress = progress
         self.kind = kind_of(device)
         if self.kind == "cpu":
-            refuse_few_processors(prepared.plan)
+            refuse_few_processors(prepared.plan, available_cpus())
         self.writer = BankWriter(prepared.root, prepared.plan, generation=prepared.generation, session=prepared.session)
         self.watch = Stopwatch()
         self.waited = 0.0
@@ -204,7 +208,7 @@ class _Worker:
             try:
                 while (batch := reader.next) is not None and threads in (None, batch.threads):
                     while len(running) >= at_once:
-                        finished, running = wait(running, return_when=FIRST_COMPLETED)
+                        finished, running = self._some_of(running)
                         for future in finished:
                             yield from future.result()
                     begun = time.perf_counter()
@@ -212,6 +216,7 @@ class _Worker:
                         either: set[Future[Any]] = {*pending, *running}
                         wait(either, timeout=_SHOW_EVERY, return_when=FIRST_COMPLETED)
                         del either, pending  # they hold what was read
+                        self.tick()
                         finished = {future for future in running if future.done()}
                         running -= finished
                         for future in finished:
@@ -223,7 +228,7 @@ class _Worker:
                     running.add(solvers.submit(self._solve_and_record, batch, loaded, solver))
                     del loaded
                 while running:
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    finished, running = self._some_of(running)
                     for future in finished:
                         yield from future.result()
             except BaseException:
@@ -231,11 +236,21 @@ class _Worker:
                 solvers.shutdown(wait=False, cancel_futures=True)
                 raise
 
+    def _some_of(self, running: set[Future[Any]]) -> tuple[set[Future[Any]], set[Future[Any]]]:
+        """Wait for the first that ends: those that have ended, and the others."""
+        while True:
+            finished, left = wait(running, timeout=_SHOW_EVERY, return_when=FIRST_COMPLETED)
+            self.tick()
+            if finished:
+                return finished, left
+
     def _show_download(self) -> None:
         """Nothing is being solved: say what is waited for."""
         nbytes, remote = self.fetch.nbytes, self.checkpoint.remote
         if nbytes and remote is not None:
             self.progress(Progress("download", min(remote.traffic.nbytes, nbytes), nbytes, "bytes"))
+        else:
+            self.progress(Progress("wait for bytes", 0, 1, "reads"))
 
     def _solve_and_record(self, batch: Batch, loaded: Loaded, solver: BatchSolver) -> list[tuple[WeightSpec, ...]]:
         """Solve the weights of a batch's shards, giving each up once it is solved, and write them; the weights of each shard."""

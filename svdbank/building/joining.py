@@ -70,7 +70,7 @@ def joined(request: BuildRequest, *, device: str, join: bool, on_cpu: bool, prog
                 checkpoint = stack.enter_context(_opened(request, root, join=join))
             prepared = prepare(checkpoint, request, device=device, progress=progress, join=join)
             if on_cpu:
-                refuse_few_processors(prepared.plan)
+                refuse_few_processors(prepared.plan, request.threads)
             session = prepared.session
             lease = None if session is None else stack.enter_context(Lease(session, device=device))
         yield Workplace(checkpoint, prepared, lease)
@@ -104,11 +104,18 @@ def _pinned(model: str | os.PathLike[str], sources: Sources) -> str | os.PathLik
 
 
 def work_through(
-    here: Workplace, share: Share, *, device: torch.device, request: BuildRequest, progress: ProgressCallback
+    here: Workplace,
+    share: Share,
+    *,
+    device: torch.device,
+    request: BuildRequest,
+    progress: ProgressCallback,
+    tick: Callable[[], None] = lambda: None,
 ) -> WorkReport:
     """Do a share of the work, then help the others from the ends of theirs, then wait until all is recorded.
 
-    What a dead worker held is taken over. Raises what :func:`svdbank.building.execution.work` raises.
+    What a dead worker held is taken over; ``tick`` is called about once a second.
+    Raises what :func:`svdbank.building.execution.work` raises.
     """
     prepared, checkpoint, lease = here.prepared, here.checkpoint, here.lease
     session = prepared.session
@@ -117,7 +124,7 @@ def work_through(
     files = {file.name: number for number, file in enumerate(checkpoint.files)}
     works = shard_works(prepared.plan, prepared.weights, prepared.plan.shards)
     by_file = checkpoint.remote is not None and prepared.fetch.way == "shards"
-    counted = _Counted(prepared, session, progress)
+    total = len(prepared.weights)
     done = WorkReport(0, (), {}, 0.0)
 
     def round_of(chosen: list[ShardWork], *, first: bool) -> WorkReport:
@@ -133,10 +140,11 @@ def work_through(
             checkpoint=checkpoint,
             device=device,
             jobs=request.jobs,
-            progress=counted.shown,
+            progress=progress,
             lease=lease,
             fetch=fetch,
             as_given=not first,
+            tick=tick,
         )
 
     try:
@@ -153,7 +161,10 @@ def work_through(
                 done = _sum(done, round_of(chosen, first=False))
                 others = []
             else:
-                counted.waiting(left)
+                missing = sum(len(one.weights) for one in left)
+                others_at = f"{len(left)} shards are with other workers"
+                progress(Progress("wait for other workers", total - missing, total, "weights", others_at))
+                tick()
                 time.sleep(_LOOK_AGAIN)
             if current_session(prepared.root) != session:
                 raise session_over(prepared.root)
@@ -176,28 +187,6 @@ def is_published(prepared: PreparedBuild) -> bool:
     """True where the plan of a build is published by now."""
     root = prepared.root
     return (root / MANIFEST).exists() and plan_name(prepared.generation) in read_manifest(Folder(root)).plans
-
-
-class _Counted:
-    """Progress over all that is recorded, whoever did it."""
-
-    def __init__(self, prepared: PreparedBuild, session: Session, progress: ProgressCallback) -> None:
-        self._prepared = prepared
-        self._session = session
-        self._progress = progress
-        self._total = sum(len(family.weights) for family in prepared.plan.families)
-        self._sizes = {(shard.family, shard.index): shard.stop - shard.start for shard in prepared.plan.shards}
-        self._elsewhere = 0.0
-        self._looked = time.monotonic()
-
-    def shown(self, progress: Progress) -> None:
-        self._progress(progress)
-
-    def waiting(self, left: list[ShardWork]) -> None:
-        """Nothing is free: say what others are at."""
-        missing = sum(len(one.weights) for one in left)
-        what = f"{len(left)} shards are with other workers"
-        self._progress(Progress("wait for other workers", self._total - missing, self._total, "weights", what))
 
 
 def _left(session: Session, works: list[ShardWork]) -> list[ShardWork]:

@@ -72,6 +72,10 @@ class LockedError(SvdbankError):
     exit_code = 11
 
 
+class WorkerError(SvdbankError):
+    """A worker process ended without a word: it was killed, or ran out of memory."""
+
+
 class WrongBaseError(SvdbankError):
     """The bank or adapter belongs to other weights than those it is used with."""
 

@@ -355,6 +355,22 @@ class Progress(Struct, frozen=True):
     item: str = ""
 
 
+class BuildProgress(Progress, frozen=True):
+    """Progress of the solves of a build: ``done`` and ``total`` weights, and the same in bytes to read and flops.
+
+    ``seconds_left`` at the rate so far, None before there is one; ``workers`` are at it here, of whom ``waiting`` have nothing to solve
+    until bytes have come.
+    """
+
+    bytes_done: int = 0
+    bytes_total: int = 0
+    flops_done: float = 0.0
+    flops_total: float = 0.0
+    seconds_left: float | None = None
+    workers: int = 1
+    waiting: tuple[str, ...] = ()
+
+
 #: What a long call reports to.
 ProgressCallback = Callable[[Progress], None]
 

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
+import torch
 
 from svdbank.bank.reading import Bank, open_bank
-from svdbank.building.devices import working_device
+from svdbank.building.crew import Crew
+from svdbank.building.devices import worker_devices, working_device
+from svdbank.building.execution import WorkReport
 from svdbank.building.fetching import Fetch, FetchReport, fetch_report
-from svdbank.building.joining import finished, joined, work_through
-from svdbank.building.request import build_request
+from svdbank.building.joining import Workplace, finished, joined
+from svdbank.building.request import BuildRequest, build_request
 from svdbank.building.shares import Share, parse_share
 from svdbank.core.specs import ProgressCallback, Side, StoredDtype, Struct, ignore_progress, quantised_formats
 
@@ -84,9 +87,11 @@ def build(
     solver, principal
         Solver path (``auto``: by shape and rank); triplets of the largest singular values to keep as well.
     device
-        ``auto`` (CUDA if there), ``cpu``, ``cuda``, ``cuda:1`` …
-    jobs
-        Small weights solved at a time, by default one a processor. Does not change the bytes of the bank.
+        ``auto`` (CUDA if there), ``cpu``, ``cuda`` (every GPU there is, a worker each), ``cuda:1`` …, or several with commas, a worker
+        each, also the same twice.
+    workers, threads, jobs
+        Worker processes on a CPU (1), threads of each for a large weight (the processors divided among them; fixed in the plan, since
+        bytes depend on it), and small weights that each solves at a time (as many as threads; changes no byte).
     fetch, disk_budget, keep
         How weights on the Hub come here: ``cache`` (all of them into the Hugging Face cache first), ``shards`` (file by file, the
         next while this one is solved), ``ranges`` (only the bytes needed, nothing on disk), or ``auto``, by what fits; the most bytes
@@ -129,11 +134,16 @@ def build(
         threads=threads,
     )
     share = None if shard is None else parse_share(shard, os.environ)
-    where = working_device(share.device if share and share.device and request.device in ("auto", "cuda") else request.device)
-    tell = progress or ignore_progress
-    with joined(request, device=str(where), join=share is not None, on_cpu=where.type == "cpu", progress=tell) as here:
+    named = share.device if share and share.device and request.device in ("auto", "cuda") else request.device
+    where = worker_devices(named, request.workers)
+    device_here = working_device(where[0])
+    tell, on_cpu = progress or ignore_progress, "cpu" in where
+    with (
+        Crew(where, request.threads) as crew,
+        joined(request, device=",".join(where), join=share is not None, on_cpu=on_cpu, progress=tell) as here,
+    ):
         checkpoint, prepared = here.checkpoint, here.prepared
-        done = work_through(here, share or Share(0, 1), device=where, request=request, progress=tell)
+        done = _worked(here, crew, share or Share(0, 1), request, device_here, tell)
         fetching = fetch_report(checkpoint, prepared.fetch, done.waited)
         finished(
             prepared,
@@ -154,7 +164,7 @@ def build(
         fallbacks=tuple(name for name in bank if bank[name].certificate.tried),
         quantised=quantised_formats(bank[name].dtype for name in bank),
         fetch=fetching,
-        device=str(where),
+        device=",".join(where),
         stages=done.stages,
         same_bytes=prepared.same_bytes,
         decided=prepared.plan.decided,
@@ -164,3 +174,20 @@ def build(
     if on_report is not None:
         on_report(summary)
     return bank
+
+
+def _worked(
+    here: Workplace,
+    crew: Crew,
+    share: Share,
+    request: BuildRequest,
+    device: torch.device,
+    progress: ProgressCallback,
+) -> WorkReport:
+    """The work, by all workers of this machine, where there is something to do."""
+    if here.prepared.session is None:
+        return WorkReport(solved=0, elsewhere=(), stages={}, waited=0.0)
+    done, (nbytes, requests, retries) = crew.work(here, share, request, device=device, progress=progress)
+    if here.checkpoint.remote is not None:
+        here.checkpoint.remote.traffic.add(nbytes=nbytes, requests=requests, retries=retries)
+    return done

@@ -83,6 +83,7 @@ def plan(
     principal: int = 0,
     device: str = "auto",
     jobs: int | None = None,
+    threads: int | None = None,
     fetch: Fetch = "auto",
     disk_budget: int | None = None,
     keep: bool | None = None,
@@ -110,8 +111,9 @@ def plan(
         fetch=fetch,
         disk_budget=disk_budget,
         keep=keep,
+        threads=threads,
     )
-    kind, here = planned_device(request.device)
+    kind, here = planned_device(request.device.partition(",")[0])
     alone = is_configuration(request.model)
     with (open_configuration if alone else open_checkpoint)(request.model) as checkpoint:
         found = survey(checkpoint, request)

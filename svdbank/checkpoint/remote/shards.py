@@ -28,6 +28,9 @@ from svdbank.core.specs import SourceFile
 if TYPE_CHECKING:
     from svdbank.checkpoint.remote.files import RemoteFile
 
+#: Seconds after which one that waits for another process's download looks again.
+_ASK_AGAIN = 0.2
+
 #: Ends the names of our unfinished downloads; ``.incomplete`` is what the Hub client itself calls such files.
 SUFFIX = ".svdbank.incomplete"
 
@@ -175,6 +178,9 @@ class Shards:
         )
 
     def _download(self, file: SourceFile) -> _Copy:
+        copy = self._from_another(file) if self._keep and file.identity else None
+        if copy is not None:
+            return copy
         copy = _Copy.open(self._folder, file)
         try:
             for last in (False, True):
@@ -203,6 +209,25 @@ class Shards:
             raise
         copy.finish()
         return copy
+
+    def _from_another(self, file: SourceFile) -> _Copy | None:
+        """A file that another process has brought here meanwhile, or is about to: it is waited for, and no byte comes twice."""
+        whole, growing = self._folder / file.identity, self._folder / f"{file.identity}{SUFFIX}"
+        while True:
+            if whole.is_file():
+                copy = _Copy(whole, os.open(whole, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), file)
+                copy.finish()
+                return copy
+            descriptor = _lock(growing, create=False)
+            if descriptor is not None or not growing.exists():
+                if descriptor is not None:
+                    os.close(descriptor)
+                if not whole.is_file():
+                    return None
+            with self._condition:
+                if self._stopped:
+                    raise CheckpointError(f"{self._repository.name}: {file.name}: downloading was given up")
+                self._condition.wait(_ASK_AGAIN)
 
     def _link(self, name: str) -> None:
         """Have the Hub client make the snapshot's link to a blob that is there."""
