@@ -137,6 +137,17 @@ def named_by(decided: str, doubt: str | None, before: Sequence[str]) -> list[str
 _KNEW = {"table": "svdbank's own table", "names": "the stored names alone"}
 
 
+def _of_build(progress: Progress) -> list[str]:
+    """What a build says beside its weights: time left, and its workers where there are several, or one waits."""
+    seconds, workers, waiting = (getattr(progress, name, None) for name in ("seconds_left", "workers", "waiting"))
+    parts = [f"{duration(seconds)} left"] if seconds else []
+    if workers is not None and workers > 1:
+        parts.append(f"{workers} workers")
+    if waiting:
+        parts.append(f"{len(waiting)} waiting for bytes" if (workers or 1) > 1 else "waiting for bytes")
+    return parts
+
+
 class ProgressView:
     """Shows progress: a bar on a terminal, else a line every few seconds, or JSON lines."""
 
@@ -178,8 +189,8 @@ class ProgressView:
                 file=sys.stderr,
             )
         bar.update(progress.done - bar.n)
-        if progress.item:
-            bar.set_postfix_str(printable(progress.item)[-48:], refresh=False)
+        if text := ", ".join(filter(None, (printable(progress.item)[-48:], *_of_build(progress)))):
+            bar.set_postfix_str(text, refresh=False)
 
     def _show_line(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -190,7 +201,8 @@ class ProgressView:
                 if progress.unit == "bytes"
                 else f"{progress.done:g} of {progress.total:g} {progress.unit}"
             )
-            click.echo(printable(f"{progress.stage}: {amounts} {progress.item}".rstrip()), err=True)
+            text = ", ".join((f"{progress.stage}: {amounts} {progress.item}".rstrip(), *_of_build(progress)))
+            click.echo(printable(text), err=True)
 
     def _close(self) -> None:
         if self._bar is not None:
