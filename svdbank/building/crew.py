@@ -17,20 +17,20 @@ from pathlib import Path
 import msgspec
 import torch
 
-import svdbank
+from svdbank.building.accounting import SHARED_STAGES, Account
 from svdbank.building.execution import WorkReport
 from svdbank.building.fetching import FetchOptions
 from svdbank.building.joining import Workplace, work_through
 from svdbank.building.preparation import PreparedBuild
 from svdbank.building.request import BuildRequest
 from svdbank.building.shares import Share
-from svdbank.building.tally import SHARED_STAGES, Tally
 from svdbank.building.worker import Order, Said
 from svdbank.core import errors
 from svdbank.core.errors import SvdbankError, WorkerError
 from svdbank.core.specs import Progress, ProgressCallback, from_json
 
-_PROGRAM = "from svdbank.building.worker import main; main()"
+#: Threads of libraries that are still up at the end have nothing to say.
+_PROGRAM = "import os; from svdbank.building.worker import main; os._exit(main())"
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Crew:
         self._heard: queue.Queue[tuple[_Member, bytes]] = queue.Queue()
 
     def __enter__(self) -> Crew:
-        place = str(Path(svdbank.__file__).parents[1])
+        place = str(Path(__file__).parents[2])  # where the package lies: -P leaves the working folder out
         paths = [place, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         environment |= {"SVDBANK_THREADS": str(self._threads)}
@@ -101,7 +101,7 @@ class Crew:
         """
         prepared, remote = here.prepared, here.checkpoint.remote
         name = _name(1, self._first) if self._others else self._first
-        tally = Tally(prepared, [name, *(member.name for member in self._members)], progress)
+        account = Account(prepared, [name, *(member.name for member in self._members)], progress)
         if prepared.fetch.way == "cache" and remote is not None and self._others:
             remote.download(lambda stage, done, total: progress(Progress(stage, done, total, "bytes")))
         if self._others:
@@ -115,14 +115,16 @@ class Crew:
                 member.process.stdin.write(pickle.dumps(order).hex().encode() + b"\n")
                 member.process.stdin.flush()
         mine = Share(share.index * each, share.count * each)
-        done = work_through(here, mine, device=device, request=request, progress=tally.of(name), tick=lambda: self._hear(tally))
-        tally.gone(name)
+        done = work_through(
+            here, mine, device=device, request=request, progress=account.of(name), tick=lambda: self._hear(account)
+        )
+        account.gone(name)
         for member in self._members:
             if not member.joined:  # all is done, and it is still loading its libraries
                 member.process.kill()
                 member.ended = True
         while any(not member.ended for member in self._members):
-            self._hear(tally, wait=True)
+            self._hear(account, wait=True)
         ends = [member.end for member in self._members if member.end is not None]
         stages = dict(done.stages)
         for end in ends:
@@ -132,29 +134,29 @@ class Crew:
         solved, waited = done.solved + sum(end.solved or 0 for end in ends), done.waited + sum(end.waited for end in ends)
         return WorkReport(solved, done.elsewhere, stages, waited), (bytes_, requests, retries)
 
-    def _hear(self, tally: Tally, *, wait: bool = False) -> None:
+    def _hear(self, account: Account, *, wait: bool = False) -> None:
         """Take in what the others have said since, in this thread; raises what one of them ended with."""
         while wait or not self._heard.empty():
             member, line = self._heard.get()
             wait = False
             if line:
-                self._note(member, from_json(line, Said, where=member.name, error=WorkerError), tally)
+                self._note(member, from_json(line, Said, where=member.name, error=WorkerError), account)
                 continue
             if member.ended:
                 continue
             member.ended = True
-            tally.gone(member.name)
+            account.gone(member.name)
             if (code := member.process.wait()) != 0:
-                tally.show(f"{member.name} {_ended(code)}")
+                account.show(f"{member.name} {_ended(code)}")
 
-    def _note(self, member: _Member, said: Said, tally: Tally) -> None:
+    def _note(self, member: _Member, said: Said, account: Account) -> None:
         member.joined = True
         if said.error is not None:
             raise _error(member.name, said)
         if said.solved is not None:
             member.end = said
         elif said.progress is not None and said.progress.stage in SHARED_STAGES:
-            tally.of(member.name)(said.progress)
+            account.of(member.name)(said.progress)
 
     def _listen(self, member: _Member) -> None:
         assert member.process.stdout is not None

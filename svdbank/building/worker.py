@@ -43,8 +43,11 @@ class Said(Struct, frozen=True):
     hint: str | None = None
 
 
-def main() -> Never:
-    """Do what the first line of standard input says; stop when there is no more of it, or at SIGTERM, and keep what is done."""
+def main() -> int:
+    """Do what the first line of standard input says; stop when there is no more of it, or at SIGTERM, and keep what is done.
+
+    Returns the exit code of the process, which has nothing else to do.
+    """
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints
     speaking = threading.Lock()
@@ -58,21 +61,21 @@ def main() -> Never:
         signal.signal(signal.SIGTERM, _stop)
         line = sys.stdin.buffer.readline()
         if not line:
-            os._exit(130)
+            return 130
         order: Order = pickle.loads(bytes.fromhex(line.decode()))
         threading.Thread(target=_stop_with_parent, daemon=True).start()
         say(_worked(order, say))
     except KeyboardInterrupt:
-        os._exit(130)
+        return 130
     except BrokenPipeError:
-        os._exit(1)
+        return 1
     except BaseException as error:
         if os.environ.get("SVDBANK_DEBUG"):
             traceback.print_exc()
         hint = error.hint if isinstance(error, SvdbankError) else None
         say(Said(error=type(error).__name__, message=str(error), hint=hint))
-        os._exit(1)
-    os._exit(0)  # threads of libraries that are still up have nothing to say
+        return 1
+    return 0
 
 
 def _worked(order: Order, say: Any) -> Said:

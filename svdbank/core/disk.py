@@ -459,8 +459,11 @@ def _held(path: Path, *beside: Path) -> Iterator[bool]:
     """
     import filelock  # a twentieth of a second, which only writers should wait
 
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise OptionError(f"{path}: a link, pipe or folder where a lock belongs", hint="see who put it there, and remove it")
+    with contextlib.suppress(FileNotFoundError):  # one look: it may come and go between two
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OptionError(
+                f"{path}: a link, pipe or folder where a lock belongs", hint="see who put it there, and remove it"
+            )
     lock = filelock.FileLock(path, timeout=0, thread_local=False)
     try:
         lock.acquire()

@@ -18,7 +18,7 @@ _WAITING = ("wait for bytes", "download")
 SHARED_STAGES = ("decompose", *_WAITING)
 
 
-class Tally:
+class Account:
     """Adds up what workers say; from any thread. ``alive`` names the workers at it."""
 
     def __init__(self, prepared: PreparedBuild, alive: Iterable[str], progress: ProgressCallback) -> None:
