@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 @composed_from
 @with_output
 def compare_command(
-    adapters: tuple[str, ...], by: str, image: str | None, bank: str | None, rebase: str | None, output: Output
+    adapters: tuple[str, ...],
+    by: str,
+    image: str | None,
+    bank: str | None,
+    rebase: str | None,
+    base: str | None,
+    output: Output,
 ) -> None:
     """Compare adapters of one base from their coefficients alone: norms, cosines, what cancels when they are added.
 
@@ -42,7 +48,7 @@ def compare_command(
     """
     import svdbank
 
-    report = svdbank.compare(adapters, bank=bank, rebase=rebase, image=image)
+    report = svdbank.compare(adapters, bank=bank, rebase=rebase, base=base, image=image)
     output.notes(report.notes)
     output.data(report, lambda found: _text(found, by))
 

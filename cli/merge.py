@@ -25,6 +25,7 @@ class _Options(TypedDict):
     rank: int | None
     bank: str | None
     rebase: str | None
+    base: str | None
     force: bool
 
 

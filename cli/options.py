@@ -126,7 +126,7 @@ def device_option(command: Command) -> Command:
 
 
 def composed_from(command: Command) -> Command:
-    """Add ``--bank`` and ``--rebase``: which bank the adapters that are put together belong to."""
+    """Add ``--bank``, ``--rebase`` and ``--base``: which bank and which model the adapters that are put together belong to."""
     for option in reversed(
         (
             click.option(
@@ -136,6 +136,12 @@ def composed_from(command: Command) -> Command:
             ),
             click.option(
                 "--rebase", metavar="BANK|MODEL", help="Carry adapters of other bases over to this bank's; says what is lost."
+            ),
+            click.option(
+                "--base",
+                metavar="MODEL",
+                help="Their base model: what whole trained modules (modules_to_save) are counted from, and what modules of older "
+                "Transformers are called now. [default: the one they record, where it is on this machine]",
             ),
         )
     ):

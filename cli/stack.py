@@ -22,6 +22,7 @@ class _Options(TypedDict):
     drop: tuple[str, ...]
     bank: str | None
     rebase: str | None
+    base: str | None
     force: bool
 
 

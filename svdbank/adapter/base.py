@@ -39,7 +39,7 @@ def base_of(model_or_bank: str | Path | Bank, bank: Bank) -> tuple[str, str | No
 def facts_of(bases: Iterable[tuple[str, str | None]]) -> ModelFacts | None:
     """What the first of these names and revisions whose ``config.json`` is on this machine says there; None where none is."""
     for name, revision in bases:
-        folder = _configuration(name, revision)
+        folder = configuration_of(name, revision)
         if folder is not None:
             return facts(read_config(folder), f"{folder}: config.json")
     return None
@@ -55,7 +55,7 @@ def task_of(about: ModelFacts | None) -> str | None:
     return "SEQ_2_SEQ_LM" if generates and about.model_type in _TEXT_TO_TEXT else None
 
 
-def _configuration(name: str, revision: str | None) -> Path | None:
+def configuration_of(name: str, revision: str | None) -> Path | None:
     """The folder with a base's ``config.json``, of a model on the Hub that in its cache; nothing is fetched."""
     place = locate(name, one_word=True)
     if isinstance(place, OnDisk):

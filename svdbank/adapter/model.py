@@ -41,8 +41,8 @@ class Adapter:
     notes
         What a reader should know, in sentences: a cache that contradicts its tensors, a base that could not be compared.
     whole
-        What it brings along whole: trained modules that replace the model's, and the base beneath adapted embeddings. Sums take them
-        along as ``W₀ + Σ wᵢ (Wᵢ − W₀)`` where that needs no W₀; what looks at ΔW alone refuses the first.
+        What it brings along whole: trained modules that replace the model's, and the base beneath adapted embeddings. Sums take the
+        first along as ``W₀ + Σ wᵢ (Wᵢ − W₀)`` where W₀ is known, or where that needs none; what looks at ΔW alone refuses them.
     """
 
     weights: Mapping[str, AdaptedWeight]
@@ -135,13 +135,17 @@ class Adapter:
     # Measures
 
     def inner(self, other: Adapter) -> float:
-        """``⟨ΔW₁, ΔW₂⟩`` summed over the weights that both touch, from coefficients or factors alone."""
-        for adapter in (self, other):
-            adapter.whole.refuse_replacing(adapter, "what they change of the base's own is not known without it")
+        """``⟨ΔW₁, ΔW₂⟩`` summed over the weights that both touch, from coefficients or factors, and ``W − W₀`` of whole tensors.
+
+        Raises :class:`OptionError` for whole tensors whose W₀ is not known, and where one holds whole what the other has factors of.
+        """
         one, two = aligned([self, other])
         check_bases([one.weights, two.weights])
+        check_kinds([one, two])
         shared = [key for key in one.weights if key in two.weights]
-        return math.fsum(inner(one.weights[key].total(), two.weights[key].total()) for key in shared)
+        mine, theirs = one.whole.differences(self), two.whole.differences(other)
+        whole = [float((mine[name] * theirs[name]).sum()) for name in mine if name in theirs]
+        return math.fsum([*(inner(one.weights[key].total(), two.weights[key].total()) for key in shared), *whole])
 
     def norm(self) -> float:
         """Frobenius norm over all weights."""
@@ -256,6 +260,7 @@ def joined(
         for adapter in adapters:
             adapter.whole.refuse_replacing(adapter, "only a linear combination takes them along")
     adapters = aligned(adapters)
+    check_kinds(adapters)
     whole = summed([(1.0 if factors is None else factors[i], adapter.whole) for i, adapter in enumerate(adapters)])
     weights = united([adapter.weights for adapter in adapters], components_of)
     methods = {adapter.method for adapter in adapters}
@@ -269,6 +274,17 @@ def joined(
         method=adapters[0].method if len(methods) == 1 else "lora",
         whole=whole,
     )
+
+
+def check_kinds(adapters: Sequence[Adapter]) -> None:
+    """Raise :class:`OptionError` where one adapter has factors of what another holds as a whole tensor."""
+    whole = {name for adapter in adapters for name in adapter.whole.replacing}
+    both = next((key for adapter in adapters for key in adapter.weights if f"{key}.weight" in whole), None)
+    if both is not None:
+        raise OptionError(
+            f"one adapter changes {both} by factors, another holds it whole (modules_to_save): PEFT has no adapter of both",
+            hint="svdbank fuse one of them into the base, and the other into what that writes",
+        )
 
 
 def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:

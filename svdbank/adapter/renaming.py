@@ -35,14 +35,15 @@ def in_model(adapter: Adapter, config: Mapping[str, Any], where: str) -> Adapter
     """The adapter with its modules called as in the model that Transformers loads of ``config`` today.
 
     Each key by itself goes through the renames of the model's type, and factors of experts that were modules become factors of their
-    rows in the parameter that stacks them. An adapter whose names differ from the model's by one prefix for all is left as it is: it is
-    of another class of the same model. Raises :class:`OptionError` for two weights that become one.
+    rows in the parameter that stacks them. An adapter whose names differ from the model's by the bare model's prefix alone is left:
+    it is of another class of the same model. Raises :class:`OptionError` for two weights that become one.
     """
     keys, whole = list(adapter.weights), adapter.whole
     plain = {key: _parameter(key, weight) for key, weight in adapter.weights.items()}
     names = [*plain.values(), *whole.replacing, *(f"{module}.weight" for module in whole.beneath)]
-    found = places(names, dict(config), where)
-    if _is_prefix(names, found) and not _parts(config):
+    found, prefix = places(names, dict(config), where)
+    changed = _only_prefix(names, found)
+    if changed == "" or (changed == f"{prefix}." and not _parts(config)):
         return adapter
     moved: dict[str, dict[int, tuple[Place, AdaptedWeight]]] = defaultdict(dict)
     for key in keys:
@@ -57,9 +58,9 @@ def in_model(adapter: Adapter, config: Mapping[str, Any], where: str) -> Adapter
     beneath = {found[f"{module}.weight"].name.removesuffix(".weight"): tensor for module, tensor in whole.beneath.items()}
     if len(replacing) < len(whole.replacing):
         raise OptionError(f"{where}: two whole tensors of the adapter are one in this model")
-    settings = (
-        adapter.settings if not fused else msgspec.structs.replace(adapter.settings, lora_dropout=0.0)
-    )  # none on parameters
+    settings = adapter.settings
+    if fused:  # PEFT has no dropout on parameters
+        settings = msgspec.structs.replace(settings, lora_dropout=0.0)
     return replace(adapter, weights=weights, settings=settings, whole=replace(whole, replacing=replacing, beneath=beneath))
 
 
@@ -93,9 +94,12 @@ def _assembled(key: str, parts: Mapping[int, tuple[Place, AdaptedWeight]], exper
             (part, weight.components[name].factors) for part, (_, weight) in sorted(parts.items()) if name in weight.components
         ]
         A = torch.cat([A for _, (A, _) in own])
-        blocks = dict(own)
-        pieces = [blocks[part][1] if part in blocks else A.new_zeros(out[part], 0) for part in range(place.parts)]
-        B = torch.block_diag(*pieces)  # type: ignore[no-untyped-call]
+        B = A.new_zeros(sum(out), len(A))
+        column = 0
+        for part, (_, block) in own:
+            first_row = sum(out[:part])
+            B[first_row : first_row + out[part], column : column + block.shape[1]] = block
+            column += block.shape[1]
         components[name] = Free(A, B)
     return AdaptedWeight(sum(out), first.in_features, components, "expert", None, count)
 
@@ -111,12 +115,12 @@ def _experts(config: Mapping[str, Any]) -> int:
     return next((value for value in said if isinstance(value, int) and not isinstance(value, bool)), 0)
 
 
-def _is_prefix(names: Iterable[str], found: Mapping[str, Place]) -> bool:
-    """Whether all names are as they were, but for one prefix that all lost or all got."""
+def _only_prefix(names: Iterable[str], found: Mapping[str, Place]) -> str | None:
+    """The one prefix that all names lost or got, empty where all are as they were; None where anything else changed."""
     changes = set()
     for name in names:
         new = found[name].name
         if found[name].expert is not None or not (new.endswith(name) or name.endswith(new)):
-            return False
-        changes.add((len(new) - len(name), new[: -len(name)] if len(new) > len(name) else name[: -len(new)] or ""))
-    return len(changes) <= 1
+            return None
+        changes.add((len(new) > len(name), new.removesuffix(name) if len(new) > len(name) else name.removesuffix(new)))
+    return changes.pop()[1] if len(changes) == 1 else None

@@ -68,7 +68,7 @@ def measure(name: str, adapter: Adapter, bank: Bank | None) -> Size:
         name=name,
         norm=adapter.norm(),
         rank=adapter.rank,
-        touched=len(adapter.weights),
+        touched=len(adapter.weights) + len(adapter.whole.replacing),
         in_bank=sum(weight.in_bank for weight in adapter.weights.values()),
         share=None if bank is None else _share(adapter, bank),
     )
@@ -76,6 +76,7 @@ def measure(name: str, adapter: Adapter, bank: Bank | None) -> Size:
 
 def _share(adapter: Adapter, bank: Bank) -> float:
     """Share of ``‖ΔW‖²`` over all weights in what the bank stores of them."""
+    adapter.whole.refuse_replacing(adapter, "their share in a bank's directions is not measured")
     names = names_in(bank, adapter.weights)
     if len(names) < len(adapter.weights):
         raise BankError(
@@ -95,6 +96,8 @@ def relate(one: str, first: Adapter, other: str, second: Adapter) -> Pair:
     sums = {
         key: _sums(first.weights[key].total(), second.weights[key].total()) for key in first.weights if key in second.weights
     }
+    mine, theirs = first.whole.differences(one), second.whole.differences(other)
+    sums |= {name: _sums_of_whole(mine[name], theirs[name]) for name in mine if name in theirs}
     layers: dict[str, list[_Sums]] = {}
     for key, found in sums.items():
         layers.setdefault(layer_of(key), []).append(found)
@@ -118,6 +121,23 @@ def _sums(one: Component, other: Component) -> _Sums:
     else:
         within = (_inside(first, other, at.directions), _inside(second, one, at.directions))
     return _Sums(squares, agreeing, opposing, within)
+
+
+def _sums_of_whole(one: torch.Tensor, other: torch.Tensor) -> _Sums:
+    """Of ``W − W₀`` of two whole tensors, entry by entry; a vector is one column."""
+    one, other = (each.reshape(each.shape[0], -1) for each in (one, other))
+    products = one * other
+    within = []
+    for each, against in ((one, other), (other, one)):
+        left, sigma, _ = torch.linalg.svd(against, full_matrices=False)
+        left = left[:, sigma > 1e-9 * sigma.max()]
+        within.append(float((left.mT @ each).square().sum()))
+    return _Sums(
+        squares=(float(one.square().sum()), float(other.square().sum())),
+        agreeing=float(products.clamp(min=0).sum()),
+        opposing=0.0 - float(products.clamp(max=0).sum()),
+        within=(within[0], within[1]),
+    )
 
 
 def _cut(component: Component) -> bool:

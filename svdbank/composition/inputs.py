@@ -14,6 +14,7 @@ from svdbank.adapter.model import Adapter, aligned
 from svdbank.adapter.reading import adapter_of, read_adapter
 from svdbank.adapter.weights import check_bases, names_in
 from svdbank.bank.reading import Bank
+from svdbank.composition.base import on_base
 from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.places import named_place
 
@@ -53,12 +54,17 @@ def _entry(value: str | Path) -> tuple[str | None, str | Path]:
 
 
 def read_inputs(
-    places: Places, *, bank: str | Path | Bank | None = None, rebase: str | Path | Bank | None = None
+    places: Places,
+    *,
+    bank: str | Path | Bank | None = None,
+    rebase: str | Path | Bank | None = None,
+    base: str | Path | None = None,
 ) -> dict[str, Adapter]:
     """Each adapter by name; a single component takes that name, several keep theirs unless ``NAME=PLACE`` makes them one.
 
     ``bank`` is the bank of their base: with it, factors that stand on its directions are recognised wherever they come from. ``rebase``
-    is a bank that adapters of other bases are carried over to; what of each lies in it is in the notes of the adapter.
+    is a bank that adapters of other bases are carried over to; what of each lies in it is in the notes of the adapter. ``base`` is their
+    model (:func:`svdbank.composition.base.on_base`).
 
     Raises :class:`OptionError` for names, :class:`WrongBaseError` for adapters of different bases without ``rebase``, and what
     :func:`svdbank.adapter.reading.read_adapter` raises.
@@ -78,6 +84,7 @@ def read_inputs(
         adapters[name] = adapter if len(adapter.names) > 1 and not asked else adapter.named(name)
     if rebase is None:
         _check_digests(adapters)
+    adapters = on_base(adapters, base)
     adapters = dict(zip(adapters, aligned(list(adapters.values())), strict=True))
     check_bases([adapter.weights for adapter in adapters.values()], list(adapters), hint=_REBASE)
     return adapters

@@ -106,9 +106,12 @@ class Sizes:
 
 
 def sizes_of(result: Cut) -> Sizes:
-    """What was kept and what was lost, over all weights and in the worst one."""
+    """What was kept and what was lost, over all weights and in the worst one; of whole tensors where the base's own are known."""
     kept = {key: weight.squared_norm for key, weight in result.adapter.weights.items()}
     lost = {key: loss**2 for key, loss in result.lost.items()}
+    tensors = result.adapter.whole
+    if not tensors.replacing.keys() - tensors.original.keys():
+        kept |= {name: float(each.square().sum()) for name, each in tensors.differences(result.adapter).items()}
     whole = math.fsum(kept.values()) + math.fsum(lost.values())
     shares = {key: result.lost[key] / math.sqrt(kept[key] + square) for key, square in lost.items() if kept[key] + square > 0}
     worst = max(shares, key=shares.__getitem__, default=None)

@@ -28,15 +28,18 @@ _RESIZE = "model.resize_token_embeddings({0}), model.save_pretrained(FOLDER), an
 
 
 def named_as_stored(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """The adapter with the names that its modules have in the model that is loaded of ``checkpoint`` today, where it has others
-    (:func:`svdbank.adapter.renaming.in_model`)."""
-    held = {(spec.name if spec.stacked else spec.module): spec for spec in decomposable(checkpoint, (".*",))[0]}
-    whole = matrices_of(checkpoint).whole
-    same = not adapter.weights or len(_names(adapter, held)) == len(adapter.weights)
-    kept = not adapter.whole.replacing or len(matched({key: key for key in whole}, list(adapter.whole.replacing))) == len(
-        adapter.whole.replacing
-    )
-    return adapter if same and kept else in_model(adapter, checkpoint.config, checkpoint.name)
+    """The adapter with the names that its modules have in the model that is loaded of ``checkpoint`` today, where it has those of older
+    Transformers (:func:`svdbank.adapter.renaming.in_model`)."""
+    held = {(spec.name if spec.stacked else spec.module) for spec in decomposable(checkpoint, (".*",))[0]}
+    whole = matrices_of(checkpoint).whole.keys()
+
+    def strangers(one: Adapter) -> int:
+        return len(one.weights.keys() - held) + len(one.whole.replacing.keys() - whole)
+
+    if not adapter.weights or not strangers(adapter):
+        return adapter
+    found = in_model(adapter, checkpoint.config, checkpoint.name)
+    return found if strangers(found) < strangers(adapter) else adapter
 
 
 def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> list[tuple[WeightSpec, AdaptedWeight]]:

@@ -15,9 +15,13 @@ import safetensors.torch
 from torch import nn
 
 from svdbank.adapter.experts import bare, parameters_of
-from svdbank.adapter.folder import AdapterFolder, moved_key
+from svdbank.adapter.folder import AdapterFolder, moved_key, read_folder, write_folder
+from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import Move, move_of
-from svdbank.adapter.settings import CONFIG, WEIGHTS
+from svdbank.adapter.reading import adapter_of
+from svdbank.adapter.renaming import in_model
+from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS
+from svdbank.adapter.writing import cache_of, write_adapter
 from svdbank.core.errors import CheckpointError, SvdbankError
 from svdbank.peft.layers import unwrapped
 
@@ -75,10 +79,9 @@ def check_rows(model: Any, saved: AdapterFolder) -> None:
             )
 
 
-def move_into(model: Any, saved: AdapterFolder) -> Move:
+def move_into(root: nn.Module, saved: AdapterFolder) -> Move:
     """From the paths of the class that was trained to those of the model at hand: a bare one and one with a head, a language model alone
     and inside a multimodal one. OptionError where two places would do."""
-    root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = {unwrapped(name): module for name, module in root.named_modules()}
     shapes = {bare(unwrapped(module)): sorted((pair.B.shape[0], pair.A.shape[1])) for module, pair in saved.factors.items()}
 
@@ -105,22 +108,82 @@ def moved_fields(saved: AdapterFolder, move: Move) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def as_peft_writes(saved: AdapterFolder, move: Move) -> Iterator[str]:
-    """The folder, or one for the time being with the keys that PEFT looks for: wrappers may have left names in keys, paths may move."""
-    if not saved.names and move == Move("", ""):
-        yield str(saved.path)
+def as_peft_loads(saved: AdapterFolder, model: Any) -> Iterator[AdapterFolder]:
+    """The folder, or one for the time being that PEFT loads onto this model as it is meant.
+
+    Wrappers leave their names in keys, which PEFT does not find, and paths may move (:func:`move_into`). Names of older Transformers PEFT
+    translates in part, and not the patterns of the config; of experts that were modules it makes another scale with rsLoRA, and nothing
+    where some are not adapted. Those are written anew with the model's own names.
+    """
+    root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    older = _named_as_in(saved, root)
+    move = Move("", "") if older is not None else move_into(root, saved)
+    if older is None and not saved.names and move == Move("", ""):
+        yield saved
         return
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        plain = {stored: key for key, stored in saved.names.items()}
-        tensors = safetensors.torch.load_file(saved.path / WEIGHTS)
-        renamed = {moved_key(plain.get(key, key), move): value for key, value in tensors.items()}
-        safetensors.torch.save_file(renamed, place / WEIGHTS)
-        config = (saved.path / CONFIG).read_bytes()
-        if move != Move("", ""):
-            config = msgspec.json.encode(msgspec.json.decode(config) | moved_fields(saved, move))
-        (place / CONFIG).write_bytes(config)
-        yield folder
+        place = Path(folder) / "adapter"
+        if older is not None:
+            _write_moved(saved, *older, place)
+        else:
+            _write_with(saved, move, place)
+        yield read_folder(place, any_kind=True)
+
+
+def _write_with(saved: AdapterFolder, move: Move, place: Path) -> None:
+    """The same tensors with the keys that PEFT looks for, and a config that leads there."""
+    place.mkdir()
+    plain = {stored: key for key, stored in saved.names.items()}
+    tensors = safetensors.torch.load_file(saved.path / WEIGHTS)
+    renamed = {moved_key(plain.get(key, key), move): value for key, value in tensors.items()}
+    safetensors.torch.save_file(renamed, place / WEIGHTS)
+    config = (saved.path / CONFIG).read_bytes()
+    if move != Move("", ""):
+        config = msgspec.json.encode(msgspec.json.decode(config) | moved_fields(saved, move))
+    (place / CONFIG).write_bytes(config)
+    if (saved.path / CACHE).is_file():
+        (place / CACHE).write_bytes((saved.path / CACHE).read_bytes())
+
+
+def _named_as_in(saved: AdapterFolder, root: Any) -> tuple[Adapter, Adapter] | None:
+    """The adapter, and with the names of modules of ``root``, where it has others; None where PEFT is to load the folder as it is."""
+    paths = {unwrapped(path) for path, _ in root.named_modules()}
+    strange = [module for module in saved.factors if bare(module) not in paths]
+    if not strange or saved.beyond is not None or saved.others or not hasattr(root, "config"):
+        return None
+    try:
+        if saved.made_as() != "lora":
+            return None
+    except CheckpointError:  # of a changed base, which PEFT may know how to load
+        return None
+    adapter = adapter_of(saved)
+    found = in_model(adapter, root.config.to_dict() | {"architectures": [type(root).__name__]}, type(root).__name__)
+    parameters = {unwrapped(name).removesuffix(".weight") for name, _ in root.named_parameters()}
+    there = all(
+        (key.rpartition(".")[0] if weight.kind == "expert" else key) in parameters for key, weight in found.weights.items()
+    )
+    return (adapter, found) if there and found.weights.keys() != adapter.weights.keys() else None
+
+
+def _write_moved(saved: AdapterFolder, adapter: Adapter, found: Adapter, place: Path) -> None:
+    """Factors and scales as they are where only names changed; of stacked experts, the scales in A."""
+    kinds = {weight.kind for weight in found.weights.values()}
+    if len(found.weights) < len(adapter.weights) or not kinds <= {"linear", "embedding"}:
+        write_adapter(found, place)
+        return
+    new = dict(zip(adapter.weights, found.weights, strict=True))
+    settings = msgspec.structs.replace(
+        saved.settings,
+        target_modules=list(new.values()),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in found.whole.replacing}) or None,
+        rank_pattern={new[key]: rank for key in new if (rank := saved.rank(key)) != saved.settings.r},
+        alpha_pattern={new[key]: alpha for key in new if (alpha := saved.alpha(key)) != saved.settings.lora_alpha},
+    )
+    factors = {new[key]: pair for key, pair in saved.factors.items()}
+    write_folder(place, settings, factors, cache_of(found), whole=found.whole, readme="")
 
 
 @contextlib.contextmanager

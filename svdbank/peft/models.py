@@ -11,12 +11,11 @@ from svdbank import cache
 from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
-from svdbank.adapter.naming import Move
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_extra
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import FactorSource, attachments, check_reload
-from svdbank.peft.loading import as_peft_writes, check_known, check_rows, explained, move_into, moved_fields
+from svdbank.peft.loading import as_peft_loads, check_known, check_rows, explained
 from svdbank.peft.lookup import Attachment
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
@@ -75,15 +74,30 @@ def load_adapter(
     would be left out, and what :func:`get_peft_model` raises; the model is then as it was. A plain LoRA folder loads as in PEFT.
     """
     peft = _peft()
-    folder, shown = located(folder)
-    saved = read_folder(folder, any_kind=True)
-    check_known(peft, saved)
-    check_rows(model, saved)
+    place, shown = located(folder)
+    read = read_folder(place, any_kind=True)
+    check_known(peft, read)
+    check_rows(model, read)
     opened = cache.opened(bank)
     if opened is not None:
-        _check_base(opened, saved)
-    with explained(saved):
-        config = peft.LoraConfig.from_pretrained(str(folder))
+        _check_base(opened, read)
+    with as_it_was(model, adapter_name), as_peft_loads(read, model) as saved, explained(read):
+        return _loaded(peft, model, saved, opened, shown, adapter_name, is_trainable, options)
+
+
+def _loaded(
+    peft: Any,
+    model: nn.Module,
+    saved: AdapterFolder,
+    opened: Bank | None,
+    shown: str,
+    adapter_name: str,
+    is_trainable: bool,
+    options: dict[str, Any],
+) -> Any:
+    """:func:`load_adapter` of a folder that PEFT can load."""
+    place = str(saved.path)
+    config = peft.LoraConfig.from_pretrained(place)
     method = method_of(config)
     on_residual = method is None and saved.cache is not None and saved.cache.method in RESIDUAL_METHODS
     if on_residual and opened is not None:
@@ -101,14 +115,9 @@ def load_adapter(
         )
     if method is None and is_trainable:  # of the other methods, the injection takes care
         keep_gradients(model)
-    move = move_into(model, saved)
-    if move != Move("", ""):
-        for field, value in moved_fields(saved, move).items():
-            setattr(config, field, value)
-    pairs = {move(module): pair for module, pair in saved.factors.items()}
     exact = {adapter_name} if options.get("autocast_adapter_dtype", True) else set()
-    source = FactorSource(opened, saved=pairs, folder=str(folder), frozen=method == "mica", exact=exact)
-    with as_it_was(model, adapter_name), reroute(source), as_peft_writes(saved, move) as place, explained(saved):
+    source = FactorSource(opened, saved=saved.factors, folder=shown, frozen=method == "mica", exact=exact)
+    with reroute(source):
         if isinstance(model, peft.PeftModel):
             if on_residual and opened is not None:
                 raise OptionError(

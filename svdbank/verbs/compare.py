@@ -29,6 +29,7 @@ def compare(
     *,
     bank: str | Path | Bank | None = None,
     rebase: str | Path | Bank | None = None,
+    base: str | Path | None = None,
     image: str | Path | None = None,
 ) -> CompareReport:
     """Compare two adapters or more, pair by pair, without a model and without an (out, in) matrix.
@@ -41,7 +42,7 @@ def compare(
     bank
         Bank of the base: recognises factors that stand on its directions, and gives the share of each adapter in its minor subspace.
         One adapter alone may then be looked at.
-    rebase
+    rebase, base
         As in :func:`svdbank.composition.inputs.read_inputs`.
     image
         File of a heat map, cosines by layer: ``.svg`` or ``.png``. Needs matplotlib (``pip install 'svdbank[report]'``).
@@ -52,9 +53,7 @@ def compare(
     if image is not None:
         check_image(Path(image))
     opened = cache.opened(bank)
-    read = read_inputs(adapters, bank=opened, rebase=rebase)
-    for name, adapter in read.items():
-        adapter.whole.refuse_replacing(name, "how far they are from the base's own is not known without it")
+    read = read_inputs(adapters, bank=opened, rebase=rebase, base=base)
     parts = domains_of(read)
     if len(parts) < 2 and opened is None:
         raise OptionError(

@@ -63,6 +63,7 @@ def merge(
     rank: int | None = None,
     bank: str | Path | Bank | None = None,
     rebase: str | Path | Bank | None = None,
+    base: str | Path | None = None,
     fit: FitOptions | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
@@ -85,7 +86,7 @@ def merge(
         Of DARE's draws. A weight's draws depend on the seed, its name and the place of the adapter, on nothing else.
     rank
         Cut every weight to its best approximation of this rank (Eckart–Young), after merging.
-    bank, rebase
+    bank, rebase, base
         As in :func:`svdbank.composition.inputs.read_inputs`.
     fit
         Choose the weights on held-out text, starting from ``weights``.
@@ -96,12 +97,12 @@ def merge(
     check_output(path, force=force)
     check_apart(path, (place for place, _ in named_places(adapters).values()))
     _check_options(method, density, rank)
-    read = read_inputs(adapters, bank=bank, rebase=rebase)
+    read = read_inputs(adapters, bank=bank, rebase=rebase, base=base)
     if len(read) < 2:
         raise OptionError("merging takes two adapters or more", hint="svdbank stack NAME --scale NAME=0.5 scales one")
     check_touching(read)
     for name, adapter in read.items() if fit is not None else ():
-        adapter.whole.refuse_replacing(name, "fitted weights do not sum to one")
+        adapter.whole.refuse_replacing(name, "fitting moves factors alone")
     used = _checked_weights(weights, method, len(read))
     if fit is None and not any(used):
         raise OptionError("every weight is 0: the result would change nothing", hint="--weights 0.5,0.5")

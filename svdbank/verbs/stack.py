@@ -39,6 +39,7 @@ def stack(
     drop: Sequence[str] = (),
     bank: str | Path | Bank | None = None,
     rebase: str | Path | Bank | None = None,
+    base: str | Path | None = None,
     fit: FitOptions | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
@@ -55,7 +56,7 @@ def stack(
         By domain: what it is multiplied by, relative to what is in the folder.
     drop
         Domains to leave out. What is left is to the bit what it would be without them.
-    bank, rebase
+    bank, rebase, base
         As in :func:`svdbank.composition.inputs.read_inputs`.
     fit
         Choose the scales on held-out text, starting from ``scale``.
@@ -66,9 +67,9 @@ def stack(
     path = output_folder(output)
     check_output(path, force=force)
     check_apart(path, (place for place, _ in named_places(adapters).values()))
-    read = read_inputs(adapters, bank=bank, rebase=rebase)
-    for name, adapter in read.items():
-        adapter.whole.refuse_replacing(name, "the sum of several needs the base's own")
+    read = read_inputs(adapters, bank=bank, rebase=rebase, base=base)
+    for name, adapter in read.items() if fit is not None else ():
+        adapter.whole.refuse_replacing(name, "fitting moves factors alone")
     domains = domains_of(read)
     scales = _checked_scales(domains, scale or {}, drop)
     if len(domains) == 1 and not scale and fit is None:

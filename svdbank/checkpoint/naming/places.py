@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdbank.checkpoint.configuration import ModelFacts, facts
-from svdbank.checkpoint.naming.correspondence import Naming, expert_of
+from svdbank.checkpoint.naming.correspondence import Naming, architecture_of, expert_of
 from svdbank.checkpoint.naming.matrices import KNOWN, in_table, transformers_version
 
 
@@ -21,8 +21,9 @@ class Place:
     parts: int = 1
 
 
-def places(names: Iterable[str], config: dict[str, Any], where: str) -> dict[str, Place]:
-    """Where each of ``names`` is, parameters as a checkpoint or an adapter calls them; its own name where nothing else is known.
+def places(names: Iterable[str], config: dict[str, Any], where: str) -> tuple[dict[str, Place], str]:
+    """Where each of ``names`` is, parameters as a checkpoint or an adapter calls them; its own name where nothing else is known. And
+    the prefix that a class with a head puts before the bare model.
 
     Every name by itself goes through the renames of its model type: those of Transformers where it is installed and the type or version
     is not in the table. Raises :class:`CheckpointError` for a configuration with a key of the wrong type.
@@ -37,10 +38,10 @@ def places(names: Iterable[str], config: dict[str, Any], where: str) -> dict[str
     except UnknownModelError:
         return _by_table(given, about)
     found = tree.renamed(given)
-    return {name: Place(*found[name]) if name in found else Place(name) for name in given}
+    return {name: Place(*found[name]) if name in found else Place(name) for name in given}, tree.prefix
 
 
-def _by_table(names: list[str], about: ModelFacts) -> dict[str, Place]:
+def _by_table(names: list[str], about: ModelFacts) -> tuple[dict[str, Place], str]:
     naming = Naming(names, about)
     found = {}
     for name in names:
@@ -51,4 +52,4 @@ def _by_table(names: list[str], about: ModelFacts) -> dict[str, Place]:
         else:
             container, rule, number, part = expert
             found[name] = Place(f"{container}.{rule.parameter}", number, part, len(rule.parts))
-    return found
+    return found, architecture_of(about).prefix

@@ -77,8 +77,8 @@ class ModuleTree:
     ----------
     version
         Transformers' version.
-    name
-        The class.
+    name, prefix
+        The class, and its ``base_model_prefix``.
     weights
         By the parameter's name: every 2-D and 3-D one that a bank can hold.
     tied
@@ -92,6 +92,7 @@ class ModuleTree:
         self.version: str = transformers.__version__
         self._model = _made(config, about)
         self.name = type(self._model).__name__
+        self.prefix = str(self._model.base_model_prefix or "")
         self.weights: dict[str, TreeWeight] = {}
         self.tied: defaultdict[str, set[str]] = defaultdict(set)
         self._walk()
@@ -232,10 +233,9 @@ def renamed(model: Any, names: Iterable[str], there: Collection[str]) -> dict[st
     from transformers.core_model_loading import Concatenate, MergeModulelist, rename_source_key
 
     renamings, converters, by_pattern = _conversion(model)
-    present = dict.fromkeys(there, True) if not isinstance(there, dict) else there
     found: dict[str, tuple[str, int | None, int, int]] = {}
     for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, present)
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, there)
         if target not in there:
             if name in there:
                 found[name] = (name, None, 0, 1)
