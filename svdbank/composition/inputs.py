@@ -10,7 +10,7 @@ from pathlib import Path
 from svdbank import cache
 from svdbank.adapter.fetching import located, name_of
 from svdbank.adapter.folder import read_folder
-from svdbank.adapter.model import Adapter, aligned
+from svdbank.adapter.model import Adapter, aligned, check_kinds
 from svdbank.adapter.reading import adapter_of, read_adapter
 from svdbank.adapter.weights import check_bases, names_in
 from svdbank.bank.reading import Bank
@@ -87,6 +87,7 @@ def read_inputs(
     adapters = on_base(adapters, base)
     adapters = dict(zip(adapters, aligned(list(adapters.values())), strict=True))
     check_bases([adapter.weights for adapter in adapters.values()], list(adapters), hint=_REBASE)
+    check_kinds(list(adapters.values()))
     return adapters
 
 

@@ -161,7 +161,7 @@ def test_two_domains_of_one_name_are_refused(trained: dict[str, Path], tmp_path:
     for folders in ([trained["law"], one], [one, trained["law"]], [one, two]):
         with pytest.raises(OptionError, match="two domains are called 'law'") as caught:
             svdbank.compare(folders)
-        assert "NAME=DIR" in str(caught.value.hint)
+        assert "NAME=PLACE" in str(caught.value.hint)
     assert len(svdbank.compare([f"other={trained['law']}", one]).adapters) == 3
     assert len(svdbank.compare([one]).adapters) == 2
 
