@@ -16,7 +16,7 @@ from svdbank.adapter.experts import TAKEN
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.weights import AdaptedWeight
 from svdbank.checkpoint.configuration import text_part
-from svdbank.checkpoint.naming.places import Place, places
+from svdbank.checkpoint.naming.locations import Location, locations
 from svdbank.core.errors import OptionError
 
 #: What stands in the path of an expert that is a module by itself.
@@ -41,11 +41,11 @@ def in_model(adapter: Adapter, config: Mapping[str, Any], where: str) -> Adapter
     keys, whole = list(adapter.weights), adapter.whole
     plain = {key: _parameter(key, weight) for key, weight in adapter.weights.items()}
     names = [*plain.values(), *whole.replacing, *(f"{module}.weight" for module in whole.beneath)]
-    found, prefix = places(names, dict(config), where)
+    found, prefix = locations(names, dict(config), where)
     changed = _only_prefix(names, found)
     if changed == "" or (changed == f"{prefix}." and not _parts(config)):
         return adapter
-    moved: dict[str, dict[int, tuple[Place, AdaptedWeight]]] = defaultdict(dict)
+    moved: dict[str, dict[int, tuple[Location, AdaptedWeight]]] = defaultdict(dict)
     for key in keys:
         place, weight = found[plain[key]], adapter.weights[key]
         new = _key(key, weight, place)
@@ -69,14 +69,14 @@ def _parameter(key: str, weight: AdaptedWeight) -> str:
     return key.rpartition(".")[0] if weight.kind == "expert" else f"{key}.weight"
 
 
-def _key(key: str, weight: AdaptedWeight, place: Place) -> str:
+def _key(key: str, weight: AdaptedWeight, place: Location) -> str:
     """The adapter's key of a weight at ``place``."""
     if weight.kind == "expert":
         return f"{place.name}.{key.rpartition('.')[2]}"
     return place.name.removesuffix(".weight") if place.expert is None else f"{place.name}.{place.expert}"
 
 
-def _assembled(key: str, parts: Mapping[int, tuple[Place, AdaptedWeight]], experts: int, *, fused: bool) -> AdaptedWeight:
+def _assembled(key: str, parts: Mapping[int, tuple[Location, AdaptedWeight]], experts: int, *, fused: bool) -> AdaptedWeight:
     """The weight at ``key`` of the blocks of rows that an adapter changes; of a model with ``fused`` experts as PEFT adapts it there."""
     place, first = next(iter(parts.values()))
     if place.expert is None:
@@ -115,7 +115,7 @@ def _experts(config: Mapping[str, Any]) -> int:
     return next((value for value in said if isinstance(value, int) and not isinstance(value, bool)), 0)
 
 
-def _only_prefix(names: Iterable[str], found: Mapping[str, Place]) -> str | None:
+def _only_prefix(names: Iterable[str], found: Mapping[str, Location]) -> str | None:
     """The one prefix that all names lost or got, empty where all are as they were; None where anything else changed."""
     changes = set()
     for name in names:

@@ -12,7 +12,7 @@ from svdbank.checkpoint.naming.matrices import KNOWN, in_table, transformers_ver
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A parameter of the loaded model; where it stacks experts, of slice ``expert`` the rows of block ``part`` among ``parts`` alike."""
 
     name: str
@@ -21,7 +21,7 @@ class Place:
     parts: int = 1
 
 
-def places(names: Iterable[str], config: dict[str, Any], where: str) -> tuple[dict[str, Place], str]:
+def locations(names: Iterable[str], config: dict[str, Any], where: str) -> tuple[dict[str, Location], str]:
     """Where each of ``names`` is, parameters as a checkpoint or an adapter calls them; its own name where nothing else is known. And
     the prefix that a class with a head puts before the bare model.
 
@@ -38,18 +38,18 @@ def places(names: Iterable[str], config: dict[str, Any], where: str) -> tuple[di
     except UnknownModelError:
         return _by_table(given, about)
     found = tree.renamed(given)
-    return {name: Place(*found[name]) if name in found else Place(name) for name in given}, tree.prefix
+    return {name: Location(*found[name]) if name in found else Location(name) for name in given}, tree.prefix
 
 
-def _by_table(names: list[str], about: ModelFacts) -> tuple[dict[str, Place], str]:
+def _by_table(names: list[str], about: ModelFacts) -> tuple[dict[str, Location], str]:
     naming = Naming(names, about)
     found = {}
     for name in names:
         loaded = naming.loaded(name)
         expert = expert_of(loaded, naming.rows(loaded))
         if expert is None:
-            found[name] = Place(loaded)
+            found[name] = Location(loaded)
         else:
             container, rule, number, part = expert
-            found[name] = Place(f"{container}.{rule.parameter}", number, part, len(rule.parts))
+            found[name] = Location(f"{container}.{rule.parameter}", number, part, len(rule.parts))
     return found, architecture_of(about).prefix
