@@ -21,7 +21,7 @@ from svdbank.peft import quantised, residuals, sharding
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.layers import Slot, slots
 from svdbank.peft.lookup import Attachment, Lookup, UnverifiedBaseWarning, look_up
-from svdbank.peft.snapshot import RECORD, Snapshot
+from svdbank.peft.snapshot import RECORD, ModelState
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def inject(
     assert method is not None  # the caller's condition
     normalise(config)
     root: nn.Module = tuner.model
-    before = Snapshot(root)
+    before = ModelState(root)
     source.exact.add(adapter_name)
     if not source.overwritten:
         _check_company(root, adapter_name, method)

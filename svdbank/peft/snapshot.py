@@ -17,7 +17,7 @@ RECORD = "svdbank_attachments"
 _NOTES = ("peft_config", "_hf_peft_config_loaded")
 
 
-class Snapshot:
+class ModelState:
     """The module tree, what trains, and what is in training mode. References only, no copies."""
 
     def __init__(self, root: nn.Module) -> None:
@@ -64,7 +64,7 @@ def as_it_was(model: Any, adapter_name: str) -> Iterator[None]:
         with _values_kept(model, adapter_name):
             yield
         return
-    before = Snapshot(root)
+    before = ModelState(root)
     active = model.active_adapters if known else None
     try:
         yield
