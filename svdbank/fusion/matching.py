@@ -107,7 +107,7 @@ def _refuse_tied(chosen: Sequence[WeightSpec], specs: Sequence[WeightSpec], chec
             raise OptionError(
                 f"{checkpoint.name}: {spec.module} and {others[0]} are one tensor, {spec.sources[0].name}; the adapter changes "
                 f"{how}, and one tensor cannot hold both",
-                hint=how_to_untie(checkpoint),
+                hint=how_to_untie(checkpoint, [spec.module, *others]),
             )
 
 
@@ -175,7 +175,7 @@ def whole_tensors(adapter: Adapter, checkpoint: Checkpoint) -> list[tuple[Weight
             why = f"its shape is {tuple(values.shape)}, the model's {source.shape}: a vocabulary that was resized, or another head"
             hint = _RESIZE if len(source.shape) == 2 and source.shape[1:] == tuple(values.shape)[1:] else _OTHER_HEAD
         elif any(name not in values_of or not torch.equal(values_of[name], values) for name in tied):
-            why, hint = f"{' and '.join(users[source])} are one tensor", how_to_untie(checkpoint)
+            why, hint = f"{' and '.join(users[source])} are one tensor", how_to_untie(checkpoint, users[source])
         if source is None or why is not None:
             raise OptionError(
                 f"the adapter holds a whole {key} (modules_to_save) that cannot be carried over: {why}",

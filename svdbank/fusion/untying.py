@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import msgspec
 
@@ -46,10 +47,13 @@ def _tied_pair(checkpoint: Checkpoint) -> tuple[WeightSpec, WeightSpec] | None:
     return next(((spec, head) for head in heads for spec in specs if spec != head and spec.sources == head.sources), None)
 
 
-def how_to_untie(checkpoint: Checkpoint) -> str | None:
-    """What to do about an adapter that changes one of a tied pair; None where nothing is known to give the same model."""
-    made = _with_head(checkpoint)
-    return None if made is None else "--untie writes a tensor for each, and tie_word_embeddings: false"
+def how_to_untie(checkpoint: Checkpoint, modules: Collection[str]) -> str | None:
+    """What to do about an adapter that changes one of ``modules``, which are one tensor; None where nothing is known to give the same."""
+    pair = _tied_pair(checkpoint)
+    if pair is not None and {spec.module for spec in pair} >= set(modules):
+        made = _with_head(checkpoint)
+        return None if made is None else "--untie writes a tensor for each, and tie_word_embeddings: false"
+    return "keep it an adapter: loaded by PEFT beside the model, each of these modules has its own change"
 
 
 def untied(checkpoint: Checkpoint) -> Checkpoint:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +77,28 @@ def test_a_linear_module_that_shares_another_ones_tensor_has_its_own_basis(tmp_p
         assert wanted <= specs.keys()
         for path in wanted:
             assert torch.equal(checkpoint.read(specs[path]), base.get_submodule(path).weight), path
+
+
+@pytest.mark.parametrize("blocks", ["one of them", "each"])
+def test_a_change_of_a_linear_module_that_shares_its_tensor_is_not_fused(blocks: str, tmp_path: Path) -> None:
+    """PEFT's own merge would change the others too. What is on no shared tensor is fused."""
+    from peft import LoraConfig, get_peft_model
+
+    base, _ = small.saved(small.small_model("zamba"), tmp_path / "model")
+    shared = r".*shared_transf.*\.down_proj" if blocks == "each" else r".*layers\.2\.shared_transf.*\.down_proj"
+    for name, targets in (("shared", shared), ("own", r".*mamba.*\.(in|out)_proj")):
+        adapted: Any = get_peft_model(copy.deepcopy(base), LoraConfig(r=RANK, target_modules=targets))
+        for parameter, value in adapted.named_parameters():
+            if ".lora_" in parameter:
+                value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+        adapted.save_pretrained(str(tmp_path / name))
+    with pytest.raises(svdbank.OptionError, match=r"layers\.2\.shared_transf.* are one tensor") as caught:
+        svdbank.fuse(tmp_path / "model", tmp_path / "shared", tmp_path / "fused")
+    assert "--untie" not in str(caught.value.hint) and "PEFT" in str(caught.value.hint)
+    with pytest.raises(svdbank.OptionError, match=r"are one tensor"):
+        svdbank.fuse(tmp_path / "model", tmp_path / "shared", tmp_path / "fused", untie=True)
+
+    svdbank.fuse(tmp_path / "model", tmp_path / "own", tmp_path / "fused")
+    merged, fused = adapted.merge_and_unload(), type(base).from_pretrained(tmp_path / "fused")
+    for (name, values), own in zip(merged.named_parameters(), fused.parameters(), strict=True):
+        assert float((own - values).norm()) <= 1e-6 * float(values.norm()), name
