@@ -80,7 +80,7 @@ class WholeTensors:
 
 
 def summed(terms: Sequence[tuple[float, WholeTensors]]) -> WholeTensors:
-    """The whole tensors of ``Σ wᵢ aᵢ``: ``W₀ + Σ wᵢ (Wᵢ − W₀)``, in float64, rounded once to the dtype of the first.
+    """The whole tensors of ``Σ wᵢ aᵢ``: ``W₀ + Σ wᵢ (Wᵢ − W₀)``, in float64, rounded once to float32.
 
     Raises :class:`OptionError` where W₀ is needed, because the weights of the adapters that have a tensor do not sum to one, and none of
     them knows it; :class:`WrongBaseError` for adapters trained on other values beneath a module.
@@ -119,4 +119,4 @@ def _sum(name: str, parts: Sequence[tuple[float, Tensor]], original: Tensor | No
     added = torch.zeros(first.shape, dtype=torch.float64) if original is None or not needed else original.double() * (1 - total)
     for weight, tensor in parts:
         added.add_(tensor.double(), alpha=weight)
-    return added.to(first.dtype)
+    return added.float()  # the factors beside it are float32 too, whatever the files held
