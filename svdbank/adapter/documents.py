@@ -173,10 +173,10 @@ class Documents:
             if method not in (*METHODS, "lora"):
                 raise OptionError(f"{method!r} is not a method: {', '.join((*METHODS, 'lora'))}")
             return method
-        if self.cache is not None:
-            return self.cache.method
         said = self.settings.init_lora_weights
         known = said.lower() if isinstance(said, str) else ""
+        if self.cache is not None and (self.cache.method in RESIDUAL_METHODS or not known.startswith(_CHANGED_BASE)):
+            return self.cache.method
         if known.startswith(_CHANGED_BASE) and known not in METHODS:
             raise CheckpointError(
                 f"{self.path}: initialised as {said!r}, which changed the base it was trained on; on the unchanged base it would be "

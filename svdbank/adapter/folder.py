@@ -25,6 +25,7 @@ from svdbank.adapter.checksums import check_folder, sealed, tensor_file
 from svdbank.adapter.documents import MERGED_BY_PEFT, Documents, read_documents
 from svdbank.adapter.experts import parameters_of
 from svdbank.adapter.settings import CACHE, CONFIG, OURS, SLIM, WEIGHTS, AdapterCache, LoraSettings
+from svdbank.adapter.targeting import untargeted
 from svdbank.adapter.whole import WholeTensors
 from svdbank.checkpoint.header import PREFIX, header_length, parse_header
 from svdbank.checkpoint.naming.wrappers import unwrapped
@@ -271,6 +272,10 @@ def _read(said: Documents, keys: Mapping[str, str], others: AbstractSet[str]) ->
         )
     factors = {}
     parameters = parameters_of(settings, halves)
+    for module, setting in untargeted(settings, (module for module in halves if module not in parameters)):
+        raise CheckpointError(
+            f"{folder}: holds factors of {module}, which {setting} of its {CONFIG} leaves out: PEFT would load the adapter without them"
+        )
     for module, pair in halves.items():
         if set(pair) != {"A", "B"}:
             raise CheckpointError(f"{folder / WEIGHTS}: {module} has only its {', '.join(pair)} factor")

@@ -70,8 +70,20 @@ def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> l
                 if rows is not None
                 else "name the base model of the adapter: base_model_name_or_path in its adapter_config.json",
             )
+    for spec, _ in found:
+        if spec.kind == "embedding":
+            _refuse_idle(spec.module, checkpoint)
     _refuse_tied([spec for spec, _ in found], specs, checkpoint)
     return found
+
+
+def _refuse_idle(module: str, checkpoint: Checkpoint) -> None:
+    """Raise for the module that lends encoder and decoder its tensor (T5's and BART's ``shared``) and is called by neither."""
+    if module.rpartition(".")[2] == "shared":
+        raise OptionError(
+            f"{checkpoint.name}: {module} is never called: encoder and decoder have its tensor in embeddings of their own, so that the "
+            "adapter on it does nothing in PEFT, and fused it would change both",
+        )
 
 
 def _rows_of_vocabulary(spec: WeightSpec, ours: tuple[int, int], theirs: tuple[int, int]) -> int | None:
@@ -181,6 +193,9 @@ def whole_tensors(adapter: Adapter, checkpoint: Checkpoint) -> list[tuple[Weight
                 f"the adapter holds a whole {key} (modules_to_save) that cannot be carried over: {why}",
                 hint=hint and hint.format(len(values)),
             )
+        module = names[key].rpartition(".")[0]
+        if any(module == name or module.endswith(f".{name}") for name in adapter.settings.modules_to_save or ()):
+            _refuse_idle(module, checkpoint)
         if any(spec.sources == (source,) for spec, _ in full):
             continue
         spec = WeightSpec(

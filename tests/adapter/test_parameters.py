@@ -148,10 +148,8 @@ def test_every_verb_takes_it(moe: tuple[str, Path, Bank], tmp_path: Path) -> Non
     assert not near(logits(two), logits(one), 1e-3)
     report = svdbank.init(bank, output=tmp_path / "beside", rank=2, beside=[tmp_path / "one"], base_model=str(source))
     assert report.band == (0, 2)
-    # A bank holds all directions of a small matrix, so that any LoRA stands on them: of those it left none.
-    assert {name for name in report.left_out if "shared_expert_gate" not in name} == {
-        name for name in bank.names if name.endswith((".gate.weight", ".router.weight")) and kind != "qwen2-moe"
-    }
+    # A bank holds all directions of a small matrix: any LoRA is a combination of them, and stands on none.
+    assert not [name for name in report.left_out if "shared_expert_gate" not in name]
 
 
 @pytest.mark.filterwarnings("ignore")

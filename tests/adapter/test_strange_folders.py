@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import svdbank
 import svdbank.peft
+from svdbank.adapter.settings import LoraSettings
+from svdbank.adapter.targeting import untargeted
 from svdbank.core.errors import CheckpointError, NotFiniteError, OptionError, SvdbankError, WrongBaseError
 from tests.adapter.every import TOKENS, off, write_base
 from tests.adapter.settings import Case, logits, save, small_llama, wrapped
@@ -275,3 +277,70 @@ def test_an_index_without_metadata_is_read(base: Path, plain: tuple[Path, torch.
     svdbank.fuse(sharded, folder, tmp_path / "fused")
     assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
     assert len(svdbank.build(sharded, tmp_path / "bank", rank=2)) == 14
+
+
+LEFT_OUT: dict[str, object] = {
+    "target_modules": ["q_proj"],
+    "target_modules ": r".*\.1\.self_attn\..*",
+    "exclude_modules": ["v_proj"],
+    "layers_to_transform": [0],
+    "modules_to_save": ["self_attn"],
+}
+
+
+@pytest.mark.parametrize("field", LEFT_OUT)
+def test_factors_that_the_config_leaves_out_are_refused_as_peft_would_not_load_them(
+    field: str, plain: tuple[Path, torch.Tensor]
+) -> None:
+    folder, _ = plain
+    config = json.loads((folder / "adapter_config.json").read_text()) | {field.strip(): LEFT_OUT[field]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"holds factors of model\.layers.*, which {field.strip()} of its"):
+        svdbank.read_adapter(folder)
+
+
+def test_the_rule_of_targets_is_pefts() -> None:
+    import peft
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+    modules = ["layers.1.q_proj", "model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.1.mlp.experts.0.q_proj"]
+    modules += ["model.layers.1.my_q_proj", "q_proj", "lm_head", "h.1.q_proj", "model.layers.1.lm_head.q_proj"]
+    configs: list[dict[str, Any]] = [
+        {"target_modules": targets, **other}
+        for targets in (["q_proj"], ["q_proj", "lm_head", "layers.1.q_proj"], r".*layers\.1\..*q_proj")
+        for other in (
+            {},
+            {"exclude_modules": ["layers.1.q_proj"]},
+            {"exclude_modules": r".*experts.*"},
+            {"modules_to_save": ["lm_head"]},
+        )
+    ]
+    configs += [{"target_modules": ["q_proj"], "layers_to_transform": layers} for layers in (0, [1], [0, 1], [])]
+    configs += [
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": own} for own in ("h", ["layers"], [])
+    ]
+    for own in configs:
+        config = peft.LoraConfig(**own)
+        taken = {module: check_target_module_exists(config, module) for module in modules}
+        out = {module for module, found in taken.items() if not found or isinstance(found, _ExcludedModule)}
+        settings = LoraSettings(r=1, lora_alpha=1, **own)
+        assert {module for module, _ in untargeted(settings, modules)} == out, own
+
+
+def test_a_start_that_the_record_contradicts_is_refused(base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    folder, _ = plain
+    svdbank.stack({"one": folder, "two": folder}, output=tmp_path / "stack")
+    config = json.loads((tmp_path / "stack" / "adapter_config.json").read_text()) | {"init_lora_weights": "olora"}
+    (tmp_path / "stack" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="olora"):
+        svdbank.fuse(base, tmp_path / "stack", tmp_path / "fused")
+
+
+def test_a_module_that_one_adapter_replaces_and_another_changes_is_refused(base: Path, tmp_path: Path) -> None:
+    for name, options in {
+        "whole": {"modules_to_save": ["lm_head"]},
+        "factors": {"target_modules": ["q_proj", "lm_head"]},
+    }.items():
+        save(Case(options), wrapped(Case(options), small_llama(), 1, {}), tmp_path / name)
+    with pytest.raises(OptionError, match=r"lm_head\.weight is replaced whole"):
+        svdbank.merge([tmp_path / "whole", tmp_path / "factors"], weights=[1, 0.5], output=tmp_path / "out")

@@ -125,3 +125,25 @@ def test_a_head_that_does_more_when_tied_is_refused(name: str, target: str, tmp_
     with pytest.raises(OptionError, match="cannot be untied"):
         svdbank.fuse(base, tmp_path / "adapter", tmp_path / "fused", untie=True)
     assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize(
+    "config", [{"target_modules": ["q_proj", "shared"]}, {"modules_to_save": ["shared"], "target_modules": ["q_proj"]}]
+)
+def test_an_adapter_on_a_module_that_is_never_called_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = transformers.BartModel(transformers.BartConfig(vocab_size=96, d_model=16, **sizes)).eval()
+    base, tokens = saved(model, tmp_path / "base"), torch.arange(5)[None]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config, init_lora_weights=False)).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    before = wrapped(input_ids=tokens).last_hidden_state
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".shared." in name and parameter.requires_grad:
+                parameter += 1
+    assert torch.equal(wrapped(input_ids=tokens).last_hidden_state, before)
+    with pytest.raises(OptionError, match="shared is never called"):
+        svdbank.fuse(base, tmp_path / "adapter", tmp_path / "fused")
