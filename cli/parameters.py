@@ -86,3 +86,18 @@ class SizeType(_ParamType):
             self.fail(f"{value!r} is not a size: 500MB, 20GB, 16GiB", param, ctx)
         power = " kmgt".index(found[2] or " ")
         return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+class ShareType(_ParamType):
+    """A share: ``5%`` or ``0.05``."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(%?)", str(value).strip())
+        share = float(found[1]) / (100 if found[2] else 1) if found is not None else 0.0
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is no share of the weights: 5% or 0.05", param, ctx)
+        return share

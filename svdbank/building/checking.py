@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 from collections.abc import Iterator
 
@@ -14,15 +13,11 @@ from svdbank.bank.reading import Bank
 from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
 from svdbank.core.basis import unresolved_ranks
-from svdbank.core.errors import DamageError, WrongBaseError
+from svdbank.core.errors import DamageError
 from svdbank.core.specs import Progress, ProgressCallback, Struct
 
 #: Bytes hashed at a time.
 _PIECE = 8 << 20
-
-#: Worst residual, over ‖W‖_F, of a basis cast to the storage dtype: entries off by 2⁻²⁵, 2⁻¹², 2⁻⁹ of themselves move a product by at
-#: most that much of ‖W‖; the rest is room.
-_STORED_RESIDUAL = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 class FamilyInfo(Struct, frozen=True):
@@ -179,34 +174,3 @@ def _unrecorded(folder: Folder, recorded: set[str]) -> tuple[list[str], list[Dam
         else:
             damage.append(Damage(name, "not a regular file or folder"))
     return sorted(unrecorded), damage
-
-
-def compare_with_model(bank: Bank, model: str | os.PathLike[str], progress: ProgressCallback | None) -> Iterator[Damage]:
-    """Hashes of the base's weights, and the residual of each stored basis against its weight."""
-    from svdbank.checkpoint import decomposable, open_checkpoint
-    from svdbank.solver import residual_check
-
-    with open_checkpoint(model) as checkpoint:
-        specs = {weight.name: weight for weight in decomposable(checkpoint, (".*",))[0]}
-        for done, name in enumerate(bank):
-            basis = bank[name]
-            spec = specs.get(name)
-            if spec is None or (spec.out_features, spec.in_features) != (basis.out_features, basis.in_features):
-                raise WrongBaseError(
-                    f"{bank.path} was built from another model: {checkpoint.name} has no {name} of "
-                    f"{basis.out_features}x{basis.in_features}",
-                    hint=f"verify it against {bank.manifest.base.name}",
-                )
-            weight, sha256 = checkpoint.read_hashed(spec)
-            if sha256 != basis.source_sha256:
-                raise WrongBaseError(
-                    f"{bank.path} was built from another model: {name} of {checkpoint.name} has other bytes",
-                    hint=f"verify it against {bank.manifest.base.name}",
-                )
-            right = bank.rows("right", [name])[name] if bank.side == "both" else None
-            left, sigma = bank.rows("left", [name])[name], bank.rows("sigma", [name])[name]
-            residual = residual_check(weight, left, right, sigma)
-            if not residual <= _STORED_RESIDUAL[bank.dtype]:
-                yield Damage(name, f"the stored basis misses the weight by {residual:.1e} of its norm")
-            if progress is not None:
-                progress(Progress("verify against model", done + 1, len(bank), "weights", name))

@@ -6,17 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hard_matrices import llm_like, reference
+from hard_matrices import NAMES, hard_matrix, llm_like, reference
 from torch import Tensor
 
 import svdbank.solver.shift_invert as shift_invert
 import svdbank.solver.solve as solve
+from svdbank.core.basis import Triplets
 from svdbank.core.errors import SolverError
+from svdbank.core.specs import Side
 from svdbank.solver import minor_basis, residual_check
 from svdbank.solver.contract import Block, Candidate
 from svdbank.solver.gates import judge
 from svdbank.solver.lanczos import largest
 from svdbank.solver.sizes import shape_for
+from svdbank.solver.stored import StoredTriplets, check_stored
 from svdbank.solver.weight import Weight
 
 RANK = 12
@@ -240,3 +243,59 @@ def test_residual_check_tells_stored_triplets_from_spoiled_ones(device: str) -> 
         assert residual_check(weight, left.roll(1, 1), None, sigma) > 1e-3
     nothing = (torch.zeros(4, 5), torch.eye(2, 4), torch.eye(2, 5), torch.zeros(2))
     assert residual_check(*(part.to(device) for part in nothing)) == 0.0
+
+
+DTYPES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (40, 90), (90, 40)], ids=str)
+@pytest.mark.parametrize("side", ["both", "left"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_solver_found_and_a_bank_stores_is_proven_whatever_the_weight(
+    name: str, side: Side, shape: tuple[int, int]
+) -> None:
+    weight = hard_matrix(name, *shape)
+    basis = minor_basis(weight, RANK, side=side, principal=3)
+    assert basis.principal is not None
+    for dtype, limit in DTYPES.items():
+        ends = [_stored(end, dtype) for end in (basis.minor, basis.principal)]
+        for check in check_stored(weight, *ends):
+            assert check.residual <= limit and check.orthogonality <= limit and check.ordered and check.complete, dtype
+
+
+@pytest.mark.parametrize("shape", [(150, 150), (150, 400), (400, 150)], ids=str)
+@pytest.mark.parametrize("side", ["both", "left"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triplets_that_are_not_the_smallest_are_not_complete_however_exact(
+    dtype: torch.dtype, side: Side, shape: tuple[int, int]
+) -> None:
+    """The largest in either order, one in the middle left out, one end cut off: no residual tells them from the right ones."""
+    weight = llm_like(*shape)
+    left, sigma, right = reference(weight)
+
+    def stored(chosen: list[int]) -> StoredTriplets:
+        sides = [vectors[:, chosen].mT.contiguous().to(dtype) for vectors in (left, right)]
+        return StoredTriplets(sides[0], sides[1] if side == "both" else None, sigma[chosen])
+
+    k = min(shape)
+    for chosen in (
+        list(range(k - RANK, k)),
+        list(range(1, RANK + 1)),
+        [index for index in range(RANK + 1) if index != RANK // 2],
+        [*range(RANK - 1), k - 1],
+    ):
+        (check,) = check_stored(weight, stored(chosen))
+        assert check.residual <= DTYPES[dtype] and check.orthogonality <= DTYPES[dtype] and check.ordered
+        assert not check.complete, chosen
+    right_ones = stored(list(range(RANK)))
+    assert check_stored(weight, right_ones)[0].complete
+    (reversed_,) = check_stored(weight, stored(list(range(RANK))[::-1]))
+    assert not reversed_.ordered
+    twice = stored([0, *range(RANK - 1)])
+    assert check_stored(weight, twice)[0].orthogonality > 0.5
+    largest, wrong = stored(list(range(k - 1, k - 5, -1))), stored(list(range(k - 2, k - 6, -1)))
+    assert check_stored(weight, right_ones, largest)[1].complete and not check_stored(weight, right_ones, wrong)[1].complete
+
+
+def _stored(end: Triplets, dtype: torch.dtype) -> StoredTriplets:
+    return StoredTriplets(end.left.to(dtype), None if end.right is None else end.right.to(dtype), end.sigma)
