@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 import svdbank
 from svdbank.checkpoint import decomposable, open_checkpoint
+from svdbank.checkpoint.naming.matrices import matrices
 from tests.architectures import plain, small
 
 RANK = 2
@@ -102,3 +105,50 @@ def test_a_change_of_a_linear_module_that_shares_its_tensor_is_not_fused(blocks:
     merged, fused = adapted.merge_and_unload(), type(base).from_pretrained(tmp_path / "fused")
     for (name, values), own in zip(merged.named_parameters(), fused.parameters(), strict=True):
         assert float((own - values).norm()) <= 1e-6 * float(values.norm()), name
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a type that the table does not have, and of a multimodal one."""
+    folders = {name: tmp_path_factory.mktemp(name) / "model" for name in ("minimax_m2", "qwen3_5_moe")}
+    for name, folder in folders.items():
+        small.small_model(name).save_pretrained(folder)
+    return folders
+
+
+def modules_with(folder: Path, config: dict[str, Any], into: Path) -> tuple[set[str], str]:
+    """What is decomposed of the model's weights beside a configuration with other values, and who knew."""
+    into.mkdir()
+    shutil.copy(folder / "model.safetensors", into)
+    written = json.loads((folder / "config.json").read_text()) | config
+    (into / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+    with open_checkpoint(into) as checkpoint:
+        specs, _ = decomposable(checkpoint)
+        return {spec.name for spec in specs}, matrices(checkpoint).decided
+
+
+@pytest.mark.parametrize("name", ["minimax_m2", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": None},
+        {"architectures": ["TheirsForCausalLM"], "auto_map": {"AutoModelForCausalLM": "x.TheirsForCausalLM"}},
+    ],
+)
+def test_a_known_type_without_a_known_class_is_the_one_with_a_head(
+    name: str, config: dict[str, Any], two: dict[str, Path], tmp_path: Path
+) -> None:
+    usual, decided = modules_with(two[name], {}, tmp_path / "usual")
+    found, by = modules_with(two[name], config, tmp_path / "other")
+    assert found == usual and by == decided and "Transformers" in by
+
+
+def test_where_the_class_has_none_of_the_tensors_the_error_says_so(two: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "model").mkdir()
+    tensors = {f"other.{name}": value for name, value in load_file(two["minimax_m2"] / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text((two["minimax_m2"] / "config.json").read_text())
+    with pytest.raises(svdbank.OptionError, match=r"no matrices at all; of \d+ others, no parameter of MiniMaxM2ForCausalLM"):
+        svdbank.plan(tmp_path / "model")

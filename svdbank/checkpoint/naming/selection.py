@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from svdbank.checkpoint.naming.correspondence import Parameter
 from svdbank.checkpoint.naming.families import natural, with_families
@@ -106,9 +106,16 @@ def _refuse_unmatched(
         )
     if not chosen:
         raise OptionError(
-            f"{checkpoint.name}: no linear weight among {len(checkpoint.tensors)} tensors; there are: {inventory(candidates)}",
-            hint="name the modules to decompose with --targets",
+            f"{checkpoint.name}: no linear weight among {len(checkpoint.tensors)} tensors; there are: {inventory(candidates)}"
+            + (f"; of {most[1]} others, {most[0]}" if (most := _commonest(reasons)) else ""),
+            hint="name the modules to decompose with --targets" if candidates else None,
         )
+
+
+def _commonest(reasons: Mapping[str, str]) -> tuple[str, int] | None:
+    """Why most tensors make no matrix, vectors apart, and how many those are."""
+    counts = Counter(reason for reason in reasons.values() if not reason.startswith("a vector"))
+    return next(iter(counts.most_common(1)), None)
 
 
 def inventory(specs: Sequence[WeightSpec]) -> str:

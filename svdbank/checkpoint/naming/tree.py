@@ -33,6 +33,9 @@ _NOT_PASSED = re.compile(
     r"|use_pretrained_backbone|compile_config|device_map"
 )
 
+#: Classes with a head, by name.
+_WITH_HEAD = re.compile(r"For[A-Z]|LMHead")
+
 #: What routers are called.
 _ROUTERS = ("gate", "router")
 
@@ -346,11 +349,16 @@ def _class_of(about: ModelFacts, settings: Any) -> Any:
         "AutoModelForSpeechSeq2Seq",
         "AutoModel",
     )
-    for name in automatic if not about.architectures else ("AutoModel",):
+    # A class of the repository's own code is Transformers' own of the type, with a head where its name says so.
+    bare = bool(about.architectures) and not any(_WITH_HEAD.search(name) for name in about.architectures)
+    for name in ("AutoModel",) if bare else automatic:
         mapping = getattr(transformers, name)._model_mapping
         if type(settings) in mapping:
-            kind = mapping[type(settings)]
-            return kind[0] if isinstance(kind, tuple) else kind
+            found = mapping[type(settings)]
+            kind = found[0] if isinstance(found, tuple) else found
+            # The language part of a multimodal model has a configuration of its own.
+            if kind.config_class is None or isinstance(settings, kind.config_class):
+                return kind
     raise UnknownModelError(
         f"Transformers {transformers.__version__} has no class {' or '.join(about.architectures) or 'for it'}"
     )
