@@ -114,3 +114,60 @@ def assert_same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) 
     assert these.keys() == those.keys()
     for name, value in those.items():
         assert float((these[name] - value).norm()) <= FUSED * float(value.norm()), name
+
+
+def test_peft_layers_that_fail_in_forward_are_refused_and_the_hint_works(tmp_path: Path) -> None:
+    """DeepSeek-V4's ``o_a_proj`` is linear by its class and has a block for each group of inputs."""
+    import ast
+    import re
+
+    from peft import LoraConfig
+
+    from svdbank.peft import get_peft_model
+    from tests.architectures.feeding import loss_of
+
+    base, _ = small.saved(small.small_model("deepseek_v4"), tmp_path / "model")
+    bank = svdbank.build(tmp_path / "model", tmp_path / "bank", rank=STORED, device="cpu")
+    assert {bank[name].kind for name in bank.names if name.endswith("o_a_proj.weight")} == {"grouped"}
+
+    def attached(**options: Any) -> Any:
+        config = LoraConfig(r=RANK, init_lora_weights="mica", target_modules="all-linear", **options)
+        return get_peft_model(base, config, bank=bank)
+
+    with pytest.raises(svdbank.OptionError, match="does something else with its weight than multiply") as caught:
+        attached()
+    hint = str(caught.value.hint)
+    found = {name: ast.literal_eval(value) for name, value in re.findall(r"(\w+)=(\[[^\]]*\])", hint)}
+    assert found == {"exclude_modules": ["o_a_proj"], "target_parameters": ["o_a_proj.weight"]}
+    model = attached(exclude_modules=found["exclude_modules"])
+    assert loss_of(model).requires_grad
+    model = get_peft_model(model.unload(), LoraConfig(r=RANK, init_lora_weights="mica", target_modules=[], **found), bank=bank)
+    loss_of(model).backward()
+    trained = {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
+    assert trained and all(".o_a_proj." in name and ".lora_A." in name for name in trained)
+
+
+def test_a_class_whose_parameters_are_not_all_stored_is_refused(tmp_path: Path) -> None:
+    """Emu3's language model has a head of its own that its whole model does not store."""
+    small.small_model("emu3").save_pretrained(tmp_path / "model")
+    word_tokenizer(WORDS, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(WORDS * 40))
+    with pytest.raises(svdbank.CheckpointError, match=r"lm_head\.weight, and would be random numbers"):
+        svdbank.eval(tmp_path / "model", data=[str(tmp_path / "text.txt")], length=16)
+
+
+def test_paths_that_two_towers_have_are_not_guessed() -> None:
+    from svdbank.adapter.naming import matched
+
+    ends = [f"layers.{i}.q_proj" for i in range(2)]
+    held = {f"model.{tower}.{end}": end for tower in ("text", "vision") for end in ends}
+    with pytest.raises(svdbank.OptionError, match="cannot be told"):
+        matched(held, [f"model.{end}" for end in ends])
+    only_text = matched(held, [f"model.{end}" for end in ends], lambda key, name: ".text." in name)
+    assert only_text == {f"model.{end}": end for end in ends}
+    assert matched({**held, "model.text.layers.0.gate": "gate"}, ["model.layers.0.gate", "model.layers.0.q_proj"]) == {
+        "model.layers.0.gate": "gate",
+        "model.layers.0.q_proj": "layers.0.q_proj",
+    }
+    mixed = {"model.layers.0.q_proj": "own", "model.vision.layers.0.k_proj": "other"}
+    assert matched(mixed, ["model.layers.0.q_proj", "model.layers.0.k_proj"]) == {"model.layers.0.q_proj": "own"}
