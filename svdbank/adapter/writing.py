@@ -39,11 +39,6 @@ def write_adapter(adapter: Adapter, output: str | Path, *, trainable: bool = Fal
         raise OptionError("this adapter touches no weight")
     if trainable and not all(weight.in_bank for weight in adapter.weights.values()):
         raise OptionError("B can stay frozen only where it stands on the bank's directions", hint="write it without trainable")
-    both = [name for name in adapter.whole.replacing if name.removesuffix(".weight") in adapter.weights]
-    if both:
-        raise OptionError(
-            f"{both[0]} is replaced whole (modules_to_save) and changed by factors: PEFT would load the one without the other"
-        )
     factors, ranks = peft_factors(adapter.weights)
     settings = peft_settings(adapter, ranks, init="mica" if trainable else True)
     if trainable and settings.target_parameters:  # PEFT has no MiCA for parameters
