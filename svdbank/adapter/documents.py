@@ -96,7 +96,7 @@ MERGED_BY_PEFT = frozenset(
 )
 
 #: Values of ``init_lora_weights`` with which training begins on the base as it is.
-_UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva", "mica"})
+UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva", "mica"})
 
 
 def _set_beyond(config: Mapping[str, object]) -> str | None:
@@ -183,7 +183,7 @@ class Documents:
                 "another model",
                 hint="save it with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…): that is for the base",
             )
-        if known not in METHODS and str(said).lower() not in _UNCHANGED_BASE:
+        if known not in METHODS and str(said).lower() not in UNCHANGED_BASE:
             raise CheckpointError(
                 f"{self.path}: init_lora_weights is {said!r}, which svdbank does not know: whether it changed the base cannot be told"
             )

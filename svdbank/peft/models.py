@@ -12,7 +12,7 @@ from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, OptionError, WrongBaseError, missing_extra
+from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError, missing_extra
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import FactorSource, attachments, check_reload
 from svdbank.peft.loading import as_peft_loads, check_known, check_rows, explained
@@ -78,6 +78,11 @@ def load_adapter(
     read = read_folder(place, any_kind=True)
     check_known(peft, read)
     check_rows(model, read)
+    if isinstance(model, peft.PeftModel) and "(layer_replication)" in (read.beyond or ""):
+        raise CheckpointError(
+            f"{shown}: {read.beyond} changes the layers beneath the adapters that are there",
+            hint="load it alone, onto a freshly loaded base",
+        )
     opened = cache.opened(bank)
     if opened is not None:
         _check_base(opened, read)

@@ -18,8 +18,8 @@ import svdbank.peft
 from svdbank.adapter.settings import LoraSettings
 from svdbank.adapter.targeting import untargeted
 from svdbank.core.errors import CheckpointError, NotFiniteError, OptionError, SvdbankError, WrongBaseError
-from tests.adapter.every import TOKENS, off, write_base
-from tests.adapter.settings import Case, logits, save, small_llama, wrapped
+from tests.adapter.every import MODELS, TOKENS, off, write_base
+from tests.adapter.settings import Case, cases, logits, save, small_llama, wrapped
 
 KEYS: dict[str, Callable[[str], str]] = {
     "torch.compile": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
@@ -344,3 +344,68 @@ def test_a_module_that_one_adapter_replaces_and_another_changes_is_refused(base:
         save(Case(options), wrapped(Case(options), small_llama(), 1, {}), tmp_path / name)
     with pytest.raises(OptionError, match="one adapter changes lm_head by factors, another holds it whole"):
         svdbank.merge([tmp_path / "whole", tmp_path / "factors"], weights=[1, 0.5], output=tmp_path / "out")
+
+
+CHANGING: dict[str, Case] = {
+    "olora": Case({"init_lora_weights": "olora"}),
+    "trained biases": Case({"bias": "all"}, model="biased"),
+    "rows": cases()["beside the factors: rows set by the user"],
+    "kasa": cases()["kasa_config: true"],
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_eval_measures_the_base_and_other_adapters_on_the_base_as_it_is(name: str, tmp_path: Path) -> None:
+    """Loading these adapters changes the base's own weights in memory."""
+    case = CHANGING[name]
+    base = write_base(case.model, tmp_path / "base")
+    first, second = Case(model=case.model), case
+    kinds = (
+        {"plain": first, "changing": second} if name != "kasa" else {"changing": second}
+    )  # PEFT has KaSA beside nothing else
+    models = {own: wrapped(kind, MODELS[kind.model](), 1, {}) for own, kind in kinds.items()}
+    folders = {own: save(kinds[own], model, tmp_path / own) for own, model in models.items()}
+    for order in (list(folders), list(reversed(folders))):
+        report = svdbank.eval(
+            base, data={"text": base / "text.txt"}, adapters={own: folders[own] for own in order}, dtype="float32"
+        )
+        for score in report.scores:
+            model = MODELS[case.model]() if score.adapter == "base" else models[score.adapter]
+            tokens = TOKENS[:, : score.tokens + 1]
+            wanted = torch.nn.functional.cross_entropy(logits(model, TOKENS)[0, : score.tokens], tokens[0, 1:])
+            assert score.loss == pytest.approx(float(wanted), abs=1e-5), score.adapter  # of float32
+
+
+def test_adapters_that_act_together_are_their_sum_in_any_order_or_refused(base: Path, tmp_path: Path) -> None:
+    kinds = {"plain": Case(), "dora": Case({"use_dora": True}), "other": Case({"use_dora": True, "r": 2})}
+    models = {name: wrapped(case, small_llama(), number, {}) for number, (name, case) in enumerate(kinds.items())}
+    folders = {name: save(kinds[name], model, tmp_path / name) for name, model in models.items()}
+    start = {name: value.double() for name, value in small_llama().state_dict().items()}
+    total = dict(start)
+    for name in ("plain", "dora"):
+        merged = models[name].merge_and_unload().state_dict()
+        total = {key: value + merged[key].double() - start[key] for key, value in total.items()}
+    summed = small_llama()
+    summed.load_state_dict(total)
+    data = {"text": base / "text.txt"}
+    for order in (["plain", "dora"], ["dora", "plain"]):
+        stack = [folders[name] for name in order]
+        score = next(
+            own for own in svdbank.eval(base, data=data, adapters={"x": stack}, dtype="float32").scores if own.adapter == "x"
+        )
+        wanted = torch.nn.functional.cross_entropy(logits(summed, TOKENS)[0, : score.tokens], TOKENS[0, 1 : score.tokens + 1])
+        assert score.loss == pytest.approx(float(wanted), abs=1e-5)
+    with pytest.raises(OptionError, match="use_dora"):
+        svdbank.eval(base, data=data, adapters={"x": [folders["dora"], folders["other"]]})
+
+
+def test_replicated_layers_beside_anything_else_are_refused(
+    base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    case = cases()["layer_replication: two layers twice"]
+    folder = save(case, wrapped(case, small_llama(), 1, {}), tmp_path / "replicated")
+    with pytest.raises(OptionError, match="layer_replication"):
+        svdbank.eval(base, data={"text": base / "text.txt"}, adapters={"x": folder})
+    model = svdbank.peft.load_adapter(small_llama(), plain[0])
+    with pytest.raises(CheckpointError, match="layer_replication"):
+        svdbank.peft.load_adapter(model, folder, adapter_name="x")
