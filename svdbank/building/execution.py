@@ -274,5 +274,6 @@ class _Worker:
             self.claims.release(one.shard)
             give_back()
             seconds = round(time.perf_counter() - started, 4)
-            log(self.prepared.root, "shard", family=one.family.name, index=one.shard.index, seconds=seconds)
+            facts = {"seconds": seconds, "recorded": record is not None}
+            log(self.prepared.root, "shard", family=one.family.name, index=one.shard.index, **facts)
         return recorded

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
+from svdbank.building.devices import may_have_gpu
 from svdbank.building.fetching import files_of
 from svdbank.building.shards import ShardWork
 from svdbank.core.errors import OptionError
@@ -93,6 +94,13 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     if not (value.isdecimal() and value.isascii()):
         raise OptionError(f"--shard auto: {name} is {value!r}, not a number", hint="--shard I/N says it by hand")
     return int(value)
+
+
+def own_device(share: Share | None, asked: str) -> str:
+    """The device of a worker: its launcher's where that names one, and GPUs in general were asked for, or ``auto`` where there are any."""
+    if share is None or share.device is None or not (asked == "cuda" or (asked == "auto" and may_have_gpu())):
+        return asked
+    return share.device
 
 
 def cost(work: ShardWork) -> float:

@@ -17,7 +17,7 @@ from svdbank.building.execution import WorkReport
 from svdbank.building.fetching import Fetch, FetchReport, fetch_report
 from svdbank.building.joining import Workplace, finished, joined
 from svdbank.building.request import BuildRequest, build_request
-from svdbank.building.shares import Share, parse_share
+from svdbank.building.shares import Share, own_device, parse_share
 from svdbank.core.specs import ProgressCallback, Side, StoredDtype, Struct, ignore_progress, quantised_formats
 
 
@@ -134,8 +134,7 @@ def build(
         threads=threads,
     )
     share = None if shard is None else parse_share(shard, os.environ)
-    named = share.device if share and share.device and request.device in ("auto", "cuda") else request.device
-    where = worker_devices(named, request.workers)
+    where = worker_devices(own_device(share, request.device), request.workers)
     device_here = working_device(where[0])
     tell, on_cpu = progress or ignore_progress, "cpu" in where
     with (
