@@ -176,7 +176,19 @@ def read_folder(path: str | Path, *, any_kind: bool = False) -> AdapterFolder:
     if others and not any_kind:
         raise _refused_tensor(said.path, keys[others[0]])
     factors, whole = _read(said, keys, set(others))
+    if not any_kind:
+        _check_held(said, whole)
     return AdapterFolder(said.path, said.settings, said.cache, said.beyond, factors, whole, others, names, unchecked)
+
+
+def _check_held(said: Documents, whole: WholeTensors) -> None:
+    """Raise :class:`CheckpointError` where the config names whole trained modules, and none is there."""
+    if said.settings.modules_to_save and not whole.replacing:
+        raise CheckpointError(
+            f"{said.path}: {CONFIG} names whole trained modules (modules_to_save: {', '.join(said.settings.modules_to_save)}), and "
+            f"{WEIGHTS} holds none of them",
+            hint="save the adapter again where they are: a sharded model's save_pretrained may leave them out",
+        )
 
 
 def _keys_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -224,6 +236,16 @@ def _unwrapped(key: str) -> str:
     return key[: found.start()] + (f".{found['factor']}.weight" if found["factor"] else f".{found['embedding']}")
 
 
+def _values(tensor: Tensor, folder: Path, key: str) -> Tensor:
+    """A factor; of eight bits, in float32, which holds its values. :class:`CheckpointError` for whole numbers: codes, not values."""
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}: codes of a quantiser, or a file of "
+            "another program, not a factor",
+        )
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+
+
 def _finite(tensor: Tensor) -> bool:
     """No NaN and no infinity: their sum would be one. Only where a sum of large values overflows is every entry looked at."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
@@ -255,7 +277,7 @@ def _read(said: Documents, keys: Mapping[str, str], others: AbstractSet[str]) ->
                 continue
             linear, embedding, under = _KEY.match(key), _EMBEDDING_KEY.match(key), _BENEATH_KEY.match(key)
             if found := linear or embedding:
-                halves.setdefault(found["module"], {})[found["factor"][-1]] = file.get_tensor(stored)
+                halves.setdefault(found["module"], {})[found["factor"][-1]] = _values(file.get_tensor(stored), folder, stored)
                 if embedding:
                     embeddings.add(found["module"])
             elif under:

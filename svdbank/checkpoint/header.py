@@ -28,6 +28,11 @@ def header_length(prefix: bytes, *, size: int, where: str) -> int:
     """Length of the JSON header, from the first eight bytes of a file of ``size`` bytes."""
     if len(prefix) < PREFIX:
         raise CheckpointError(f"{where}: {size} bytes are too few for a safetensors file")
+    if prefix[:PREFIX] == b"version ":
+        raise CheckpointError(
+            f"{where}: a pointer of Git LFS, of {size} bytes, in place of the file itself",
+            hint="git lfs pull in that folder, or hf download the repository",
+        )
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > MAX_HEADER:
         raise CheckpointError(f"{where}: the header claims {length} bytes; the format allows {MAX_HEADER}")

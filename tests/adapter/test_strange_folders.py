@@ -409,3 +409,98 @@ def test_replicated_layers_beside_anything_else_are_refused(
     model = svdbank.peft.load_adapter(small_llama(), plain[0])
     with pytest.raises(CheckpointError, match="layer_replication"):
         svdbank.peft.load_adapter(model, folder, adapter_name="x")
+
+
+def _pointer(folder: Path) -> None:
+    """What git leaves where LFS is not installed."""
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 1234\n"
+    (folder / "adapter_model.safetensors").write_text(text)
+
+
+def _configured(**fields: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
+def _codes(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: (100 * value).to(torch.int8) for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pointer of LFS": (_pointer, "Git LFS"),
+    "whole numbers": (_codes, "int8"),
+    "targets that leave factors out": (_configured(target_modules=["q_proj"]), r"v_proj.*target_modules"),
+    "an expression that leaves factors out": (_configured(target_modules=r".*layers\.0.*proj"), r"layers\.1.*target_modules"),
+    "excluded modules with factors": (_configured(exclude_modules=["v_proj"]), "exclude_modules"),
+    "layers that are not transformed": (_configured(layers_to_transform=[0]), r"layers\.1.*layers_to_transform"),
+    "whole modules that are not held": (_configured(modules_to_save=["lm_head"]), "modules_to_save"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_config_and_tensors_that_are_not_of_one_adapter_are_refused(
+    kind: str, base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    folder, _ = plain
+    edit, said = REFUSED[kind]
+    edit(folder)
+    verbs: list[Callable[[], object]] = [
+        lambda: svdbank.fuse(base, folder, tmp_path / "out"),
+        lambda: svdbank.merge([folder, f"again={folder}"], output=tmp_path / "out"),
+        lambda: svdbank.stack([folder], output=tmp_path / "out", scale={"plain": 0.5}),
+        lambda: svdbank.compare([folder, f"again={folder}"]),
+        lambda: svdbank.export(folder, to="lora", output=tmp_path / "out"),
+    ]
+    for verb in verbs:
+        with pytest.raises(CheckpointError, match=said):
+            verb()
+    with pytest.raises(CheckpointError):  # PEFT takes fields for what they say; the tensors that are left over name it
+        svdbank.peft.load_adapter(small_llama(), folder)
+
+
+def test_factors_of_eight_bits_are_the_values_that_peft_loads(
+    base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    import peft
+    import transformers
+
+    folder, _ = plain
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+    expected = logits(peft.PeftModel.from_pretrained(small_llama(), folder).eval(), TOKENS)
+    assert off(logits(svdbank.peft.load_adapter(small_llama(), folder, is_trainable=False).eval(), TOKENS), expected) < 1e-6
+    svdbank.fuse(base, folder, tmp_path / "fused")
+    assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
+    svdbank.merge([folder, f"again={folder}"], output=tmp_path / "merged")
+    assert off(logits(peft.PeftModel.from_pretrained(small_llama(), tmp_path / "merged").eval(), TOKENS), expected) < 1e-5
+
+
+def test_a_pointer_of_lfs_in_place_of_a_models_weights_is_said(tmp_path: Path) -> None:
+    small_llama().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="Git LFS") as caught:
+        svdbank.plan(tmp_path / "base")
+    assert "git lfs pull" in (caught.value.hint or "")
+
+
+def test_links_a_second_format_and_other_adapters_beside_one_change_nothing(
+    base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    import transformers
+
+    folder, expected = plain
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save({key: 2 * value for key, value in tensors.items()}, folder / "adapter_model.bin")  # PEFT prefers safetensors too
+    (folder / "adapter_model.safetensors").rename(tmp_path / "blob")
+    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "blob")
+    (folder / "other").mkdir()
+    for name in ("adapter_config.json",):
+        (folder / "other" / name).write_bytes((folder / name).read_bytes())
+    save_file({key: 3 * value for key, value in tensors.items()}, folder / "other" / "adapter_model.safetensors")
+    svdbank.fuse(base, folder, tmp_path / "fused")
+    assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
+    assert off(logits(svdbank.peft.load_adapter(small_llama(), folder, is_trainable=False).eval(), TOKENS), expected) < 1e-6
