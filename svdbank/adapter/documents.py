@@ -14,7 +14,7 @@ from svdbank.adapter.checksums import check_record
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, lora_scale
 from svdbank.adapter.settings import CACHE, CONFIG, FILES, SLIM, WEIGHTS, AdapterCache, LoraSettings, by_pattern
 from svdbank.core import disk
-from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.errors import CheckpointError, OptionError, abridge
 from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import from_json
 
@@ -209,7 +209,9 @@ def read_documents(path: str | Path, *, slim: bool = False) -> Documents:
                 f"{folder}: adapter_model.bin is a pickle, which can run code, and is not read",
                 hint="load it where you trust it and save it again with save_pretrained(…): that writes safetensors",
             )
-        raise CheckpointError(f"{folder}: {WEIGHTS} is missing")
+        there = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, CACHE, "README.md"))
+        beside = f"; beside {CONFIG} there is {abridge(there)}" if there else ""
+        raise CheckpointError(f"{folder}: {WEIGHTS} is missing{beside}")
     cache = None
     if (inside / CACHE).is_file():
         record = disk.read_document(inside / CACHE, error=CheckpointError, largest=_DOCUMENT)

@@ -36,7 +36,7 @@ from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import to_json
 
 #: What PEFT puts before a module path in the keys of a saved adapter.
-_ROOT = "base_model.model."
+ROOT = "base_model.model."
 #: No matrix of a model has more rows or columns.
 _LARGEST = 1 << 26
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight$")
@@ -92,8 +92,8 @@ def write_folder(
             tensors[key_of(module, "A", embedding=pair.embedding)] = pair.A.contiguous()
             tensors[key_of(module, "B", embedding=pair.embedding)] = pair.B.contiguous()
         if whole is not None:
-            tensors |= {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in whole.replacing.items()}
-            tensors |= {f"{_ROOT}{module}.base_layer.weight": tensor.contiguous() for module, tensor in whole.beneath.items()}
+            tensors |= {f"{ROOT}{name}": tensor.contiguous() for name, tensor in whole.replacing.items()}
+            tensors |= {f"{ROOT}{module}.base_layer.weight": tensor.contiguous() for module, tensor in whole.beneath.items()}
         _refuse_overflow(tensors)
         weights = tensor_file(tensors)
         disk.write_new(folder / WEIGHTS, weights)
@@ -152,12 +152,12 @@ def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
 
 def moved_key(key: str, move: Callable[[str], str]) -> str:
     """A key of a saved adapter with its module path moved."""
-    return f"{_ROOT}{move(key.removeprefix(_ROOT))}"
+    return f"{ROOT}{move(key.removeprefix(ROOT))}"
 
 
 def key_of(module: str, factor: Literal["A", "B"], *, embedding: bool = False) -> str:
     """The key under which PEFT saves a factor of a module."""
-    return f"{_ROOT}{module}.lora_embedding_{factor}" if embedding else f"{_ROOT}{module}.lora_{factor}.weight"
+    return f"{ROOT}{module}.lora_embedding_{factor}" if embedding else f"{ROOT}{module}.lora_{factor}.weight"
 
 
 def read_folder(path: str | Path, *, any_kind: bool = False) -> AdapterFolder:
@@ -195,14 +195,15 @@ def _keys_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Each key of a file as PEFT would write it, with the one that is there; and of these those that differ.
 
     Wrappers leave their names in keys: ``_orig_mod`` (torch.compile), ``module`` (DDP), FSDP's and those of checkpointed activations. A
-    state dict saved by hand has the adapter's name in them (``lora_A.default.weight``), or lacks ``base_model.model``.
+    state dict saved by hand has the adapter's name in them (``lora_A.default.weight``), lacks ``base_model.model``, or has before it what
+    the ``PeftModel`` was an attribute of.
     """
     stored = _declared(path)
     bare = {key: _unwrapped(key) for key in stored}
-    rooted = any(key.startswith(_ROOT) for key in bare.values())
+    rooted = any(key.startswith(ROOT) for key in bare.values())
     keys: dict[str, str] = {}
     for key, own in bare.items():
-        plain = own if rooted else _ROOT + own
+        plain = own if rooted else ROOT + own
         if plain in keys:
             raise CheckpointError(f"{path}: {keys[plain]!r} and {key!r} are one tensor: this file holds several adapters")
         keys[plain] = key
@@ -230,6 +231,7 @@ def _declared(path: Path) -> list[str]:
 
 def _unwrapped(key: str) -> str:
     key = unwrapped(key)
+    key = key[key.rfind(f".{ROOT}") + 1 :]
     found = _NAMED.search(key)
     if found is None:
         return key
@@ -283,14 +285,14 @@ def _read(said: Documents, keys: Mapping[str, str], others: AbstractSet[str]) ->
             elif under:
                 beneath[under["module"]] = file.get_tensor(stored)
             else:
-                replacing[key.removeprefix(_ROOT).replace(".modules_to_save.", ".")] = file.get_tensor(stored)
+                replacing[key.removeprefix(ROOT).replace(".modules_to_save.", ".")] = file.get_tensor(stored)
     for name, tensor in (*replacing.items(), *beneath.items()):
         if not tensor.is_floating_point() or not _finite(tensor):
             raise CheckpointError(f"{folder / WEIGHTS}: {name} is no tensor of finite numbers")
     if not halves:
         first = f": the first of its {len(keys)} keys is {next(iter(keys.values()))!r}" if keys else ": it is empty"
         raise CheckpointError(
-            f"{folder / WEIGHTS}: holds no LoRA factors, {_ROOT}MODULE.lora_A.weight and .lora_B.weight{first}"
+            f"{folder / WEIGHTS}: holds no LoRA factors, {ROOT}MODULE.lora_A.weight and .lora_B.weight{first}"
         )
     factors = {}
     parameters = parameters_of(settings, halves)
@@ -337,7 +339,7 @@ def _refused_tensor(folder: Path, key: str) -> CheckpointError:
         if re.search(pattern, key):
             return _refused(folder, f"{what}, {key},")
     return CheckpointError(
-        f"{folder / WEIGHTS}: {key!r} is neither a LoRA factor ({_ROOT}MODULE.lora_A.weight, .lora_B.weight) nor a module's tensor"
+        f"{folder / WEIGHTS}: {key!r} is neither a LoRA factor ({ROOT}MODULE.lora_A.weight, .lora_B.weight) nor a module's tensor"
     )
 
 

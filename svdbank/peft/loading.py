@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import nn
 
 from svdbank.adapter.experts import bare, parameters_of
-from svdbank.adapter.folder import AdapterFolder, moved_key, read_folder, write_folder
+from svdbank.adapter.folder import ROOT, AdapterFolder, moved_key, read_folder, write_folder
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.naming import Move, move_of
 from svdbank.adapter.reading import adapter_of
@@ -111,14 +111,15 @@ def moved_fields(saved: AdapterFolder, move: Move) -> dict[str, Any]:
 def as_peft_loads(saved: AdapterFolder, model: Any) -> Iterator[AdapterFolder]:
     """The folder, or one for the time being that PEFT loads onto this model as it is meant.
 
-    Wrappers leave their names in keys, which PEFT does not find, and paths may move (:func:`move_into`). Names of older Transformers PEFT
-    translates in part, and not the patterns of the config; of experts that were modules it makes another scale with rsLoRA, and nothing
-    where some are not adapted. Those are written anew with the model's own names.
+    Wrappers leave their names in keys, or in the paths of the model, and paths may move (:func:`move_into`): PEFT finds no such key.
+    Names of older Transformers it translates in part, and not the patterns of the config; of experts that were modules it makes another
+    scale with rsLoRA, and nothing where some are not adapted. Those are written anew with the model's own names.
     """
     root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     older = _named_as_in(saved, root)
     move = Move("", "") if older is not None else move_into(root, saved)
-    if older is None and not saved.names and move == Move("", ""):
+    wrapped = {own: path for path, _ in root.named_modules() if (own := unwrapped(path)) != path and "base_layer" not in path}
+    if older is None and not saved.names and move == Move("", "") and not wrapped:
         yield saved
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +128,17 @@ def as_peft_loads(saved: AdapterFolder, model: Any) -> Iterator[AdapterFolder]:
             _write_moved(saved, *older, place)
         else:
             _write_with(saved, move, place)
+        if wrapped:
+            tensors = safetensors.torch.load_file(place / WEIGHTS)
+            safetensors.torch.save_file({_wrapped(key, wrapped): value for key, value in tensors.items()}, place / WEIGHTS)
         yield read_folder(place, any_kind=True)
+
+
+def _wrapped(key: str, paths: Mapping[str, str]) -> str:
+    """The key of a tensor whose module has the names of wrappers in its path, as in a model that torch.compile wrapped: PEFT wants them."""
+    path = key.removeprefix(ROOT)
+    ends = [i for i, letter in enumerate(path) if letter == "."]
+    return next((f"{ROOT}{paths[path[:i]]}{path[i:]}" for i in reversed(ends) if path[:i] in paths), key)
 
 
 def _write_with(saved: AdapterFolder, move: Move, place: Path) -> None:

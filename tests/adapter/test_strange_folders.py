@@ -33,6 +33,10 @@ KEYS: dict[str, Callable[[str], str]] = {
     "DDP around torch.compile": lambda key: f"module._orig_mod.{key}",
     "PEFT inside FSDP": lambda key: key.replace("base_model.model.", "base_model.model._fsdp_wrapped_module."),
     "no prefix": lambda key: key.removeprefix("base_model.model."),
+    "an attribute of another module": lambda key: f"model.{key}",
+    "Lightning around DeepSpeed": lambda key: f"_forward_module.model.{key}",
+    "a value head around it": lambda key: f"pretrained_model.{key}",
+    "twice": lambda key: f"base_model.model.{key}",
     "the adapter's name": lambda key: key.replace(".weight", ".default.weight"),
 }
 
@@ -504,3 +508,30 @@ def test_links_a_second_format_and_other_adapters_beside_one_change_nothing(
     svdbank.fuse(base, folder, tmp_path / "fused")
     assert off(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), TOKENS), expected) < 1e-5
     assert off(logits(svdbank.peft.load_adapter(small_llama(), folder, is_trainable=False).eval(), TOKENS), expected) < 1e-6
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["norm"]}], ids=["factors", "factors and a norm"])
+@pytest.mark.parametrize("where", ["the model", "its layers"])
+def test_an_adapter_loads_onto_a_model_that_torch_compile_wrapped(where: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = wrapped(Case(settings), small_llama(), 1, {})
+    folder, expected = save(Case(), model, tmp_path / "adapter"), logits(model, TOKENS)
+    plain = small_llama()
+    if where == "the model":
+        compiled: Any = torch.compile(plain, backend="eager")
+    else:
+        compiled = plain
+        for number, layer in enumerate(plain.model.layers):
+            plain.model.layers[number] = torch.compile(layer, backend="eager")
+    loaded = svdbank.peft.load_adapter(compiled, folder, is_trainable=False)
+    assert off(logits(loaded.eval(), TOKENS), expected) < 1e-6
+    loaded.save_pretrained(tmp_path / "again")
+    again = svdbank.peft.load_adapter(small_llama(), tmp_path / "again", is_trainable=False)
+    assert off(logits(again.eval(), TOKENS), expected) < 1e-6
+
+
+def test_what_lies_in_place_of_the_tensors_is_named(plain: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = plain
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model-00001-of-00002.safetensors")
+    (folder / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(CheckpointError, match=r"adapter_model-00001-of-00002\.safetensors, pytorch_model_fsdp_0"):
+        svdbank.read_adapter(folder)
