@@ -282,7 +282,7 @@ def check_kinds(adapters: Sequence[Adapter]) -> None:
     both = next((key for adapter in adapters for key in adapter.weights if f"{key}.weight" in whole), None)
     if both is not None:
         raise OptionError(
-            f"one adapter changes {both} by factors, another holds it whole (modules_to_save): PEFT has no adapter of both",
+            f"{both}.weight is replaced whole (modules_to_save) by one adapter, changed by factors in another: PEFT has no such adapter",
             hint="svdbank fuse one of them into the base, and the other into what that writes",
         )
 

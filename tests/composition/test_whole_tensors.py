@@ -172,7 +172,7 @@ def test_factors_and_a_whole_tensor_of_one_module_are_not_put_together(tmp_path:
         lambda: svdbank.compare(folders),
     ]
     for verb in verbs:
-        with pytest.raises(OptionError, match="lm_head by factors"):
+        with pytest.raises(OptionError, match="is replaced whole"):
             verb()
 
 
