@@ -23,6 +23,7 @@ VERBS = (
     "publish",
     "info",
     "verify",
+    "repair",
     "ls",
     "rm",
     "init",

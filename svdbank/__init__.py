@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.merge import merge as merge
     from svdbank.verbs.plan import plan as plan
     from svdbank.verbs.publish import publish as publish
+    from svdbank.verbs.repair import repair as repair
     from svdbank.verbs.rm import rm as rm
     from svdbank.verbs.stack import stack as stack
     from svdbank.verbs.train import train as train
@@ -81,6 +82,7 @@ _LAZY = {
     "plan": "svdbank.verbs.plan",
     "publish": "svdbank.verbs.publish",
     "read_adapter": "svdbank.adapter.reading",
+    "repair": "svdbank.verbs.repair",
     "rm": "svdbank.verbs.rm",
     "stack": "svdbank.verbs.stack",
     "train": "svdbank.verbs.train",

@@ -59,7 +59,7 @@ def read_manifest(files: Files) -> Manifest:
     manifest = from_json(data, Manifest, where=path, error=DamageError)
     if manifest_digest(data, manifest.digest) != manifest.digest:
         raise DamageError(
-            f"{path}: not the manifest that was published", hint=f"svdbank rm {quote(files.place)}, then build it again"
+            f"{path}: not the manifest that was published", hint=f"svdbank repair {quote(files.place)} --source MODEL"
         )
     return manifest
 

@@ -111,23 +111,9 @@ def _contradictions(bank: Bank) -> Iterator[Damage]:
                 yield Damage(name, str(error).removeprefix(f"{bank.files.place}/{name}: "))
 
 
-def rebuild_command(path: str, bank: Bank | None) -> str:
-    """The commands that put a damaged bank in order: delete it, and build it again with its options, where they can be read."""
-    return f"svdbank rm {shlex.quote(path)}, then svdbank build MODEL -o {shlex.quote(path)}{_same_options(bank)}"
-
-
-def _same_options(bank: Bank | None) -> str:
-    """The options that make a build repeat a bank, as far as they are not the defaults."""
-    if bank is None:
-        return ""
-    options = bank.manifest.options
-    given = {
-        "rank": (options.rank, 128),
-        "side": (options.side, "both"),
-        "dtype": (options.dtype, "float32"),
-        "principal": (options.principal, 0),
-    }
-    return "".join(f" --{name} {value}" for name, (value, default) in given.items() if value != default)
+def repair_command(path: str) -> str:
+    """The command that puts a damaged bank in order."""
+    return f"svdbank repair {shlex.quote(path)} --source MODEL"
 
 
 def _recorded(bank: Bank) -> Iterator[tuple[str, FileRecord]]:

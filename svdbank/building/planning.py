@@ -49,7 +49,7 @@ def make_plan(
     for slug, members in sorted(grouped.items()):
         family = _family(slug if generation == 0 else f"{slug}-x{generation}", members, options)
         families.append(family)
-        shards += _shards(family, options, threads or available_cpus())
+        shards += shards_of(family, options, threads=threads or available_cpus())
     knew = matrices(checkpoint)
     base = BaseSpec(name=checkpoint.name, revision=checkpoint.revision, config_digest=checkpoint.config_digest)
     return Plan(
@@ -88,7 +88,8 @@ def _family(name: str, members: Sequence[WeightSpec], options: BuildOptions) -> 
     )
 
 
-def _shards(family: FamilySpec, options: BuildOptions, threads: int) -> list[ShardSpec]:
+def shards_of(family: FamilySpec, options: BuildOptions, *, threads: int) -> list[ShardSpec]:
+    """The shards of a family, each with the path and threads that the rule gives it; ``threads`` are those of a large weight."""
     shape = family.out_features, family.in_features
     path = choose_path(*shape, family.rank) if options.solver == "auto" else options.solver
     step, count = family.weights_per_shard, len(family.weights)

@@ -14,7 +14,7 @@ from svdbank.bank.layout import ShardRecord
 from svdbank.bank.sessions import Session, begin_session, current_session
 from svdbank.bank.writing import BankWriter, clean
 from svdbank.building.base import check_recorded, same_bytes
-from svdbank.building.checking import examine, rebuild_command
+from svdbank.building.checking import examine, repair_command
 from svdbank.building.fetching import FetchOptions, FetchPlan, plan_fetch
 from svdbank.building.freezing import freeze, with_sources
 from svdbank.building.records import log
@@ -179,9 +179,7 @@ def _check_published(checkpoint: Checkpoint, found: Survey, progress: ProgressCa
         return True
     if damage := examine(bank).damage:
         first, path = damage[0], str(bank.path)
-        raise DamageError(
-            f"{path} is damaged: {first.file}: {first.what} ({len(damage)} in all)", hint=rebuild_command(path, bank)
-        )
+        raise DamageError(f"{path} is damaged: {first.file}: {first.what} ({len(damage)} in all)", hint=repair_command(path))
     same = same_bytes(checkpoint, bank, found.known, progress)
     if found.new and not same:
         raise WrongBaseError(

@@ -9,7 +9,7 @@ import msgspec
 from svdbank import cache
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.reading import Bank
-from svdbank.building.checking import Damage, examine, rebuild_command
+from svdbank.building.checking import Damage, examine, repair_command
 from svdbank.building.sampling import Sample, draw
 from svdbank.core.errors import DamageError, OptionError
 from svdbank.core.specs import ProgressCallback, Struct
@@ -93,5 +93,5 @@ def _report(
         damage=damage,
         unrecorded=unrecorded,
         sound=not damage,
-        next=rebuild_command(path, bank) if damage else None,
+        next=repair_command(path) if damage else None,
     )

@@ -98,7 +98,7 @@ def test_structure_alone_finds_what_is_missing_or_of_another_size(whole: Path, t
     lost.unlink()
     report = svdbank.verify(bank)
     assert [damage.what for damage in report.damage] == ["missing"]
-    assert report.next is not None and "svdbank build" in report.next
+    assert report.next is not None and report.next == f"svdbank repair {bank} --source MODEL"
 
 
 def test_two_swapped_sibling_shards_are_found_by_data_and_by_a_lookup(whole: Path, tmp_path: Path) -> None:

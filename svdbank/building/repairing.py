@@ -1,0 +1,366 @@
+"""Putting a damaged bank in order: what is not as published is made again from the weights, what is sound stays.
+
+The families with damage are published a second time as a small bank of their own inside the folder, from records of what is sound and
+new bases of what is not. Its files then take the place of the damaged ones by renames, the manifest last. Nothing is removed before its
+successor stands beside it, so lookups of sound weights go on meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from svdbank.bank.index import base_digest, data_files
+from svdbank.bank.layout import (
+    MANIFEST,
+    NO_DIGEST,
+    FamilyIndex,
+    FileRecord,
+    Index,
+    Manifest,
+    ShardRecord,
+    WeightRecord,
+    attempt_file,
+    manifest_digest,
+    shard_file,
+)
+from svdbank.bank.reading import Bank, open_bank
+from svdbank.bank.sessions import begin_session
+from svdbank.bank.store import file_record
+from svdbank.bank.writing import BankWriter
+from svdbank.building.checking import Damage
+from svdbank.building.freezing import read_plan
+from svdbank.building.planning import shards_of
+from svdbank.checkpoint.source import Checkpoint
+from svdbank.core import disk
+from svdbank.core.basis import Basis, Triplets
+from svdbank.core.errors import DamageError, SvdbankError, WrongBaseError
+from svdbank.core.probe import taken
+from svdbank.core.processors import available_cpus
+from svdbank.core.specs import FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, WeightSpec, to_json
+from svdbank.solver import minor_basis, pinned_threads
+
+#: Where the small bank is made, inside the damaged one. No reader looks at names that begin with a dot.
+WORKSHOP = ".repair"
+
+#: Coordinate arrays that only the weights can give back.
+_OF_THE_WEIGHTS = ("sigma", "principal_sigma", "probe")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a repair will do.
+
+    Attributes
+    ----------
+    families
+        The families that are published a second time.
+    solved
+        By family: the weights that are solved again.
+    files
+        The damaged files that are recorded; ``strays`` are what lies in the folder and is neither recorded nor a regular file.
+    """
+
+    families: tuple[FamilyIndex, ...]
+    solved: dict[str, tuple[str, ...]]
+    files: frozenset[str]
+    strays: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        """How many weights are solved."""
+        return sum(len(names) for names in self.solved.values())
+
+
+def task_of(bank: Bank, damage: Sequence[Damage]) -> Task:
+    """What the damage of a bank, all of it, asks for. Sound bases of a shared shard are found by reading them."""
+    recorded = {*bank.manifest.files}
+    families, solved, files = [], {}, set[str]()
+    harmed = {one.file for one in damage}
+    for family in bank.index.families:
+        own = {*family.metadata, *(name for name, _ in data_files(family))}
+        recorded |= own
+        if not (wrong := own & harmed):
+            continue
+        families.append(family)
+        files |= wrong
+        whole = any(name.split("/")[1] in _OF_THE_WEIGHTS for name in wrong)
+        solved[family.spec.name] = tuple(
+            weight.name for row, weight in enumerate(family.weights) if whole or not _is_sound(bank, family, row, wrong)
+        )
+    files |= harmed & {*bank.manifest.files}
+    return Task(tuple(families), solved, frozenset(files), tuple(sorted(harmed - recorded)))
+
+
+def _is_sound(bank: Bank, family: FamilyIndex, row: int, wrong: set[str]) -> bool:
+    name, shard = family.weights[row].name, row // family.spec.weights_per_shard
+    arrays = [array for array in family.files if shard_file(family.spec.name, array, shard) in wrong]
+    if not arrays:
+        return True
+    if family.spec.weights_per_shard == 1:
+        return False
+    try:
+        for array in arrays:
+            bank.rows(array, [name])  # type: ignore[arg-type]
+    except (DamageError, FileNotFoundError):
+        return False
+    return True
+
+
+def carry_out(
+    bank: Bank, task: Task, checkpoint: Checkpoint | None, specs: dict[str, WeightSpec], progress: ProgressCallback
+) -> tuple[str, ...]:
+    """Repair a bank as ``task`` says; the weights whose stored bytes are others than before, empty where all came back as they were.
+
+    The caller holds the bank's lock. Raises WrongBaseError for a checkpoint of other weights, before anything is replaced.
+    """
+    workshop = bank.path / WORKSHOP
+    if workshop.exists():
+        disk.remove_tree(workshop)
+    plan = _plan_of(bank, task.families)
+    disk.make_dirs(workshop)
+    disk.write_bytes(workshop / "plan.json", to_json(plan, indent=1))
+    session = begin_session(workshop, [family.name for family in plan.families])
+    writer = BankWriter(workshop, plan, generation=0, session=session)
+    writer.begin()
+    made: list[ShardRecord] = []
+    smith = _Smith(bank, task, checkpoint, specs, progress)
+    for family in task.families:
+        for shard in (one for one in plan.shards if one.family == family.spec.name):
+            if any(weight.name in smith.wanted for weight in family.weights[shard.start : shard.stop]):
+                bases, record = smith.shard(family, shard)
+                complete = writer.write_shard(shard, bases, record)
+                assert complete is not None
+                made.append(complete)
+            else:
+                session.add(smith.kept(family, shard))
+    writer.publish(earlier=None, earlier_index=None)
+    changed = _put_in_place(bank, task, open_bank(workshop), made)
+    for name in task.strays:
+        if (bank.path / name).is_dir() and not (bank.path / name).is_symlink():
+            continue
+        disk.unlink(bank.path / name)
+    disk.remove_tree(workshop)
+    return changed
+
+
+class _Smith:
+    """Makes records of shards: of what is sound from the bank, of the rest from the weights."""
+
+    def __init__(
+        self, bank: Bank, task: Task, checkpoint: Checkpoint | None, specs: dict[str, WeightSpec], progress: ProgressCallback
+    ) -> None:
+        self._bank = bank
+        self._checkpoint = checkpoint
+        self._specs = specs
+        self._progress = progress
+        self._done, self._total = 0, task.weights
+        self.wanted = {name for names in task.solved.values() for name in names}
+
+    def kept(self, family: FamilyIndex, shard: ShardSpec) -> ShardRecord:
+        """The record of a shard that is as it was published."""
+        rows = range(shard.start, shard.stop)
+        return ShardRecord(
+            family=family.spec.name,
+            index=shard.index,
+            attempt="kept",
+            weights=family.weights[shard.start : shard.stop],
+            files={array: records[shard.index] for array, records in family.files.items()},
+            sigma=tuple(self._row(family, "sigma", row) for row in rows),
+            principal_sigma=tuple(self._row(family, "principal_sigma", row) for row in rows) if family.spec.principal else (),
+            probe=tuple(self._row(family, "probe", row) for row in rows),
+        )
+
+    def shard(self, family: FamilyIndex, shard: ShardSpec) -> tuple[list[Basis], ShardRecord]:
+        """The bases of a shard's weights, stored or solved again, and its record without files."""
+        bases, weights, probes = list[Basis](), list[WeightRecord](), list[tuple[float, ...]]()
+        for row in range(shard.start, shard.stop):
+            weight = family.weights[row]
+            if weight.name in self.wanted:
+                basis, probe = self._solved(family.spec, weight, shard)
+                weight = msgspec.structs.replace(weight, certificate=basis.certificate)
+            else:
+                basis, probe = self._stored(family, row), self._row(family, "probe", row)
+            bases.append(basis)
+            weights.append(weight)
+            probes.append(probe)
+        record = ShardRecord(
+            family=family.spec.name,
+            index=shard.index,
+            attempt="",
+            weights=tuple(weights),
+            files={},
+            sigma=tuple(tuple(basis.minor.sigma.tolist()) for basis in bases),
+            principal_sigma=tuple(tuple(b.principal.sigma.tolist()) for b in bases if b.principal is not None),
+            probe=tuple(probes),
+        )
+        return bases, record
+
+    def _row(self, family: FamilyIndex, array: str, row: int) -> tuple[float, ...]:
+        values = self._bank.coordinate(family.spec.name, array).tolist()  # type: ignore[arg-type]
+        return tuple(values[row])  # type: ignore[arg-type]
+
+    def _stored(self, family: FamilyIndex, row: int) -> Basis:
+        weight = family.weights[row]
+        ends = []
+        for end in ("", "principal_") if family.spec.principal else ("",):
+            sides = {
+                side: self._bank.rows(f"{end}{side}", [weight.name])[weight.name] if f"{end}{side}" in family.files else None  # type: ignore[arg-type]
+                for side in ("left", "right")
+            }
+            sigma = torch.tensor(self._row(family, f"{end}sigma", row), dtype=torch.float64)
+            assert sides["left"] is not None
+            ends.append(Triplets(sides["left"], sides["right"], sigma))
+        return Basis(ends[0], weight.certificate, ends[1] if len(ends) > 1 else None)
+
+    def _solved(self, family: FamilySpec, weight: WeightRecord, shard: ShardSpec) -> tuple[Basis, tuple[float, ...]]:
+        spec = self._specs.get(weight.name)
+        named = self._bank.manifest.base.name
+        if self._checkpoint is None or spec is None:
+            raise WrongBaseError(f"{self._bank.path}: the model has no {weight.name}", hint=f"repair it from {named}")
+        matrix, sha256 = self._checkpoint.read_hashed(spec)
+        if sha256 != weight.source_sha256:
+            raise WrongBaseError(
+                f"{self._bank.path} was built from another model: {weight.name} of {self._checkpoint.name} has other bytes",
+                hint=f"repair it from {named}",
+            )
+        with pinned_threads(min(shard.threads, available_cpus())):
+            basis = minor_basis(
+                matrix, family.rank, side=self._bank.manifest.options.side, solver=shard.path, principal=family.principal
+            )
+        self._done += 1
+        self._progress(Progress("solve again", self._done, self._total, "weights", weight.name))
+        return basis, taken(matrix)
+
+
+def _plan_of(bank: Bank, families: Sequence[FamilyIndex]) -> Plan:
+    """How the families were solved, by the bank's plans; by the rule that made those where they are harmed."""
+    shards: dict[str, list[ShardSpec]] = {}
+    for name in bank.manifest.plans:
+        try:
+            for shard in read_plan(bank.path / name).shards:
+                shards.setdefault(shard.family, []).append(shard)
+        except (SvdbankError, OSError):
+            continue
+    options = bank.manifest.options
+    used = []
+    for family in families:
+        spec = family.spec
+        told = sorted(shards.get(spec.name, []), key=lambda shard: shard.index)
+        usual = shards_of(spec, options, threads=available_cpus())
+        places = [(one.index, one.start, one.stop) for one in usual]
+        used += told if [(one.index, one.start, one.stop) for one in told] == places else usual
+    return Plan(
+        format=1,
+        base=bank.manifest.base,
+        options=options,
+        families=tuple(family.spec for family in families),
+        shards=tuple(used),
+        skips=(),
+    )
+
+
+def _put_in_place(bank: Bank, task: Task, workshop: Bank, made: Sequence[ShardRecord]) -> tuple[str, ...]:
+    """Rename the new files over the damaged ones, and what is new to the index into it; the weights whose bytes changed."""
+    root, source = bank.path, workshop.path
+    fresh = {family.spec.name: family for family in workshop.index.families}
+    old = {family.spec.name: family for family in task.families}
+    changed, news = list[str](), False
+    for record in made:
+        before = {array: records[record.index] for array, records in old[record.family].files.items()}
+        same = before == record.files
+        news |= not same or record.weights != _members(old[record.family], record)
+        if not same:
+            changed += [weight.name for weight in record.weights if weight.name in task.solved[record.family]]
+        for array in record.files:
+            name = shard_file(record.family, array, record.index)
+            if not same or name in task.files:
+                _move(source / attempt_file(record.family, array, record.index, record.attempt), root / name)
+    for name, family in fresh.items():
+        for path, record_now in family.metadata.items():
+            if record_now != old[name].metadata.get(path) or path in task.files:
+                _move(source / path, root / path)
+        news |= family.metadata != old[name].metadata
+    named = dict(bank.manifest.files)
+    for path in sorted(task.files & {*named} - {bank.manifest.index}):
+        if path == "zarr.json":
+            _move(source / path, root / path)
+        else:  # a plan
+            disk.write_bytes(source / "again.json", to_json(_plan_again(bank, path), indent=1))
+            _move(source / "again.json", root / path)
+        now = file_record((root / path).read_bytes(), None)
+        news |= now != named[path]
+        named[path] = now
+    if news:
+        _republish(bank, tuple(fresh.get(f.spec.name, f) for f in bank.index.families), named)
+    return tuple(changed)
+
+
+def _members(family: FamilyIndex, record: ShardRecord) -> tuple[WeightRecord, ...]:
+    names = {weight.name for weight in record.weights}
+    return tuple(weight for weight in family.weights if weight.name in names)
+
+
+def _plan_again(bank: Bank, path: str) -> Plan:
+    """A plan as far as the index tells: which families it was of, not what was left out."""
+    generation = bank.manifest.plans.index(path)
+    mine = [family for family in bank.index.families if _generation(family.spec.name) == generation]
+    return msgspec.structs.replace(_plan_of(bank, mine), aliases=bank.index.aliases if generation == 0 else ())
+
+
+def _generation(family: str) -> int:
+    _, sign, number = family.rpartition("-x")
+    return int(number) if sign and number.isdecimal() else 0
+
+
+def _republish(bank: Bank, families: tuple[FamilyIndex, ...], named: dict[str, FileRecord]) -> None:
+    """An index and a manifest of what stands there now; the old index goes last."""
+    index = Index(families=families, aliases=bank.index.aliases)
+    hashes = {weight.name: weight.source_sha256 for family in families for weight in family.weights}
+    hashes.update({alias.name: hashes[alias.of] for alias in index.aliases})
+    data = to_json(index)
+    record = file_record(data, None)
+    index_file = f"index-{record.sha256[:16]}.json"
+    disk.write_bytes(bank.path / index_file, data)
+    files = {name: value for name, value in named.items() if name != bank.manifest.index} | {index_file: record}
+    manifest: Manifest = msgspec.structs.replace(
+        bank.manifest, base_digest=base_digest(hashes), index=index_file, files=files, digest=NO_DIGEST
+    )
+    encoded = to_json(manifest, indent=1)
+    manifest = msgspec.structs.replace(manifest, digest=manifest_digest(encoded, NO_DIGEST))
+    disk.write_bytes(bank.path / MANIFEST, to_json(manifest, indent=1))
+    if bank.manifest.index != index_file:
+        disk.unlink(bank.path / bank.manifest.index)
+
+
+def take_over(root: Path, made: Bank, tell: Callable[[str], None]) -> None:
+    """Every file of a whole bank that was made anew, renamed over what stands at ``root``; the manifest last, then what is left over."""
+    names = [*made.manifest.files, *(name for family in made.index.families for name in _files_of(family))]
+    for name in names:
+        _move(made.path / name, root / name)
+        tell(name)
+    _move(made.path / MANIFEST, root / MANIFEST)
+    for path in (*root.glob("index-*.json"), *root.glob("plan-*.json")):
+        if path.name not in made.manifest.files:
+            disk.unlink(path)
+    families = {family.spec.name for family in made.index.families}
+    for path in root.iterdir():  # families of extensions, which are one plan with the others now
+        if not path.name.startswith(".") and path.name not in families and (path / "zarr.json").is_file():
+            disk.remove_tree(path)
+
+
+def _files_of(family: FamilyIndex) -> Iterator[str]:
+    yield from family.metadata
+    yield from (name for name, _ in data_files(family))
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename over what stands there. A folder in a file's place is moved into the workshop first."""
+    disk.make_dirs(target.parent)
+    if target.is_dir() and not target.is_symlink():
+        disk.replace(target, source.with_name(f"{source.name}.was"))
+    disk.replace(source, target)

@@ -1,0 +1,195 @@
+"""``repair``: a damaged bank becomes the one that was published, from the weights it was made of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from svdbank import cache
+from svdbank.bank.claims import refuse_claimed
+from svdbank.bank.reading import Bank, open_bank
+from svdbank.building.checking import Damage, examine
+from svdbank.building.estimate import solve_rate
+from svdbank.building.freezing import read_plan
+from svdbank.building.repairing import WORKSHOP, Task, carry_out, take_over, task_of
+from svdbank.checkpoint.naming.selection import decomposable
+from svdbank.checkpoint.source import Checkpoint, open_checkpoint
+from svdbank.core import disk
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
+from svdbank.core.places import refuse_empty
+from svdbank.core.specs import FamilySpec, Progress, ProgressCallback, Struct, ignore_progress
+from svdbank.solver.planning import choose_path, flops
+
+
+class RepairReport(Struct, frozen=True):
+    """What a repair found and did, or with ``dry_run`` would do.
+
+    Attributes
+    ----------
+    damage
+        What was not as published. Empty where the bank was sound: then nothing was done.
+    solved, kept
+        Weights that were solved again, and those that stayed as they were.
+    anew
+        True where index or manifest were lost, so that nothing else could be believed and all was solved again.
+    changed
+        Weights whose stored bytes are others than before, of the same subspaces: slim adapters on them refuse this bank by name.
+    seconds
+        What it took; with ``dry_run`` an estimate.
+    sound
+        Whether every byte of the bank is as published now.
+    """
+
+    path: str
+    damage: tuple[Damage, ...]
+    solved: int
+    kept: int
+    anew: bool
+    changed: tuple[str, ...]
+    seconds: float
+    dry_run: bool
+    sound: bool
+
+
+def repair(
+    bank: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> RepairReport:
+    """Find what is damaged, make it again from weights whose hashes match, and put it in place by renames.
+
+    Every byte is hashed first. Sound bases stay, also those that share a file with a damaged one, and can be looked up meanwhile. On the
+    machine, and with the versions, that built the bank its bytes come back; elsewhere the same subspaces with other roundings and signs,
+    which the report says. Where index or manifest are lost, all is solved again.
+
+    Parameters
+    ----------
+    bank
+        The bank's folder.
+    model
+        The model it was built from: a folder, a file, or ``org/name[@revision]``; by default the one that the bank names.
+    dry_run
+        Say what would be done and how long it takes, and change nothing.
+
+    Raises BankNotFoundError where there is no bank, WrongBaseError for a model of other weights, LockedError where somebody writes.
+    """
+    refuse_empty(bank, "the bank's name", "svdbank ls shows the banks there are")
+    root, tell, begun = disk.expanded(bank), progress or ignore_progress, time.perf_counter()
+    if not cache.is_bank(root) and not (root / "plan.json").exists() and not (root / "manifest.json").exists():
+        raise BankNotFoundError(f"{root}: no bank here", hint="svdbank ls shows the banks there are")
+    with contextlib.nullcontext() if dry_run else disk.locked(root):
+        if not dry_run:
+            refuse_claimed(root)
+        try:
+            opened = open_bank(root)
+        except (DamageError, BankNotFoundError) as cause:
+            if isinstance(cause, BankNotFoundError) and not any(root.glob("index-*.json")):
+                raise  # a build that has not finished: that goes on by itself
+            return _anew(root, str(cause), model, dry_run, tell, begun)
+        examined = examine(opened, data=True, progress=tell)
+        task = task_of(opened, examined.damage)
+        if dry_run or not examined.damage:
+            work = [(family.spec, len(task.solved[family.spec.name])) for family in task.families]
+            seconds = _seconds(work) if examined.damage else time.perf_counter() - begun
+            return _report(root, examined.damage, opened, task, (), seconds, dry_run=dry_run, sound=not examined.damage)
+        with _checkpoint(opened, model, task) as checkpoint:
+            specs = {} if checkpoint is None else {one.name: one for one in decomposable(checkpoint, (".*",))[0]}
+            changed = carry_out(opened, task, checkpoint, specs, tell)
+        sound = not examine(open_bank(root), data=True, progress=tell).damage
+    return _report(root, examined.damage, opened, task, changed, time.perf_counter() - begun, dry_run=False, sound=sound)
+
+
+def _report(
+    root: Path,
+    damage: tuple[Damage, ...],
+    bank: Bank,
+    task: Task,
+    changed: tuple[str, ...],
+    seconds: float,
+    *,
+    dry_run: bool,
+    sound: bool,
+) -> RepairReport:
+    kept = sum(len(family.weights) for family in bank.index.families) - task.weights
+    return RepairReport(str(root), damage, task.weights, kept, False, changed, seconds, dry_run, sound)
+
+
+@contextlib.contextmanager
+def _checkpoint(bank: Bank, model: str | os.PathLike[str] | None, task: Task) -> Iterator[Checkpoint | None]:
+    """The model, where weights of it are needed."""
+    if not task.weights:
+        yield None
+        return
+    with open_checkpoint(_named(bank.manifest.base.name, bank.manifest.base.revision, model)) as checkpoint:
+        yield checkpoint
+
+
+def _named(name: str, revision: str | None, model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    if model is not None:
+        return model
+    if revision is None:
+        raise OptionError(
+            f"the bank was built from a folder called {name!r}, which it does not know the path of", hint="--source MODEL"
+        )
+    return f"{name}@{revision}"
+
+
+def _anew(
+    root: Path, why: str, model: str | os.PathLike[str] | None, dry_run: bool, tell: ProgressCallback, begun: float
+) -> RepairReport:
+    """Without index or manifest nothing says which bytes are right: the bank is built again, as its plans say, and takes the place."""
+    from svdbank.verbs.build import build
+
+    damage = (Damage("manifest.json", why.removeprefix(f"{root}/")),)
+    try:
+        plans = [read_plan(path) for path in sorted(root.glob("plan*.json"))]
+    except BankError:
+        plans = []
+    if not plans:
+        raise DamageError(
+            f"{root}: neither its manifest and index nor its plan can be read ({why}): nothing says what it was",
+            hint="svdbank rm, then svdbank build MODEL with the options it had",
+        )
+    named = [name for plan in plans for family in plan.families for name in family.weights]
+    named += [alias.name for plan in plans for alias in plan.aliases]
+    if dry_run:
+        work = [(family, len(family.weights)) for plan in plans for family in plan.families]
+        return RepairReport(str(root), damage, len(named), 0, True, (), _seconds(work), True, False)
+    source = _named(plans[0].base.name, plans[0].base.revision, model)
+    with open_checkpoint(source) as checkpoint:
+        specs = {one.name: one for one in decomposable(checkpoint, (".*",))[0]}
+    lacking = [name for name in named if name not in specs]
+    if lacking:
+        raise BankError(f"{root} was built from another model: {checkpoint.name} has no {lacking[0]}", hint="--source MODEL")
+    workshop, options = root / WORKSHOP, plans[0].options
+    if workshop.exists():
+        disk.remove_tree(workshop)
+    made = build(
+        source,
+        workshop,
+        rank=options.rank,
+        targets=tuple(dict.fromkeys(specs[name].module for name in named)),
+        side=options.side,
+        dtype=options.dtype,
+        solver=options.solver,
+        principal=options.principal,
+        device="cpu",
+        progress=tell,
+    )
+    take_over(root, made, lambda name: tell(Progress("put in place", 0, 1, "files", name)))
+    disk.remove_tree(workshop)
+    bank = open_bank(root)
+    sound = not examine(bank, data=True, progress=tell).damage
+    return RepairReport(str(root), damage, len(bank), 0, True, bank.names, time.perf_counter() - begun, False, sound)
+
+
+def _seconds(work: Sequence[tuple[FamilySpec, int]]) -> float:
+    """An estimate of solving so many weights of each family, on one processor."""
+    shapes = [((family.out_features, family.in_features, family.rank), count) for family, count in work]
+    needed = sum(count * flops(*shape, choose_path(*shape)) for shape, count in shapes)
+    return needed / solve_rate() if needed else 0.0
