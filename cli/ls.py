@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 @click.command("ls", short_help="List the banks in the cache.")
 @with_output
 def ls_command(output: Output) -> None:
-    """List the banks in the cache (SVDBANK_HOME, else Hugging Face's assets cache).
+    """List the banks in the cache (SVDBANK_HOME, else Hugging Face's assets cache): what they hold, how large they are, and when they were
+    last opened or built.
 
     \b
     Examples:
@@ -31,8 +33,11 @@ def ls_command(output: Output) -> None:
 def _text(banks: list[BankSummary]) -> str:
     if not banks:
         return "no banks yet: svdbank build MODEL makes one"
-    rows = [
-        (b.model, b.weights, f"{b.rank}", b.side, b.dtype, size(b.nbytes) if b.complete else "unfinished", b.path)
-        for b in banks
-    ]
-    return table(("model", "weights", "rank", "side", "dtype", "size", "path"), rows)
+    rows = [(b.model, b.weights, f"{b.rank}", b.side, b.dtype, size(b.size), _used(b), b.path) for b in banks]
+    return table(("model", "weights", "rank", "side", "dtype", "size", "used", "path"), rows)
+
+
+def _used(bank: BankSummary) -> str:
+    days = int((time.time() - bank.last_used) // 86400)
+    when = "today" if days < 1 else f"{days} day{'s' if days > 1 else ''} ago"
+    return when if bank.complete or not bank.weights else f"unfinished, {when}"

@@ -26,6 +26,7 @@ VERBS = (
     "repair",
     "ls",
     "rm",
+    "prune",
     "init",
     "train",
     "eval",

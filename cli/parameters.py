@@ -101,3 +101,17 @@ class ShareType(_ParamType):
         if not 0 < share <= 1:
             self.fail(f"{value!r} is no share of the weights: 5% or 0.05", param, ctx)
         return share
+
+
+class AgeType(_ParamType):
+    """A length of time in seconds: ``30d``, ``12h``, ``8w``."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([mhdw])", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is no length of time: 30d, 12h, 8w", param, ctx)
+        return float(found[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}[found[2]]

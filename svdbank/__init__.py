@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.ls import ls as ls
     from svdbank.verbs.merge import merge as merge
     from svdbank.verbs.plan import plan as plan
+    from svdbank.verbs.prune import prune as prune
     from svdbank.verbs.publish import publish as publish
     from svdbank.verbs.repair import repair as repair
     from svdbank.verbs.rm import rm as rm
@@ -80,6 +81,7 @@ _LAZY = {
     "merge": "svdbank.verbs.merge",
     "open": "svdbank.cache",
     "plan": "svdbank.verbs.plan",
+    "prune": "svdbank.verbs.prune",
     "publish": "svdbank.verbs.publish",
     "read_adapter": "svdbank.adapter.reading",
     "repair": "svdbank.verbs.repair",

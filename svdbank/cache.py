@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -22,6 +23,7 @@ from svdbank.core.errors import (
     BankError,
     BankNotFoundError,
     DamageError,
+    LockedError,
     OptionError,
     SvdbankError,
     WrongBaseError,
@@ -31,6 +33,9 @@ from svdbank.core.specs import BuildOptions, Plan, from_json
 
 if TYPE_CHECKING:
     from svdbank.checkpoint import Checkpoint
+
+#: Its time says when a cached bank was last opened. It belongs to no digest; readers ignore names that begin with a dot.
+_USED = ".used"
 
 #: A folder's name may have 255 bytes, and twelve digits of a hash follow.
 _LONGEST_SLUG = 200
@@ -93,6 +98,8 @@ def open(source: str | os.PathLike[str]) -> Bank:
     if isinstance(place, OnDisk):
         path = place.path
         if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
+            if home() / "banks" in path.absolute().parents:
+                mark_used(path)
             return open_bank(path)
         if not (path.is_file() or (path / "config.json").is_file() or any(path.glob("*.safetensors"))):
             return open_bank(path)
@@ -121,6 +128,7 @@ def open(source: str | os.PathLike[str]) -> Bank:
             hint=f"name one: {shlex.quote(str(source))}@{sorted(map(str, revisions))[0]}",
         )
     best, _ = max(candidates, key=lambda entry: _richness(entry[1]))
+    mark_used(best)
     return open_bank(best)
 
 
@@ -169,7 +177,7 @@ def remove(root: Path) -> int:
     freed = remove_left(root)
     with disk.locked(root):
         refuse_claimed(root)
-        freed += _bytes_in(root)
+        freed += bytes_in(root)
         aside = _aside(root)
         disk.replace(root, aside)
         disk.remove_tree(aside)
@@ -181,7 +189,7 @@ def remove_left(root: Path) -> int:
     aside, freed = _aside(root), 0
     if aside.is_dir() and not aside.is_symlink():
         with disk.locked(aside):  # LockedError where another one is at it now
-            freed = _bytes_in(aside)
+            freed = bytes_in(aside)
             disk.remove_tree(aside)
     return freed
 
@@ -198,8 +206,51 @@ def _aside(root: Path) -> Path:
     )
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder. What goes meanwhile counts nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(f"{place}/{name}").st_size
+    return total
+
+
+def mark_used(root: Path) -> None:
+    """Note that a cached bank is used now, in a hidden file: times of access change when it is only listed, or never."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(
+            root / _USED, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0), 0o666
+        )
+        try:
+            os.utime(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def last_used(root: Path) -> float:
+    """When a bank was last opened or built, in seconds since 1970; of an unfinished or damaged one, when it last changed."""
+    latest = 0.0
+    for path in (root / _USED, root / MANIFEST, root / "plan.json", root / LOG):
+        with contextlib.suppress(OSError):
+            latest = max(latest, path.lstat().st_mtime)
+    return latest or root.lstat().st_mtime
+
+
+def left_in_cache() -> list[Path]:
+    """What killed removals left in the cache."""
+    return [path for path in (home() / "banks").glob(f"*/.*.rm{disk.TEMPORARY}") if path.is_dir() and not path.is_symlink()]
+
+
+def finish_removal(aside: Path, *, dry_run: bool) -> int:
+    """Delete what a killed removal left; the bytes, also where ``dry_run`` leaves them. 0 where another process is at it."""
+    if dry_run:
+        return bytes_in(aside)
+    with contextlib.suppress(LockedError), disk.locked(aside):
+        freed = bytes_in(aside)
+        disk.remove_tree(aside)
+        return freed
+    return 0
 
 
 def is_bank(root: Path) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from svdbank import cache
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import read_manifest
@@ -12,7 +14,8 @@ from svdbank.core.specs import Plan, Struct, from_json
 
 
 class BankSummary(Struct, frozen=True):
-    """One bank in a listing. ``nbytes`` counts its vectors."""
+    """One bank in a listing. ``nbytes`` counts its vectors, ``size`` all its files; ``last_used`` is in seconds since 1970: when it was
+    last opened or built."""
 
     path: str
     model: str
@@ -23,12 +26,21 @@ class BankSummary(Struct, frozen=True):
     weights: int
     nbytes: int
     complete: bool
+    size: int = 0
+    last_used: float = 0.0
 
 
 def ls() -> list[BankSummary]:
     """The banks in the cache, complete and unfinished, by model name."""
-    summaries = [_summary(folder) for folder in cache.bank_folders()]
+    summaries = [_dated(_summary(folder)) for folder in cache.bank_folders()]
     return sorted((s for s in summaries if s is not None), key=lambda s: (s.model, s.path))
+
+
+def _dated(summary: BankSummary | None) -> BankSummary | None:
+    if summary is None:
+        return None
+    root = Path(summary.path)
+    return msgspec.structs.replace(summary, size=cache.bytes_in(root), last_used=cache.last_used(root))
 
 
 def _summary(folder: Path) -> BankSummary | None:
