@@ -296,7 +296,8 @@ def _read(said: Documents, keys: Mapping[str, str], others: AbstractSet[str]) ->
         )
     factors = {}
     parameters = parameters_of(settings, halves)
-    for module, setting in untargeted(settings, (module for module in halves if module not in parameters)):
+    ordinary = [module for module in halves if module not in parameters] if said.beyond is None else []
+    for module, setting in untargeted(settings, ordinary):
         raise CheckpointError(
             f"{folder}: holds factors of {module}, which {setting} of its {CONFIG} leaves out: PEFT would load the adapter without them"
         )

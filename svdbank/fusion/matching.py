@@ -168,13 +168,19 @@ def check_base(adapter: Adapter, matrices: Sequence[tuple[WeightSpec, AdaptedWei
 
 def whole_tensors(adapter: Adapter, checkpoint: Checkpoint) -> list[tuple[WeightSpec, Tensor]]:
     """The tensors of ``modules_to_save``, each with the stored tensor that it replaces; one for a tied pair of one value."""
-    replacing = adapter.whole.replacing
-    if not replacing:
+    replacing, saved = adapter.whole.replacing, adapter.settings.modules_to_save or ()
+    if not replacing and not saved:
         return []
     users = _users(decomposable(checkpoint, (".*",))[0])
     shared = {f"{module}.weight": source for source, modules in users.items() if len(modules) > 1 for module in modules}
     found = {**shared, **matrices_of(checkpoint).whole}
-    names = matched({key: key for key in found}, list(replacing))
+    names = matched({key: key for key in found}, list(replacing)) if replacing else {}
+    lacking = [own for own in found if own not in names.values() and any(f".{module}." in f".{own}" for module in saved)]
+    if lacking:
+        raise OptionError(
+            f"the adapter was trained with modules_to_save {', '.join(saved)}, and {abridge(lacking)} is not in its folder: nor does PEFT "
+            "load it"
+        )
     values_of = {names[key]: values for key, values in replacing.items() if key in names}
     full: list[tuple[WeightSpec, Tensor]] = []
     for key, values in replacing.items():
@@ -194,7 +200,7 @@ def whole_tensors(adapter: Adapter, checkpoint: Checkpoint) -> list[tuple[Weight
                 hint=hint and hint.format(len(values)),
             )
         module = names[key].rpartition(".")[0]
-        if any(module == name or module.endswith(f".{name}") for name in adapter.settings.modules_to_save or ()):
+        if any(module == name or module.endswith(f".{name}") for name in saved):
             _refuse_idle(module, checkpoint)
         if any(spec.sources == (source,) for spec, _ in full):
             continue

@@ -535,3 +535,15 @@ def test_what_lies_in_place_of_the_tensors_is_named(plain: tuple[Path, torch.Ten
     (folder / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(CheckpointError, match=r"adapter_model-00001-of-00002\.safetensors, pytorch_model_fsdp_0"):
         svdbank.read_adapter(folder)
+
+
+def test_a_folder_that_lacks_part_of_a_module_that_was_saved_whole_is_refused(base: Path, tmp_path: Path) -> None:
+    case = Case({"modules_to_save": ["mlp"]})
+    folder = save(case, wrapped(case, small_llama(), 1, {}), tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        OptionError, match=r"modules_to_save mlp, and model\.layers\.1\.mlp\.up_proj\.weight is not in its folder"
+    ):
+        svdbank.fuse(base, folder, tmp_path / "fused")
