@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from svdbank.adapter.checksums import check_record
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, lora_scale
 from svdbank.adapter.settings import CACHE, CONFIG, FILES, SLIM, WEIGHTS, AdapterCache, LoraSettings, by_pattern
@@ -217,7 +215,8 @@ def read_documents(path: str | Path, *, slim: bool = False) -> Documents:
         record = disk.read_document(inside / CACHE, error=CheckpointError, largest=_DOCUMENT)
         cache = from_json(record, AdapterCache, where=str(inside / CACHE), error=CheckpointError)
         check_record(cache, inside / CACHE)
-    return Documents(folder, settings, cache, _set_beyond(msgspec.json.decode(config)))
+    everything = from_json(config, dict, where=str(inside / CONFIG), error=CheckpointError)
+    return Documents(folder, settings, cache, _set_beyond(everything))
 
 
 def check_there(folder: Path, *, slim: bool = False) -> None:

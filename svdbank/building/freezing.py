@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ from svdbank.checkpoint.source import Checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import BankError
 from svdbank.core.specs import Plan, Sources, WeightSpec, from_json, to_json
+
+#: Threads of a solve, and features of a weight, that no machine and no model has more of.
+_MOST_THREADS, _LARGEST = 1 << 16, 1 << 31
+
+_SOURCES = re.compile(r"sources-[0-9a-f]{16}\.json")
 
 _DAMAGED = "the file is damaged: delete this bank, or choose another place with -o"
 
@@ -55,9 +61,31 @@ def frozen_plan(root: Path) -> Frozen | None:
 def read_plan(path: Path) -> Plan:
     """A frozen plan; BankError where it cannot be read."""
     try:
-        return from_json(read_regular(path), Plan, where=str(path), error=BankError)
+        plan = from_json(read_regular(path), Plan, where=str(path), error=BankError)
+        _check_consistent(plan, path)
+        return plan
     except BankError as cause:
         raise BankError(str(cause), hint=_DAMAGED) from cause
+
+
+def _check_consistent(plan: Plan, path: Path) -> None:
+    """BankError unless every family is cut into the shards that its description says, of numbers that there can be."""
+    if plan.sources and not _SOURCES.fullmatch(plan.sources):
+        raise BankError(f"{path}: {plan.sources[:80]!r} is no file of sources")
+    cut = {family.name: list[tuple[int, int, int]]() for family in plan.families}
+    for shard in plan.shards:
+        if shard.family not in cut or not 1 <= shard.threads <= _MOST_THREADS:
+            raise BankError(f"{path}: shard {shard.index} of {shard.family!r} with {shard.threads} threads cannot be meant")
+        cut[shard.family].append((shard.index, shard.start, shard.stop))
+    for family in plan.families:
+        count, step, full = len(family.weights), family.weights_per_shard, min(family.out_features, family.in_features)
+        if not (1 <= step <= count and 1 <= family.rank <= full <= _LARGEST and 0 <= family.principal <= full):
+            raise BankError(
+                f"{path}: rank {family.rank} of {family.name!r}, {family.out_features}x{family.in_features}, cannot be meant"
+            )
+        wanted = [(number, start, min(start + step, count)) for number, start in enumerate(range(0, count, step))]
+        if cut[family.name] != wanted:
+            raise BankError(f"{path}: {family.name!r} is not cut into shards of {step} weights")
 
 
 def with_sources(
