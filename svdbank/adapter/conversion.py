@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svdbank.adapter.card import composed_card
 from svdbank.adapter.entries import Entry, by_module, entries_of
-from svdbank.adapter.experts import target_fields
+from svdbank.adapter.experts import targets_of
 from svdbank.adapter.folder import AdapterFolder, Factors, read_folder, write_folder
 from svdbank.adapter.methods import restored, restored_alpha
 from svdbank.adapter.reading import adapter_of
@@ -101,10 +101,7 @@ def for_inference(folder: AdapterFolder, start: Pairs | None) -> Converted:
         rank_pattern={},
         alpha_pattern={},
         base_model_name_or_path=base,
-        **target_fields({entry.key: entry.kind for entry in sorted(entries, key=lambda entry: entry.key)}),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+        **targets_of(folder.settings, {entry.key: entry.kind for entry in sorted(entries, key=lambda entry: entry.key)}),
         modules_to_save=None,
         init_lora_weights=True,
         inference_mode=True,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from svdbank.adapter.components import Kind
 from svdbank.adapter.settings import LoraSettings
+from svdbank.adapter.targeting import untargeted
 from svdbank.core.errors import CheckpointError, OptionError
 from svdbank.core.expressions import Expression
 from svdbank.core.specs import WeightKind
@@ -47,6 +48,17 @@ def target_fields(kinds: Mapping[str, Kind]) -> dict[str, Any]:
     parameters |= {f"{key}.weight" for key, kind in kinds.items() if kind == "parameter"}
     modules = [key for key, kind in kinds.items() if kind not in ("expert", "parameter")]
     return {"target_modules": modules, "target_parameters": sorted(parameters) or None}
+
+
+def targets_of(settings: LoraSettings, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Fields of a config that select exactly these weights: as ``settings`` has them where those are ends of names, else by path.
+
+    Ends of names hold in the model of every version of Transformers; of whole paths of an older one PEFT finds some and not others.
+    """
+    plain = isinstance(settings.target_modules, list) and not settings.target_parameters
+    if plain and set(kinds.values()) <= {"linear", "embedding"} and not any(True for _ in untargeted(settings, kinds)):
+        return {}
+    return {**target_fields(kinds), "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
 
 
 def pattern_name(key: str, kind: Kind) -> str:

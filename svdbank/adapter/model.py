@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import msgspec
 from torch import Tensor
 
 from svdbank.adapter.components import Component, InBank, bands_of, combined, inner, scaled
@@ -220,7 +221,10 @@ class Adapter:
                 chosen[key] = replace(weight, components=components)
         if len(self.names) > 1:
             self.whole.refuse_replacing(self, "whose they are is not known")
-        return replace(self._weights(chosen), base=self.base.alone(), whole=self.whole.kept(chosen))
+        settings = self.settings
+        if len(chosen) < len(self.weights):
+            settings = msgspec.structs.replace(settings, target_modules=None, target_parameters=None)
+        return replace(self._weights(chosen), base=self.base.alone(), settings=settings, whole=self.whole.kept(chosen))
 
     def _weights(self, weights: Mapping[str, AdaptedWeight]) -> Adapter:
         return replace(self, weights=weights)
@@ -269,11 +273,28 @@ def joined(
     return replace(
         adapters[0],
         weights=weights,
+        settings=_common_targets([adapter.settings for adapter in adapters]),
         base=base,
         notes=notes,
         method=adapters[0].method if len(methods) == 1 else "lora",
         whole=whole,
     )
+
+
+def _common_targets(settings: Sequence[LoraSettings]) -> LoraSettings:
+    """The first settings, without what they select where others select something else."""
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+
+    def targets(one: LoraSettings) -> list[object]:
+        said = [getattr(one, field) for field in fields]
+        return [
+            sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
+            for value in said
+        ]
+
+    if all(targets(one) == targets(settings[0]) for one in settings):
+        return settings[0]
+    return msgspec.structs.replace(settings[0], target_modules=None, target_parameters=None)
 
 
 def check_kinds(adapters: Sequence[Adapter]) -> None:

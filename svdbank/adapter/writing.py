@@ -12,7 +12,7 @@ from svdbank.adapter.card import composed_card
 from svdbank.adapter.checksums import tensor_file
 from svdbank.adapter.components import Band, InBank
 from svdbank.adapter.entries import by_module
-from svdbank.adapter.experts import pattern_name, target_fields
+from svdbank.adapter.experts import pattern_name, targets_of
 from svdbank.adapter.folder import Factors, write_folder
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.parts import parts_of
@@ -75,10 +75,7 @@ def peft_settings(adapter: Adapter, ranks: Mapping[str, int], *, init: bool | st
         r=common,
         lora_alpha=common,
         use_rslora=False,
-        **target_fields({key: weight.kind for key, weight in adapter.weights.items()}),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+        **targets_of(adapter.settings, {key: weight.kind for key, weight in adapter.weights.items()}),
         modules_to_save=sorted({name.rpartition(".")[0] for name in adapter.whole.replacing}) or None,
         rank_pattern=other,
         alpha_pattern=dict(other),

@@ -344,3 +344,17 @@ def test_an_adapter_of_older_names_and_one_of_todays_are_of_the_same_modules(tmp
     todays.peft_config["default"].base_model_name_or_path = str(base)
     todays.save_pretrained(tmp_path / "today")
     assert svdbank.compare([folder, tmp_path / "today"]).pairs[0].all.cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_without_the_base_plain_peft_loads_what_is_written_of_older_names(tmp_path: Path) -> None:
+    folders = []
+    parts = []
+    for seed in (1, 2):
+        folder, merged = of_older_names("gemma3-vision", tmp_path / "nowhere", tmp_path / f"adapter-{seed}", seed=seed)
+        folders.append(folder)
+        parts.append(merged)
+    svdbank.export(folders[0], output=tmp_path / "served", inference=True)
+    assert off(with_peft("gemma3-vision", tmp_path / "served"), parts[0]) < EXACT
+    svdbank.merge(folders, output=tmp_path / "merged")
+    wanted = {key: 0.5 * parts[0][key] + 0.5 * parts[1][key] for key in parts[0]}
+    assert off(with_peft("gemma3-vision", tmp_path / "merged"), wanted) < EXACT
