@@ -51,3 +51,16 @@ def _not_zero(adapter: Adapter) -> Adapter:
             return adapter
     what = "ΔW is zero in every weight, as in an adapter that was not trained" if adapter.weights else "it touches no weight"
     raise OptionError(f"this adapter changes nothing: {what}", hint="train it first: svdbank train MODEL … -o ADAPTER")
+
+
+def note_of_base(adapter: Adapter, base: str) -> list[str]:
+    """That the adapter names another model than ``base`` as its own, where nothing recorded tells whether it is that."""
+    named = adapter.base.name
+    recorded = adapter.base.digest or any(weight.source is not None for weight in adapter.weights.values())
+    if recorded or not named or _last(named) == _last(base):
+        return []
+    return [f"the adapter names {named} as its base, and nothing recorded tells whether {base} is that model"]
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()

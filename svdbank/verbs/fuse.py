@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -34,7 +35,7 @@ from svdbank.fusion.matching import (
     named_as_stored,
     whole_tensors,
 )
-from svdbank.fusion.opening import open_adapter
+from svdbank.fusion.opening import note_of_base, open_adapter
 from svdbank.fusion.untying import UNTIED, tensors_to_untie, untied
 from svdbank.solver import pinned_threads
 
@@ -114,6 +115,7 @@ def fuse(
             on_base = match_weights(opened, base, other=False)
             check_kinds(on_base, matrices, base, subject)
         expected = check_base(opened, on_base, base)
+        opened = replace(opened, notes=(*opened.notes, *note_of_base(opened, base.name)))
         beneath = matrices_beneath(opened, on_base)
         if into is not None:
             check_beneath(beneath, on_base, base)

@@ -547,3 +547,14 @@ def test_a_folder_that_lacks_part_of_a_module_that_was_saved_whole_is_refused(ba
         OptionError, match=r"modules_to_save mlp, and model\.layers\.1\.mlp\.up_proj\.weight is not in its folder"
     ):
         svdbank.fuse(base, folder, tmp_path / "fused")
+
+
+def test_fuse_says_where_the_adapter_names_another_base(base: Path, plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    folder, _ = plain
+    path = folder / "adapter_config.json"
+    for number, (named, said) in enumerate(
+        {"somebody/model": True, f"somebody/{base.name.upper()}": False, None: False}.items()
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": named}))
+        report = svdbank.fuse(base, folder, tmp_path / f"fused{number}")
+        assert any("names somebody/model as its base" in note for note in report.notes) == said
