@@ -18,6 +18,7 @@ from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError, WrongBaseError, abridge
 from svdbank.core.specs import TensorSource, WeightSpec
+from svdbank.fusion.pairing import is_idle
 from svdbank.fusion.untying import how_to_untie
 
 #: What to do about whole modules that do not fit a checkpoint's tensors.
@@ -71,19 +72,17 @@ def match_weights(adapter: Adapter, checkpoint: Checkpoint, *, other: bool) -> l
                 else "name the base model of the adapter: base_model_name_or_path in its adapter_config.json",
             )
     for spec, _ in found:
-        if spec.kind == "embedding":
-            _refuse_idle(spec.module, checkpoint)
+        if is_idle(spec):
+            raise _idle(spec.module, checkpoint)
     _refuse_tied([spec for spec, _ in found], specs, checkpoint)
     return found
 
 
-def _refuse_idle(module: str, checkpoint: Checkpoint) -> None:
-    """Raise for the module that lends encoder and decoder its tensor (T5's and BART's ``shared``) and is called by neither."""
-    if module.rpartition(".")[2] == "shared":
-        raise OptionError(
-            f"{checkpoint.name}: {module} is never called: encoder and decoder have its tensor in embeddings of their own, so that the "
-            "adapter on it does nothing in PEFT, and fused it would change both",
-        )
+def _idle(module: str, checkpoint: Checkpoint) -> OptionError:
+    return OptionError(
+        f"{checkpoint.name}: {module} is never called: encoder and decoder have its tensor in embeddings of their own, so that the "
+        "adapter on it does nothing in PEFT, and fused it would change both",
+    )
 
 
 def _rows_of_vocabulary(spec: WeightSpec, ours: tuple[int, int], theirs: tuple[int, int]) -> int | None:
@@ -200,8 +199,8 @@ def whole_tensors(adapter: Adapter, checkpoint: Checkpoint) -> list[tuple[Weight
                 hint=hint and hint.format(len(values)),
             )
         module = names[key].rpartition(".")[0]
-        if any(module == name or module.endswith(f".{name}") for name in saved):
-            _refuse_idle(module, checkpoint)
+        if module.rpartition(".")[2] == "shared" and any(module == name or module.endswith(f".{name}") for name in saved):
+            raise _idle(module, checkpoint)
         if any(spec.sources == (source,) for spec, _ in full):
             continue
         spec = WeightSpec(

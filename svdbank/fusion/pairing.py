@@ -15,7 +15,7 @@ from svdbank.core.specs import WeightSpec
 
 
 def pair_weights(one: Checkpoint, other: Checkpoint, targets: Sequence[str]) -> list[tuple[WeightSpec, WeightSpec]]:
-    """The targeted weights of both models, by name. Raises :class:`OptionError` where they do not correspond."""
+    """The targeted weights of both models, by name, without idle ones. Raises :class:`OptionError` where they do not correspond."""
     mine = {spec.name: spec for spec in decomposable(one, targets)[0]}
     theirs = {spec.name: spec for spec in decomposable(other, targets)[0]}
     lacking = [(name, other) for name in mine if name not in theirs] + [(name, one) for name in theirs if name not in mine]
@@ -34,7 +34,13 @@ def pair_weights(one: Checkpoint, other: Checkpoint, targets: Sequence[str]) -> 
                 f"{name} is {here[0]}×{here[1]} in {one.name} and {there[0]}×{there[1]} in {other.name}",
                 hint="name a fine-tuned model and the base it was made from",
             )
-    return [(spec, theirs[name]) for name, spec in mine.items()]
+    return [(spec, theirs[name]) for name, spec in mine.items() if not is_idle(spec)]
+
+
+def is_idle(spec: WeightSpec) -> bool:
+    """True for the module that lends encoder and decoder its tensor (T5's and BART's ``shared``) and is called by neither: what is added
+    to it by an adapter does nothing."""
+    return spec.kind == "embedding" and spec.module.rpartition(".")[2] == "shared"
 
 
 def _check_vocabularies(one: Checkpoint, other: Checkpoint, specs: Iterable[WeightSpec]) -> None:

@@ -181,6 +181,19 @@ def test_a_larger_vocabulary_is_no_matter_to_the_modules_that_are_named(tmp_path
         svdbank.extract(base, tmp_path / "grown", output=tmp_path / "no", targets=["q_proj", "lm_head"])
 
 
+def test_a_module_that_is_never_called_is_named_and_not_in_the_adapter(tmp_path: Path) -> None:
+    base = saved(small_model("t5"), tmp_path / "base")
+    finetuned: Any = small_model("t5")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in (finetuned.shared.weight, finetuned.encoder.block[0].layer[0].SelfAttention.q.weight):
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    saved(finetuned, tmp_path / "finetuned")
+    report = svdbank.extract(base, tmp_path / "finetuned", output=tmp_path / "out", rank=64, targets=[r"shared|.*\.q"])
+    assert [weight.module for weight in report.weights] == ["encoder.block.0.layer.0.SelfAttention.q"]
+    assert report.outside == ("lm_head.weight", "shared.weight")
+
+
 def test_settings_that_differ_are_named(tmp_path: Path) -> None:
     base = saved(small_model("llama-untied"), tmp_path / "base")
     finetuned: Any = adapter(small_model("llama-untied"), tmp_path / "adapter").merge_and_unload()
