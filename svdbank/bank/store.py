@@ -7,49 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
-from svdbank.bank.chunks import crc_before
 from svdbank.bank.files import read_regular
-from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, FileRecord
+from svdbank.bank.layout import FileRecord
 from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
-from svdbank.core.errors import DamageError
-
-
-@dataclass(frozen=True)
-class ShardGeometry:
-    """How a data file of an array is cut: bytes of an inner chunk with its crc32c, and chunks in a full shard."""
-
-    chunk_bytes: int
-    chunks: int
 
 
 class BankStore(Store):
     """A folder as a Zarr store to write to.
 
-    ``written`` collects the records of what was written through this store; ``geometry`` gives the cut of each sharded array by its
-    path. What ``names`` lists is written under another name: that of an attempt.
+    ``written`` collects the records of what was written through this store: metadata and coordinate arrays.
     """
 
     supports_writes = True
     supports_deletes = False
     supports_listing = True
 
-    def __init__(self, root: Path, *, geometry: Mapping[str, ShardGeometry], read_only: bool = False) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
         self.root = root
-        self.geometry = geometry
         self.written: dict[str, FileRecord] = {}
-        self.names: dict[str, str] = {}
 
     def with_read_only(self, read_only: bool = False) -> BankStore:
-        return BankStore(self.root, geometry=self.geometry, read_only=read_only)
+        return BankStore(self.root, read_only=read_only)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BankStore) and self.root == other.root
@@ -63,7 +49,7 @@ class BankStore(Store):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        # zarr asks for metadata before it creates. Shards are replaced whole; it would merge a torn one that it finds into the new one.
+        # zarr asks for metadata before it creates; chunks are written whole.
         if "/c/" in key:
             return None
         try:
@@ -84,15 +70,13 @@ class BankStore(Store):
 
     def write(self, key: str, data: bytes) -> None:
         """Write a file durably, replacing a torn one, and remember its record."""
-        path = self.root / self.names.get(key, key)
-        array = key.split("/c/")[0]
-        # A worker that was woken after its bank was deleted makes no folders where that was.
-        disk.make_dirs(path.parent, below=self.root / array if "/c/" in key else None)
+        path = self.root / key
+        disk.make_dirs(path.parent)
         if path.exists():
             disk.unlink(path)
         disk.write_new(path, data)
         disk.fsync_dir(path.parent)
-        self.written[key] = file_record(data, self.geometry.get(array) if "/c/" in key else None)
+        self.written[key] = file_record(data)
 
     async def exists(self, key: str) -> bool:
         return (self.root / key).is_file()
@@ -117,14 +101,6 @@ class BankStore(Store):
                 yield path.name
 
 
-def file_record(data: bytes, geometry: ShardGeometry | None) -> FileRecord:
-    """Size and sha256 of a file's bytes and, for a shard file, the crc32c of its inner chunks in file order."""
-    if geometry is None:
-        return FileRecord(len(data), hashlib.sha256(data).hexdigest(), 0, (), 0)
-    # Zarr v3 sharding_indexed, index at the end: equal chunks from the start of the file, then (offset, length) of each, then a crc.
-    length = geometry.chunk_bytes
-    count, rest = divmod(len(data) - geometry.chunks * INDEX_ENTRY - CRC_BYTES, length)
-    if rest or not 1 <= count <= geometry.chunks:
-        raise DamageError(f"a shard of {len(data)} bytes does not hold chunks of {length}")
-    crcs = tuple(crc_before(data, (i + 1) * length) for i in range(count))
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest(), length, crcs, crc_before(data, len(data)))
+def file_record(data: bytes) -> FileRecord:
+    """The record of a file that is no shard."""
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest(), 0, (), 0)

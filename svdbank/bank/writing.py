@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,8 @@ from svdbank.bank.layout import (
     vector_arrays,
 )
 from svdbank.bank.sessions import Session
-from svdbank.bank.store import BankStore, ShardGeometry, file_record
+from svdbank.bank.sharding import shard_bytes
+from svdbank.bank.store import BankStore, file_record
 from svdbank.core import disk
 from svdbank.core.basis import Basis, Triplets
 from svdbank.core.errors import BankError
@@ -72,18 +72,7 @@ class BankWriter:
         self.generation = generation
         self._session = session
         self._families = {family.name: family for family in plan.families}
-        self._arrays: dict[str, Any] = {}
-        self._opening = threading.Lock()
-        itemsize = np.dtype(STORED[plan.options.dtype][0]).itemsize
-        geometry = {
-            f"{family.name}/{array}": ShardGeometry(
-                chunk_bytes=RANK_CHUNK * length * itemsize + 4,
-                chunks=family.weights_per_shard * rank_extent(rank) // RANK_CHUNK,
-            )
-            for family in plan.families
-            for array, (rank, length) in vector_arrays(family, plan.options.side).items()
-        }
-        self._store = BankStore(root, geometry=geometry)
+        self._store = BankStore(root)
 
     def begin(self) -> None:
         """Create groups and arrays, and remove what attempts left that no record names. Repeats harmlessly; no worker may be alive."""
@@ -112,30 +101,30 @@ class BankWriter:
         ``record`` comes without ``files`` and ``attempt``; returned with them. FileNotFoundError where the session is over.
         """
         attempt = secrets.token_hex(8)
-        names = {
-            shard_file(shard.family, array, shard.index): attempt_file(shard.family, array, shard.index, attempt)
-            for array in self._arrays_of(shard)
-        }
-        self._store.names.update(names)
+        family = self._families[shard.family]
+        fill = STORED[self.plan.options.dtype][1]
+        files: dict[str, FileRecord] = {}
+        names = [attempt_file(shard.family, array, shard.index, attempt) for array in self._arrays_of(shard)]
         try:
-            for array in self._arrays_of(shard):
-                opened = self._array(self._families[shard.family], array)
-                opened[shard.start : shard.stop] = self._stored([_vectors_of(b, array) for b in bases])
-            files = {key.split("/")[1]: self._store.written.pop(key) for key in names}
+            for array, name in zip(self._arrays_of(shard), names, strict=True):
+                rows = self._stored([_vectors_of(basis, array) for basis in bases])
+                data, files[array] = shard_bytes(rows, family.weights_per_shard, np.nan if fill == "NaN" else fill)
+                # A worker that was woken after its bank was deleted makes no folders where that was.
+                path = self.root / name
+                disk.make_dirs(path.parent, below=self.root / shard.family / array)
+                disk.write_new(path, data)
+                disk.fsync_dir(path.parent)
             complete = msgspec.structs.replace(record, attempt=attempt, files=files)
             if self.session.add(complete):
                 return complete
-            for name in names.values():
+            for name in names:
                 disk.unlink(self.root / name)
             return None
         except Exception:
-            for name in names.values():
+            for name in names:
                 with contextlib.suppress(OSError):
                     disk.unlink(self.root / name)
             raise
-        finally:
-            for key in names:
-                self._store.names.pop(key, None)
 
     def place(self, progress: Callable[[int, int], None]) -> list[ShardSpec]:
         """Give the files of all records their names, durably; the shards that cannot be published. The caller holds the bank's lock.
@@ -213,7 +202,7 @@ class BankWriter:
         hashes.update({alias.name: hashes[alias.of] for alias in index.aliases})
         data = to_json(index)
         # Named by its content: the manifest of the last publish keeps its index until the new manifest is in place.
-        index_record = file_record(data, None)
+        index_record = file_record(data)
         index_file = f"index-{index_record.sha256[:16]}.json"
         disk.write_bytes(self.root / index_file, data)
         named = {index_file: index_record}
@@ -223,7 +212,7 @@ class BankWriter:
         plans = (*(earlier.plans if earlier else ()), plan_name(self.generation))
         for name in ("zarr.json", *plans):
             if name not in named:
-                named[name] = file_record((self.root / name).read_bytes(), None)
+                named[name] = file_record((self.root / name).read_bytes())
         manifest = Manifest(
             format=FORMAT,
             created_by=_CREATED_BY,
@@ -263,7 +252,7 @@ class BankWriter:
         for name, (values, dims) in coordinates.arrays().items():
             self._coordinate(family, name, values, dims)
         begun = (f"{family.name}/zarr.json", *(f"{family.name}/{array}/zarr.json" for array in arrays))
-        metadata = {key: file_record(read_regular(self.root / key), None) for key in begun}
+        metadata = {key: file_record(read_regular(self.root / key)) for key in begun}
         metadata |= {key: file for key, file in self._store.written.items() if key.startswith(f"{family.name}/")}
         return FamilyIndex(
             spec=family,
@@ -276,16 +265,6 @@ class BankWriter:
         key = f"{path}/zarr.json" if path else "zarr.json"
         self._written_anew(key)
         zarr.create_group(self._store, path=path, attributes=attributes, zarr_format=3, overwrite=False)
-
-    def _array(self, family: FamilySpec, array: str) -> Any:
-        """An array of vectors that :meth:`begin` made, opened once."""
-        path = f"{family.name}/{array}"
-        with self._opening:
-            if path not in self._arrays:
-                self._arrays[path] = zarr.open_array(
-                    self._store, path=path, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
-                )
-            return self._arrays[path]
 
     def _vectors(self, family: FamilySpec, array: str, rank: int, length: int) -> None:
         dtype, fill = STORED[self.plan.options.dtype]

@@ -120,7 +120,7 @@ def test_a_worker_stopped_before_any_file_operation_changes_nothing_recorded(
 ) -> None:
     operations: list[str] = []
     at = 0
-    while at == 0 or at <= len(operations):
+    while True:
         place = memory_disk / str(at)
         prepared = prepared_build(model, place / "bank")
         shard = prepared.todo[0]
@@ -154,8 +154,11 @@ def test_a_worker_stopped_before_any_file_operation_changes_nothing_recorded(
         elif meanwhile is begin_anew:
             svdbank.build(model, place / "bank", rank=RANK)
             assert svdbank.verify(place / "bank", data=True, model=model).sound, where
-        operations = late.operations if len(late.operations) > len(operations) else operations
         shutil.rmtree(place)
+        if len(late.operations) <= at:  # it had ended before
+            operations = late.operations
+            break
+        operations = late.operations
         at += 1 if meanwhile is nothing else 3
     kinds = {entry.split()[0] for entry in operations}
     assert {"create", "write", "fsync", "fsync-dir", "link", "unlink", "mkdir"} <= kinds and len(operations) > 15
