@@ -76,8 +76,8 @@ def main() -> int:
         if "empty" in options.only:
             found["empty"] = {
                 "a file each": empty(write_layers(place / "layers", 400, 96, 64), 400, place, options.repeat),
-                "4096x4096": empty(write_layers(place / "large", 6, 4096, 4096), 6, place, 1, rank=128),
-                "shared files": empty(write_experts(place / "tiny", 4000, 32, 64, files=4), 4000, place, options.repeat),
+                "4096x4096": empty(write_layers(place / "large", 24, 4096, 4096), 24, place, 1, rank=128),
+                "shared files": empty(write_experts(place / "tiny", 40_000, 32, 64, files=4), 40_000, place, options.repeat),
             }
         if "many" in options.only:
             found["many"] = many(place, options.weights)
@@ -123,20 +123,21 @@ def timed_build(model: Path, bank: Path, *arguments: str) -> tuple[float, float]
 
 
 def empty(model: Path, count: int, place: Path, repeat: int, rank: int = 16) -> dict[str, float]:
-    """Milliseconds a weight of each engine where solves take no time; start-up apart."""
+    """Milliseconds a weight of each engine where solves take no time; start-up, and the one real solve of a process, apart."""
     found = {}
     for engine in (*ENGINES, "two processes, --shard"):
         taken = []
         for _ in range(repeat):
             bank = place / "bank"
-            taken.append(_empty_build(model, bank, rank, engine))
+            taken.append(_empty_build(model, bank, rank, engine, count))
             remove(bank)
-        found[engine] = round(1e3 * median(taken) / count, 4)
+        found[engine] = round(1e3 * median(taken), 4)
         print(f"{model.name:10} {engine:30} {found[engine]:8.3f} ms a weight, solves empty", flush=True)
     return found
 
 
-def _empty_build(model: Path, bank: Path, rank: int, engine: str) -> float:
+def _empty_build(model: Path, bank: Path, rank: int, engine: str, count: int) -> float:
+    """Seconds a weight, from the first record to the end."""
     program = (
         _EMPTY + "import svdbank_cli.main as cli, svdbank.building.crew as crew; "
         f"crew._PROGRAM = {_EMPTY!r} + crew._PROGRAM; cli.main()"
@@ -145,17 +146,19 @@ def _empty_build(model: Path, bank: Path, rank: int, engine: str) -> float:
     shards = [("--shard", "1/2", "--threads", "1"), ("--shard", "2/2", "--threads", "1")]
     runs = [(*command, *more) for more in ([ENGINES[engine]] if engine in ENGINES else shards)]
     processes = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for run in runs]
-    begun = None
+    begun: tuple[float, int] | None = None
     for process in processes:
         assert process.stdout is not None
         for line in process.stdout:
-            if begun is None and json.loads(line).get("stage") == "decompose":
-                begun = time.perf_counter()
+            step = json.loads(line)
+            if begun is None and step.get("stage") == "decompose" and step["done"] > 0:
+                begun = time.perf_counter(), step["done"]
     for process in processes:
         if process.wait():
             raise RuntimeError(f"a build with empty solves ended with {process.returncode}")
-    assert begun is not None
-    return time.perf_counter() - begun
+    if begun is None:
+        raise RuntimeError("a build with empty solves told of no weight")
+    return (time.perf_counter() - begun[0]) / max(1, count - begun[1])
 
 
 #: A step of ``many`` in a process of its own: prints what it found, seconds and the peak of its memory.

@@ -292,7 +292,7 @@ def _put_in_place(bank: Bank, task: Task, workshop: Bank, made: Sequence[ShardRe
         else:  # a plan
             disk.write_bytes(source / "again.json", to_json(_plan_again(bank, path), indent=1))
             _move(source / "again.json", root / path)
-        now = file_record((root / path).read_bytes(), None)
+        now = file_record((root / path).read_bytes())
         news |= now != named[path]
         named[path] = now
     if news:
@@ -323,7 +323,7 @@ def _republish(bank: Bank, families: tuple[FamilyIndex, ...], named: dict[str, F
     hashes = {weight.name: weight.source_sha256 for family in families for weight in family.weights}
     hashes.update({alias.name: hashes[alias.of] for alias in index.aliases})
     data = to_json(index)
-    record = file_record(data, None)
+    record = file_record(data)
     index_file = f"index-{record.sha256[:16]}.json"
     disk.write_bytes(bank.path / index_file, data)
     files = {name: value for name, value in named.items() if name != bank.manifest.index} | {index_file: record}
