@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svdbank.core.errors import OptionError, missing_extra
-from svdbank.training.options import TrainOptions
+from svdbank.training.options import RATES, TrainOptions
 
 
 def training_arguments(options: TrainOptions, folder: Path) -> Any:
@@ -35,7 +35,8 @@ def training_arguments(options: TrainOptions, folder: Path) -> Any:
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
+        # Where none is given, the one that is found takes this one's place before the optimiser is made.
+        learning_rate=options.learning_rate or RATES[options.method],
         lr_scheduler_type=options.schedule,
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,

@@ -13,6 +13,7 @@ from svdbank.lm.blocks import first, pack
 from svdbank.lm.held_out import hold_out
 from svdbank.lm.texts import explained, read_documents
 from svdbank.lm.windows import Window, sample
+from svdbank.training.best import blocks_measured
 from svdbank.training.run import Run
 
 #: The name under which the text held out is measured.
@@ -36,8 +37,8 @@ def read_data(run: Run) -> TrainingData:
     def blocks(documents: Any) -> Any:
         return pack(documents, run.model.tokenizer, length)
 
-    def chosen(documents: Any) -> list[Window]:
-        return sample(documents, run.model.tokenizer, length, blocks=options.held_out_blocks, seed=options.seed)
+    def chosen(documents: Any, most: int) -> list[Window]:
+        return sample(documents, run.model.tokenizer, length, blocks=most, seed=options.seed)
 
     def enough(found: Any, what: str) -> Any:
         if len(found) == 0:
@@ -58,13 +59,16 @@ def read_data(run: Run) -> TrainingData:
             training = training.shuffle(seed=options.seed, buffer_size=1000)
         else:
             enough(training, ", ".join(options.data))
+        most = options.held_out_blocks
+        if most is None:
+            most = blocks_measured(run.steps(0 if streaming else len(training)), run.a_step)
         measured = {}
         if held_out is not None:
-            measured[HELD_OUT] = enough(chosen(held_out), "the text held out")
+            measured[HELD_OUT] = enough(chosen(held_out, most), "the text held out")
     for source in options.retain:
         with explained([source]):
             kept = read_documents([source], field=options.field, split=options.split, streaming=streaming)
-            measured[source] = enough(chosen(kept), source)
+            measured[source] = enough(chosen(kept, most), source)
     run.tell(Progress("reading the text", 1, 1, "text"))
     return TrainingData(training, measured, _digest(training, measured))
 

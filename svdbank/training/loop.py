@@ -1,8 +1,7 @@
-"""One run: attach, measure, train or go on, measure."""
+"""One run: attach, find a rate, measure, train or go on, measure, write the state to be kept."""
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from statistics import fmean
@@ -12,26 +11,30 @@ import msgspec
 
 from svdbank.core import disk
 from svdbank.core.errors import SvdbankError
-from svdbank.core.specs import Progress, to_json
+from svdbank.core.specs import Progress, from_json, to_json
 from svdbank.lm.libraries import import_transformers
 from svdbank.lm.loading import load_model
 from svdbank.lm.scores import standard_error
 from svdbank.training import checkpoints
 from svdbank.training.attaching import attach, left_out, trainable_parameters
+from svdbank.training.best import Held, measured_every
+from svdbank.training.calibration import Calibration, calibrate
 from svdbank.training.data import HELD_OUT, TrainingData
-from svdbank.training.losses import change_of, collator, measure, release, summed
-from svdbank.training.report import Change, TrainReport
+from svdbank.training.ending import Ending, end
+from svdbank.training.losses import collator, measure, release, summed
+from svdbank.training.noticing import Noticing
+from svdbank.training.options import RATES
+from svdbank.training.report import TrainReport
 from svdbank.training.run import Run
 from svdbank.training.watching import peak_bytes, watcher
 from svdbank.training.writing import initial_factors, write_output
 
-
-class TrainingError(SvdbankError):
-    """A training that came to nothing."""
+#: Rates found, kept for a run that goes on.
+RATE = "rate.json"
 
 
 def train_adapter(run: Run, data: TrainingData) -> TrainReport:
-    """Attach, measure, train or go on, measure, write."""
+    """Attach, find a rate, measure, train or go on, measure, write."""
     transformers = import_transformers()
     options, tell = run.options, run.tell
     tell(Progress("loading the model", 0, 1, "model", run.model.name))
@@ -48,26 +51,31 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
         train_dataset=data.training,
         data_collator=collator(run.model.tokenizer),
         preprocess_logits_for_metrics=summed,
-        callbacks=[watcher(tell, run.clock, options.save_minutes, model)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     before = _before(run, trainer, data)
+    calibration = None if options.learning_rate else _calibration(run, trainer, data)
+    if calibration is not None:
+        run.arguments.learning_rate = calibration.rate
     whole = _checkpoint(run)
+    resumed_from = None if whole is None else checkpoints.step_of(whole)
+    noticing = Noticing(lambda text: tell(Progress("note", 1, 1, "note", text)), clip=options.clip)
+    held = _held(run, data, before, resumed_from)
+    trainer.add_callback(watcher(run, trainer, held, noticing, _every(run, trainer, held)))
     # Measuring draws from the generators, and a run that goes on does not measure again.
     transformers.set_seed(options.seed)
     begun = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
+    trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
     seconds = time.perf_counter() - begun
-    if not math.isfinite(outcome.training_loss):
-        raise TrainingError(
-            "the loss is not a number any more", hint="a lower --learning-rate, or --dtype bfloat16 instead of float16"
-        )
-    after = measure(trainer, data.measured, tell, "loss after")
-    changes = {name: change_of(name, data.measured[name], before[name], after[name]) for name in data.measured}
-    report = _report(run, data, trainer, changes, seconds, None if whole is None else checkpoints.step_of(whole))
+    noticing.ended()
+    ending = end(run, trainer, data, before, held)
+    report = _report(run, data, trainer, ending, calibration, noticing, seconds, resumed_from)
     run.processes.wait_for_everyone()
     if run.is_main:
-        write_output(run, model, initial, report)
+        if ending.kept == "nothing":
+            disk.remove_tree(run.folder)
+        else:
+            write_output(run, model, initial, report)
     run.processes.wait_for_everyone()
     return report
 
@@ -83,25 +91,70 @@ def _checkpoint(run: Run) -> Path | None:
 
 
 def _before(run: Run, trainer: Any, data: TrainingData) -> dict[str, list[float]]:
-    """Losses of the untrained adapter by block, measured once: a run that goes on reads them."""
+    """Losses of the untrained adapter by window, measured once: a run that goes on reads them."""
     path = run.folder / "before.json"
     if path.is_file():
         known: dict[str, list[float]] = msgspec.json.decode(path.read_bytes(), type=dict[str, list[float]])
         return known
+    begun = time.perf_counter()
     losses = measure(trainer, data.measured, run.tell, "loss before")
     release(trainer)
+    run.clock.measuring += time.perf_counter() - begun
     run.processes.wait_for_everyone()
     if run.is_main:
         disk.write_bytes(path, to_json(losses))
     return losses
 
 
+def _calibration(run: Run, trainer: Any, data: TrainingData) -> Calibration | None:
+    """How the rate was found, once: a run that goes on reads it. None where factors lie in pieces, and the method's usual rate has to do."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        usual = RATES[run.options.method]
+        run.tell(Progress("note", 1, 1, "note", f"no rate is looked for under FSDP and DeepSpeed: {usual:g}, or give --learning-rate"))
+        return None
+    path = run.folder / RATE
+    if path.is_file():
+        return from_json(path.read_bytes(), Calibration, where=str(path), error=SvdbankError)
+    found = calibrate(run, trainer, data.training)
+    run.processes.wait_for_everyone()
+    if run.is_main:
+        disk.write_bytes(path, to_json(found))
+    return found
+
+
+def _held(run: Run, data: TrainingData, before: dict[str, list[float]], resumed_from: int | None) -> Held | None:
+    """What is measured while training; None where nothing is held out."""
+    if HELD_OUT not in data.measured:
+        return None
+    held = Held(run.folder, data.measured[HELD_OUT], before[HELD_OUT])
+    held.resume(resumed_from or 0)
+    return held
+
+
+def _every(run: Run, trainer: Any, held: Held | None) -> int:
+    """Steps from one measurement to the next; 0 for none."""
+    if held is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return 0
+    steps = run.steps(len(trainer.train_dataset) if hasattr(trainer.train_dataset, "select") else 0)
+    blocks = -(-sum(len(window.tokens) for window in held.windows) // run.length)
+    return measured_every(steps, run.a_step, blocks, patience=run.options.patience)
+
+
 def _report(
-    run: Run, data: TrainingData, trainer: Any, changes: dict[str, Change], seconds: float, resumed_from: int | None
+    run: Run,
+    data: TrainingData,
+    trainer: Any,
+    ending: Ending,
+    calibration: Calibration | None,
+    noticing: Noticing,
+    seconds: float,
+    resumed_from: int | None,
 ) -> TrainReport:
     options = run.options
     steps = trainer.state.global_step
     timed = run.clock.steps[1:] or run.clock.steps
+    training = max(sum(run.clock.steps), 1e-9)
+    changes = dict(ending.changes)
     held_out = changes.pop(HELD_OUT, None)
     return TrainReport(
         adapter=str(run.output),
@@ -113,7 +166,7 @@ def _report(
         blocks=len(data.training) if hasattr(data.training, "select") else 0,
         length=run.length,
         steps=steps,
-        tokens=steps * options.accumulation * options.batch_size * run.processes.num_processes * run.length,
+        tokens=steps * run.a_step * run.length,
         processes=run.processes.num_processes,
         dtype=options.dtype,
         seconds=seconds,
@@ -124,5 +177,14 @@ def _report(
         held_out=held_out,
         retained=tuple(changes.values()),
         curve=tuple((entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry),
+        learning_rate=run.arguments.learning_rate,
+        calibration=calibration,
+        kept=ending.kept,
+        kept_step=ending.step,
+        worse=ending.kept == "nothing" or (held_out is not None and held_out.change > 2 * held_out.change_error),
+        measured=ending.measured,
+        measuring_share=run.clock.measuring / training,
+        calibration_share=calibration.seconds / training if calibration is not None else 0.0,
+        notices=tuple(noticing.said),
         left_out=left_out(options, run.bank, run.model.config.model_type),
     )

@@ -15,12 +15,13 @@ import msgspec
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import Struct
 from svdbank.lm.loading import Dtype, LoadIn
+from svdbank.training.best import Keep
 
 TrainMethod = Literal["mica", "milora", "pissa", "lora"]
 
-_CHOICES = {"method": get_args(TrainMethod), "dtype": get_args(Dtype), "load_in": (None, *get_args(LoadIn))}
+_CHOICES = {"method": get_args(TrainMethod), "dtype": get_args(Dtype), "load_in": (None, *get_args(LoadIn)), "keep": get_args(Keep)}
 
-#: Peak learning rates where none is given (docs/training.md says where they come from).
+#: Peak learning rates where none is given and none can be found, the factors lying in pieces on several devices: the papers', MiCA's above it.
 RATES = {"mica": 2e-3, "milora": 3e-4, "pissa": 3e-4, "lora": 5e-4}
 
 #: Fields that may be written as one string where there is only one.
@@ -55,13 +56,18 @@ class TrainOptions(Struct, frozen=True, kw_only=True):
     epochs, steps
         How often the data is gone through, or, where given, how many steps are made.
     learning_rate, schedule, warmup, weight_decay, clip
-        AdamW's peak rate (by method where not given), Transformers' name of the schedule, share of the steps that warm up,
+        AdamW's peak rate (found at the start where not given), Transformers' name of the schedule, share of the steps that warm up,
         decoupled weight decay, norm that gradients are clipped to.
     dtype, load_in, gradient_checkpointing
         dtype of the base and of the computation (``auto``: bfloat16 on a GPU, else float32), ``4bit`` or ``8bit`` by bitsandbytes,
         activations computed again in the backward pass.
     held_out, held_out_blocks
-        Share of the documents that are not trained on, and how many blocks of them are measured at most.
+        Share of the documents that are not trained on, and how many blocks of them are measured at most: 16 to 64, as many as the length
+        of the run allows, where not given.
+    keep
+        Which state is written: the ``best`` by loss on the text held out, the start included, or the ``last``.
+    patience
+        The run ends after so many measurements in a row without a new best one.
     retain
         Other text whose loss is measured before and after: forgetting.
     save_steps, save_minutes
@@ -100,7 +106,9 @@ class TrainOptions(Struct, frozen=True, kw_only=True):
     load_in: LoadIn | None = None
     gradient_checkpointing: bool = False
     held_out: float = 0.05
-    held_out_blocks: int = 64
+    held_out_blocks: int | None = None
+    keep: Keep = "best"
+    patience: int | None = None
     retain: tuple[str, ...] = ()
     save_steps: int | None = None
     save_minutes: float | None = 10.0
@@ -140,12 +148,11 @@ def resolve(config: Mapping[str, Any], given: Mapping[str, Any]) -> TrainOptions
 
 
 def settled(options: TrainOptions, *, length: int, dtype: Dtype) -> TrainOptions:
-    """The options with nothing left to be chosen: the block's tokens and the dtype as given here, alpha, the learning rate."""
+    """The options with nothing left to be chosen before training begins: the block's tokens and the dtype as given here, alpha."""
     return msgspec.structs.replace(
         options,
         length=length,
         alpha=float(options.rank) if options.alpha is None else options.alpha,
-        learning_rate=RATES[options.method] if options.learning_rate is None else options.learning_rate,
         dtype=dtype,
     )
 
@@ -198,6 +205,7 @@ def _check(options: TrainOptions) -> None:
         "batch_size": 1,
         "accumulation": 1,
         "held_out_blocks": 1,
+        "patience": 1,
         "log_steps": 1,
         "steps": 1,
         "save_steps": 1,
@@ -220,6 +228,8 @@ def _check(options: TrainOptions) -> None:
             raise OptionError(f"{name} is 0 or more, not {value}")
     if options.streaming and options.steps is None:
         raise OptionError("streamed data has no known length, so the number of steps has to be said", hint="--steps N")
+    if options.patience is not None and options.held_out == 0:
+        raise OptionError("patience waits for the text held out to improve, and none is held out", hint="--held-out 0.05")
     if options.on_top_of and options.method != "mica":
         raise OptionError(
             f"--on-top-of gives the new adapter a band of the bank of its own, which {options.method} does not have",

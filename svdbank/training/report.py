@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from svdbank.core.specs import Struct
+from svdbank.training.calibration import Calibration
 
 
 class Change(Struct, frozen=True):
@@ -19,9 +22,24 @@ class Change(Struct, frozen=True):
     change_error: float
 
 
-class TrainReport(Struct, frozen=True):
-    """What a run did, as it also lies in ``training.json``. As text it is the adapter's folder.
+class Measured(Struct, frozen=True):
+    """The text held out after a step: mean loss in nats a token, its change since the start, and the standard error of the pairs."""
 
+    step: int
+    loss: float
+    change: float
+    change_error: float
+
+
+class TrainReport(Struct, frozen=True):
+    """What a run did, as it also lies in ``training.json``. As text it is the adapter's folder, or nothing where none was written.
+
+    ``kept`` is the state that was written, of step ``kept_step``: the ``best`` on the text held out, the ``last``, or ``nothing``, where
+    the start was the best. ``held_out`` is about that state, of ``nothing`` about the last one, and so is ``retained``. ``worse`` says that
+    nothing was written, or that what was is worse on the text held out by more than two standard errors.
+    ``calibration`` is how ``learning_rate`` was found; None where it was given. ``measured`` is the text held out while training, after it,
+    and not before; ``measuring_share`` what measuring (before and after too) and ``calibration_share`` what the calibration took, as shares of
+    the time of the steps of this process. ``notices`` are what was said of the run while it ran.
     ``curve`` holds (step, mean training loss since the point before). ``step_seconds`` and its standard error are over the steps of
     this process but the first; ``peak_bytes`` is the most GPU memory that tensors took, or without a GPU the most memory this
     process had. ``resumed_from`` is the step of the checkpoint this process began at. ``left_out`` are names in the bank of weights that
@@ -48,7 +66,16 @@ class TrainReport(Struct, frozen=True):
     held_out: Change | None
     retained: tuple[Change, ...]
     curve: tuple[tuple[int, float], ...]
+    learning_rate: float
+    calibration: Calibration | None
+    kept: Literal["best", "last", "nothing"]
+    kept_step: int
+    worse: bool
+    measured: tuple[Measured, ...]
+    measuring_share: float
+    calibration_share: float
+    notices: tuple[str, ...]
     left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.adapter
+        return self.adapter if self.kept != "nothing" else ""

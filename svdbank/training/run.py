@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Clock:
-    """Seconds of each step made in this process, saving and measuring left out."""
+    """Seconds of each step made in this process, saving and measuring left out, and of measuring while training."""
 
     steps: list[float] = field(default_factory=list)
     begun: float = 0.0
+    measuring: float = 0.0
 
 
 @dataclass
@@ -53,6 +55,19 @@ class Run:
         from accelerate import PartialState
 
         return PartialState()
+
+    @property
+    def a_step(self) -> int:
+        """Blocks of a step, over all processes."""
+        return self.options.batch_size * self.options.accumulation * int(self.processes.num_processes)
+
+    def steps(self, blocks: int) -> int:
+        """Steps that the run makes on so many blocks, as the Trainer counts them: the last batch of a pass may be smaller."""
+        options = self.options
+        if options.steps is not None:
+            return options.steps
+        batches = math.ceil(blocks / (options.batch_size * int(self.processes.num_processes)))
+        return max(1, math.ceil(options.epochs * max(1, math.ceil(batches / options.accumulation))))
 
     @property
     def is_main(self) -> bool:

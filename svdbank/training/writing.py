@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors.torch
 from torch import Tensor
 
@@ -38,9 +39,10 @@ def initial_factors(model: Any, options: TrainOptions) -> dict[str, Tensor]:
 
 def write_output(run: Run, model: Any, initial: dict[str, Any], report: TrainReport) -> None:
     """The adapter's folder, whole or not at all; the checkpoints have done their work then."""
+    options = msgspec.structs.replace(run.options, learning_rate=report.learning_rate)
     with new_folder(run.output, force=run.force) as folder:
-        write_adapter(model, folder, run.options, run.bank, initial, card(run.options, report))
-        disk.write_bytes(folder / TRAINING_CONFIG, to_toml(run.options))
+        write_adapter(model, folder, options, run.bank, initial, card(options, report))
+        disk.write_bytes(folder / TRAINING_CONFIG, to_toml(options))
         disk.write_bytes(folder / TRAINING_FIGURES, to_json(report, indent=2))
         disk.fsync_tree(folder)
     disk.remove_tree(run.folder)

@@ -1,0 +1,234 @@
+"""A peak rate for AdamW that follows the model.
+
+From the untrained adapter, :data:`STEPS` gradients of training batches go through AdamW's own moments, without moving. What a unit of rate
+would have moved by then is a direction in the trainable factors. Forward passes on other training blocks, as far behind the start as
+before it, give the curvature of the loss along it: the rate at which the mean of both lies :data:`RISE` nats a token above the start. The
+slope, which is in the difference of both, is left out of it: from few blocks it is mostly noise. The peak rate is that rate times a
+constant of the method. So it follows whatever the loss depends on: norm gains and weights written otherwise, rank, alpha, the batch.
+
+Forward passes on both sides of the start along the optimiser's own step: generalized Newton (GeN, arXiv 2407.02772). That the curvature
+along it limits the peak rate: arXiv 2406.09405. Why the best of a few trial steps is not asked for: greedy short horizons prefer other
+rates than runs do (arXiv 1803.02021).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdbank.core.specs import Progress, Struct
+from svdbank.lm.blocks import first
+from svdbank.training.generators import generators_kept
+from svdbank.training.run import Run
+
+#: Gradients whose direction is taken, a step's blocks each.
+STEPS = 2
+
+#: Nats a token that the loss lies higher at the rate looked for, in the mean of both sides.
+RISE = 0.05
+
+#: The peak rate over that rate. Of runs of 40 steps with a small Llama written in two ways (docs/training.md): where one factor begins at
+#: zero, the other hardly moves it at first; the strong directions of PiSSA are steep at the start alone.
+OVER = {"mica": 1.7, "milora": 0.95, "pissa": 4.5, "lora": 1.8}
+
+#: Where the search begins, between which rates it stays, and how many pairs of forward passes it makes at most.
+BEGIN, LEAST, MOST, PAIRS = 2e-3, 1e-8, 10.0, 6
+
+#: What is left of the rate where the direction does not lower the loss of other blocks.
+CAUTION = 0.1
+
+
+class Calibration(Struct, frozen=True):
+    """How a rate was found.
+
+    ``curve`` holds (rate, change ahead, change behind) by rate: of the loss on ``aside`` training blocks in nats a token, along the direction
+    of the first ``steps`` steps of AdamW on ``blocks`` other ones and against it. At ``bend`` the mean of both is :data:`RISE`; None where no
+    such rate was found. ``seconds`` is the time that it took.
+    """
+
+    rate: float
+    bend: float | None
+    curve: tuple[tuple[float, float, float], ...]
+    steps: int
+    blocks: int
+    aside: int
+    why: str
+    seconds: float
+
+
+def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
+    """The peak rate for this model, method and text. Model, factors, generators and the order of the data are left as they were.
+
+    Every process computes on blocks of its own and all come to the same rate.
+    """
+    options, begun = run.options, time.perf_counter()
+    a_step = options.batch_size * options.accumulation
+    aside, groups = _blocks(training, a_step, options.batch_size, run)
+    factors = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    start = [factor.detach().clone() for factor in factors]
+    was_training = trainer.model.training
+    total = STEPS + 1
+    run.tell(Progress("finding a rate", 0, total, "steps"))
+    with generators_kept():
+        try:
+            direction = _direction(trainer, factors, groups, options)
+            run.tell(Progress("finding a rate", STEPS, total, "steps"))
+            trainer.model.eval()
+            before = _loss(trainer, aside, options.batch_size)
+
+            def change(rate: float) -> float:
+                with torch.no_grad():
+                    for factor, initial, by in zip(factors, start, direction, strict=True):
+                        factor.copy_(initial - rate * by)
+                return _loss(trainer, aside, options.batch_size) - before
+
+            bend, curve = find_bend(change)
+        finally:
+            with torch.no_grad():
+                for factor, initial in zip(factors, start, strict=True):
+                    factor.copy_(initial)
+                    factor.grad = None
+            trainer.model.train(was_training)
+    rate, why = choose(options.method, bend, curve)
+    rate = _agreed(rate, run)
+    run.tell(Progress("finding a rate", total, total, "steps", f"{rate:.3g}"))
+    processes = run.processes.num_processes
+    return Calibration(
+        rate=rate,
+        bend=bend,
+        curve=curve,
+        steps=STEPS,
+        blocks=processes * sum(map(len, groups)),
+        aside=processes * len(aside),
+        why=why,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def find_bend(change: Callable[[float], float]) -> tuple[float | None, tuple[tuple[float, float, float], ...]]:
+    """The rate where the mean of ``change`` ahead (at the rate) and behind (at minus the rate) is :data:`RISE`; and what was asked, by rate.
+
+    The mean grows with the square of the rate, so that two or three pairs are enough; it is taken once it lies between a half and twice of
+    what is looked for. None where that is not between :data:`LEAST` and :data:`MOST`.
+    """
+    found: dict[float, tuple[float, float]] = {}
+    rate = BEGIN
+    while len(found) < PAIRS and LEAST <= rate <= MOST:
+        ahead, behind = change(rate), change(-rate)
+        found[rate] = ahead, behind
+        mean = (ahead + behind) / 2
+        if RISE / 2 <= mean <= 2 * RISE:
+            return rate * math.sqrt(RISE / mean), _curve(found)
+        if math.isnan(mean) or mean > 1e4 * RISE:
+            rate /= 30
+        else:
+            rate *= min(30.0, math.sqrt(RISE / mean)) if mean > 0 else 30.0
+    return None, _curve(found)
+
+
+def _curve(found: dict[float, tuple[float, float]]) -> tuple[tuple[float, float, float], ...]:
+    return tuple((rate, *found[rate]) for rate in sorted(found))
+
+
+def choose(method: str, bend: float | None, curve: tuple[tuple[float, float, float], ...]) -> tuple[float, str]:
+    """The peak rate, and why."""
+    if bend is None:
+        return curve[0][0] * CAUTION, (
+            f"no rate tried raised the loss by {RISE} nats in the mean of both sides: a tenth of the smallest one; give --learning-rate"
+        )
+    rate = OVER[method] * bend
+    why = f"at {bend:.2g} the loss bends up by {RISE} nats along the first {STEPS} steps; {method} takes {OVER[method]:g} times that"
+    _, ahead, behind = min(curve, key=lambda point: abs(math.log(point[0] / bend)))
+    if ahead >= behind:
+        rate *= CAUTION
+        why += f"; a tenth of it, because those steps do not lower the loss of other blocks ({ahead:+.3f} ahead, {behind:+.3f} behind)"
+    return float(f"{rate:.3g}"), why
+
+
+def _blocks(training: Any, a_step: int, batch: int, run: Run) -> tuple[list[Any], list[list[Any]]]:
+    """This process's blocks set aside, and its blocks of each step. With too few for all, steps share theirs."""
+    processes, own = run.processes.num_processes, run.processes.process_index
+    each = max(batch, 2)
+    wanted = processes * (STEPS * a_step + each)
+    if hasattr(training, "select"):
+        training = training.shuffle(seed=run.options.seed + 1)
+    rows = list(first(training, wanted))
+    few = max(1, min(each, len(rows) // (2 * processes)))
+    aside = [rows[(own * few + i) % len(rows)] for i in range(few)]
+    rest = rows[processes * few :] or rows
+    groups = [
+        [rest[((step * processes + own) * a_step + i) % len(rest)] for i in range(a_step)]
+        for step in range(STEPS)
+    ]
+    return aside, groups
+
+
+def _direction(trainer: Any, factors: list[Any], groups: list[list[Any]], options: Any) -> list[Tensor]:
+    """What AdamW moves each factor by in so many steps at a rate of one, with the gradients of the factors as they are."""
+    if options.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable()  # as the Trainer does when it begins
+        trainer.model.train()
+    else:
+        trainer.model.eval()
+    (beta, other), epsilon = (trainer.args.adam_beta1, trainer.args.adam_beta2), trainer.args.adam_epsilon
+    mean, square, moved = ([torch.zeros_like(factor, dtype=torch.float32) for factor in factors] for _ in range(3))
+    for step, rows in enumerate(groups, 1):
+        for factor, gradient in enumerate(_gradient(trainer, factors, rows, options)):
+            mean[factor].lerp_(gradient, 1 - beta)
+            square[factor].lerp_(gradient.square(), 1 - other)
+            scale = (square[factor] / (1 - other**step)).sqrt_().add_(epsilon)
+            moved[factor].addcdiv_(mean[factor], scale, value=1 / (1 - beta**step))
+    return moved
+
+
+def _gradient(trainer: Any, factors: list[Any], rows: list[Any], options: Any) -> list[Tensor]:
+    """Float32 gradient of the mean loss, over all processes, clipped as the run clips."""
+    from accelerate.utils import reduce
+
+    scale = 2.0**12 if options.dtype == "float16" else 1.0  # small gradients underflow in float16
+    for factor in factors:
+        factor.grad = None
+    for inputs in _batches(trainer, rows, options.batch_size):
+        (scale * _computed(trainer, inputs)).backward()
+    gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in factors]
+    gradients = [reduce(gradient.float(), "mean") / (scale * math.ceil(len(rows) / options.batch_size)) for gradient in gradients]
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    if options.clip and norm > options.clip:
+        gradients = [gradient * (options.clip / norm) for gradient in gradients]
+    return gradients
+
+
+def _loss(trainer: Any, rows: list[Any], batch: int) -> float:
+    """Mean loss of the blocks of all processes."""
+    from accelerate.utils import reduce
+
+    with torch.no_grad():
+        losses = torch.stack([_computed(trainer, inputs).float() for inputs in _batches(trainer, rows, batch)])
+    return float(reduce(losses.mean(), "mean"))
+
+
+def _batches(trainer: Any, rows: list[Any], batch: int) -> Iterator[Any]:
+    for begin in range(0, len(rows), batch):
+        yield trainer._prepare_inputs(trainer.data_collator(rows[begin : begin + batch]))
+
+
+def _computed(trainer: Any, inputs: Any) -> Tensor:
+    """The loss as training computes it."""
+    with trainer.accelerator.autocast():
+        loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+    return loss
+
+
+def _agreed(rate: float, run: Run) -> float:
+    """The main process's rate: sums may end in other bits elsewhere."""
+    from accelerate.utils import broadcast_object_list
+
+    rates = [rate]
+    if run.processes.num_processes > 1:
+        broadcast_object_list(rates)
+    return rates[0]
