@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -56,14 +55,14 @@ def run(model: Path, data: Path, method: str, rate: float | None, seed: int, fol
     shutil.rmtree(output.with_name("adapter.checkpoints"), ignore_errors=True)
     begun, cpu = time.time(), time.process_time()
     try:
-        report = svdbank.train(
-            model, output=output, data=str(data), method=method, learning_rate=rate, seed=seed, **RECIPE
-        )
+        report = svdbank.train(model, output=output, data=str(data), method=method, learning_rate=rate, seed=seed, **RECIPE)
     except TrainingError as error:
         return {"failed": str(error), "seconds": time.time() - begun, "cpu_seconds": time.process_time() - cpu}
     held_out = report.held_out
     assert held_out is not None
-    figures = {name: getattr(held_out, name) for name in ("before", "before_error", "after", "after_error", "change", "change_error")}
+    figures = {
+        name: getattr(held_out, name) for name in ("before", "before_error", "after", "after_error", "change", "change_error")
+    }
     return {
         **figures,
         "curve": [round(loss, 4) for _, loss in report.curve],
@@ -109,7 +108,12 @@ def main() -> None:
                     new = options.json.with_suffix(".new")
                     new.write_text(json.dumps(rows, indent=1))
                     new.replace(options.json)
-                    print(key, {n: v for n, v in figures.items() if n in ("change", "seconds", "failed")}, file=sys.stderr, flush=True)
+                    print(
+                        key,
+                        {n: v for n, v in figures.items() if n in ("change", "seconds", "failed")},
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

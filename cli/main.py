@@ -85,7 +85,8 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Entry point. Exit codes: 0 ok, 1 error, 2 usage, 3 partly done, 4 damage, 10 no bank, 11 locked, 12 wrong base, 130 interrupted.
+    """Entry point. Exit codes: 0 ok, 1 error, 2 usage, 3 partly done, 4 damage, 5 done, but worse than before, 10 no bank, 11 locked,
+    12 wrong base, 130 interrupted.
 
     SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does.
     """

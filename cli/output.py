@@ -168,6 +168,8 @@ class ProgressView:
     def __call__(self, progress: Progress) -> None:
         if self._json_lines:
             self._output.line(progress)
+        elif progress.unit == "note":
+            self._output.notes([progress.item])
         elif not self._output.quiet:
             (self._show_bar if self._bars else self._show_line)(progress)
 

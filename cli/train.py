@@ -40,14 +40,22 @@ if TYPE_CHECKING:
 @click.option("--split", metavar="NAME", help="Split of a Hub dataset. [default: train]")
 @click.option("--streaming", is_flag=True, default=None, help="Read on the fly, without a copy in the cache; needs --steps.")
 @click.option("--held-out", type=float, metavar="SHARE", help="Share of the documents kept for measuring. [default: 0.05]")
-@click.option("--held-out-blocks", type=int, metavar="N", help="Blocks measured at most. [default: 64]")
+@click.option(
+    "--held-out-blocks", type=int, metavar="N", help="Blocks measured at most. [default: 16 to 64, by the run's length]"
+)
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "last"]),
+    help="State that is written: the best by loss on the text held out (the start's: nothing is written), or the last. [default: best]",
+)
+@click.option("--patience", type=int, metavar="N", help="End after N measurements in a row without a new best one.")
 @click.option("--retain", multiple=True, metavar="FILE", help="Other text, to measure what is forgotten. Repeatable.")
 @click.option("--length", type=int, metavar="TOKENS", help="Tokens of a block. [default: 1024, or what the model takes]")
 @click.option("--batch-size", type=int, metavar="N", help="Blocks a device computes at a time. [default: 4]")
 @click.option("--accumulation", type=int, metavar="N", help="Such batches a step. [default: 1]")
 @click.option("--epochs", type=float, help="Times through the data. [default: 1]")
 @click.option("--steps", type=int, help="Steps to make, instead of --epochs.")
-@click.option("--learning-rate", "--lr", type=float, metavar="RATE", help="AdamW's peak rate. [default: by method]")
+@click.option("--learning-rate", "--lr", type=float, metavar="RATE", help="AdamW's peak rate. [default: found at the start]")
 @click.option("--schedule", metavar="NAME", help="Transformers' name of the schedule. [default: cosine]")
 @click.option("--warmup", type=float, metavar="SHARE", help="Share of the steps that warm up. [default: 0.1]")
 @click.option("--weight-decay", type=float, help="[default: 0.01]")
@@ -65,8 +73,11 @@ if TYPE_CHECKING:
 @with_output
 def train_command(
     model: str | None, adapter: str | None, config: str | None, build: bool, force: bool, output: Output, **options: Any
-) -> None:
+) -> int:
     """Train an adapter for MODEL on text and write it as a PEFT folder; measure held-out loss before and after.
+
+    Without --learning-rate a rate that suits model, method and text is looked for first, and said. What goes wrong is said while it runs; a
+    run that made the text held out no better writes nothing unless told --keep last, and ends with exit code 5.
 
     A killed or interrupted run goes on from its last checkpoint when the same command is run again. The resolved options lie beside the
     adapter in training.toml, the figures in training.json. For several GPUs: accelerate launch -m svdbank_cli.main train …
@@ -76,7 +87,7 @@ def train_command(
       svdbank train HuggingFaceTB/SmolLM2-135M -r 16 -o law --data licences.jsonl --build
       svdbank train HuggingFaceTB/SmolLM2-135M -o med --data notes/ --on-top-of law --retain licences.jsonl
       svdbank train --config law/training.toml --lr 1e-3 -o law-slow
-      svdbank train HuggingFaceTB/SmolLM2-135M -o plain --data licences.jsonl --method lora
+      svdbank train HuggingFaceTB/SmolLM2-135M -o plain --data licences.jsonl --method lora --patience 3
     """
     import svdbank
 
@@ -89,6 +100,11 @@ def train_command(
         )
     if _is_main():
         output.data(report, _text)
+    return WORSE if report.worse else 0
+
+
+#: Exit code of a run that is done and made the text held out worse, or no better.
+WORSE = 5
 
 
 def _is_main() -> bool:
@@ -106,8 +122,9 @@ def _text(report: TrainReport) -> str:
     lines = [
         f"trained   {report.steps} steps, {report.tokens:,} tokens in {duration(report.seconds)}"
         + (f", from the checkpoint of step {report.resumed_from}" if report.resumed_from is not None else ""),
+        _rate(report),
         f"step      {_seconds(report)} s; {report.trainable_parameters:,} trainable parameters, "
-        f"{size(report.peak_bytes)} memory at most",
+        f"{size(report.peak_bytes)} memory at most; measuring took {report.measuring_share:.0%} as long as the steps",
         *([f"left out  {len(report.left_out)} weights with fewer directions than the rank"] if report.left_out else ()),
     ]
     for change in (report.held_out, *report.retained):
@@ -116,4 +133,28 @@ def _text(report: TrainReport) -> str:
                 f"loss      {change.before:.3f} ± {change.before_error:.3f} before, {change.after:.3f} ± {change.after_error:.3f} after, "
                 f"{change.change:+.3f} ± {change.change_error:.3f} on {change.text} ({change.blocks} blocks)"
             )
-    return "\n".join(lines) + f"\n\n{report.adapter}"
+    lines += [f"note      {notice}" for notice in report.notices]
+    return "\n".join(lines) + f"\n\n{_written(report)}"
+
+
+def _rate(report: TrainReport) -> str:
+    found = report.calibration
+    if found is None:
+        return f"rate      {report.learning_rate:.3g}, as it was given"
+    return f"rate      {report.learning_rate:.3g}, found: {found.why} ({report.calibration_share:.0%} of the steps' time)"
+
+
+def _written(report: TrainReport) -> str:
+    """What lies where: the last line is the adapter's folder where there is one."""
+    if report.kept == "nothing":
+        return (
+            "Nothing was written: the text held out was best before training.\n"
+            f"A lower rate than {report.learning_rate:.2g} (--learning-rate), more text, or --keep last to have what came of it."
+        )
+    said = (
+        f"state of step {report.kept_step} of {report.steps}, the best of {len(report.measured)} measured\n"
+        if report.kept == "best"
+        else ""
+    )
+    worse = "The text held out is worse than before by more than two standard errors.\n" if report.worse else ""
+    return f"{said}{worse}{report.adapter}"

@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError
 from svdbank.core.specs import Struct, from_json, to_json
 from svdbank.lm.windows import Window
 
-#: Which state of the factors a run writes.
-Keep = Literal["best", "last"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BEST, MEASURED = "best.safetensors", "measured.json"
 
@@ -28,7 +24,7 @@ FORWARDS = 2
 SHARE, FEWEST, MOST, TIMES = 0.1, 16, 64, 20
 
 
-class State(Struct, frozen=True):
+class HeldOut(Struct, frozen=True):
     """Summed losses of the windows held out after a step, in nats."""
 
     step: int
@@ -40,7 +36,7 @@ class State(Struct, frozen=True):
 
 
 class _Measured(Struct, frozen=True):
-    states: tuple[State, ...]
+    states: tuple[HeldOut, ...]
 
 
 def blocks_measured(steps: int, a_step: int) -> int:
@@ -51,7 +47,8 @@ def blocks_measured(steps: int, a_step: int) -> int:
 def measured_every(steps: int, a_step: int, blocks: int, *, patience: int | None = None) -> int:
     """Steps from one measurement of so many blocks to the next; 0 where the start and the end alone take a tenth of the time.
 
-    Where ``patience`` waits for more measurements than that, there are as many. From counts, not from seconds: a run that is done again measures at the same steps and keeps the same state.
+    Where ``patience`` waits for more measurements than that, there are as many. From counts, not from seconds: a run that is done again
+    measures at the same steps and keeps the same state.
     """
     left = SHARE * steps * a_step * FORWARDS - 2 * blocks
     times = min(max(min(TIMES, int(left // blocks)), patience + 1 if patience else 0), steps - 1)
@@ -64,8 +61,8 @@ class Held:
     def __init__(self, folder: Path, windows: Sequence[Window], before: Sequence[float]) -> None:
         self.folder = folder
         self.windows = windows
-        self.before = State(0, tuple(before))
-        self.states: list[State] = []
+        self.before = HeldOut(0, tuple(before))
+        self.states: list[HeldOut] = []
 
     def resume(self, step: int) -> None:
         """Take up what was measured up to the checkpoint of ``step``: later steps are made again."""
@@ -74,29 +71,32 @@ class Held:
             known = from_json(path.read_bytes(), _Measured, where=str(path), error=CheckpointError)
             self.states = [state for state in known.states if state.step <= step]
 
-    def add(self, state: State, model: Any, *, writes: bool) -> bool:
+    def add(self, state: HeldOut, model: Any, *, writes: bool) -> bool:
         """Keep a measured state, its factors too where it is the best so far; whether it is."""
+        from safetensors.torch import save
+
         is_best = state.total < min(self.before.total, *(known.total for known in self.states))
         self.states.append(state)
         if writes:
             if is_best:
                 note = {"state": to_json(state).decode()}
-                disk.write_bytes(self.folder / BEST, safetensors.torch.save(factors(model), metadata=note))
+                disk.write_bytes(self.folder / BEST, save(factors(model), metadata=note))
             disk.write_bytes(self.folder / MEASURED, to_json(_Measured(tuple(self.states))))
         return is_best
 
-    def best(self, processes: Any) -> State | None:
+    def best(self, processes: Any) -> HeldOut | None:
         """The state whose factors are kept; None where no measured one was better than the start."""
         return _told(self._read() if processes.is_main_process else None, processes)
 
-    def restore(self, model: Any, processes: Any) -> State:
+    def restore(self, model: Any, processes: Any) -> HeldOut:
         """Put the best state's factors into the model; that state."""
         import torch
         from accelerate.utils import broadcast
+        from safetensors.torch import load_file
 
         state = self.best(processes)
         assert state is not None
-        kept = safetensors.torch.load_file(self.folder / BEST) if processes.is_main_process else {}
+        kept = load_file(self.folder / BEST) if processes.is_main_process else {}
         with torch.no_grad():
             for name, parameter in _trainable(model).items():
                 if name in kept:
@@ -105,12 +105,14 @@ class Held:
                     parameter.copy_(broadcast(parameter.detach().clone()))
         return state
 
-    def _read(self) -> State | None:
+    def _read(self) -> HeldOut | None:
+        from safetensors import safe_open
+
         path = self.folder / BEST
         if not path.is_file():
             return None
-        with safetensors.safe_open(path, framework="pt") as file:
-            return from_json(file.metadata()["state"].encode(), State, where=str(path), error=CheckpointError)
+        with safe_open(path, framework="pt") as file:
+            return from_json(file.metadata()["state"].encode(), HeldOut, where=str(path), error=CheckpointError)
 
     def without_gain(self) -> int:
         """Measurements in a row since the last that was better than all before it."""
@@ -126,7 +128,7 @@ def factors(model: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in _trainable(model).items()}
 
 
-def _told(value: State | None, processes: Any) -> State | None:
+def _told(value: HeldOut | None, processes: Any) -> HeldOut | None:
     """The main process's value, in every process."""
     from accelerate.utils import broadcast_object_list
 

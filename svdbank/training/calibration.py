@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdbank.core.specs import Progress, Struct
+from svdbank.core.specs import Progress
 from svdbank.lm.blocks import first
 from svdbank.training.generators import generators_kept
+from svdbank.training.report import Calibration
 from svdbank.training.run import Run
 
 #: Gradients whose direction is taken, a step's blocks each.
@@ -39,26 +40,11 @@ OVER = {"mica": 1.7, "milora": 0.95, "pissa": 4.5, "lora": 1.8}
 #: Where the search begins, between which rates it stays, and how many pairs of forward passes it makes at most.
 BEGIN, LEAST, MOST, PAIRS = 2e-3, 1e-8, 10.0, 6
 
-#: What is left of the rate where the direction does not lower the loss of other blocks.
+#: What stands for a loss that is no number, in nats.
+NO_NUMBER = 1e6
+
+#: What is left of the rate where the steps raise the loss of other blocks by more than the bend does.
 CAUTION = 0.1
-
-
-class Calibration(Struct, frozen=True):
-    """How a rate was found.
-
-    ``curve`` holds (rate, change ahead, change behind) by rate: of the loss on ``aside`` training blocks in nats a token, along the direction
-    of the first ``steps`` steps of AdamW on ``blocks`` other ones and against it. At ``bend`` the mean of both is :data:`RISE`; None where no
-    such rate was found. ``seconds`` is the time that it took.
-    """
-
-    rate: float
-    bend: float | None
-    curve: tuple[tuple[float, float, float], ...]
-    steps: int
-    blocks: int
-    aside: int
-    why: str
-    seconds: float
 
 
 def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
@@ -85,7 +71,8 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
                 with torch.no_grad():
                     for factor, initial, by in zip(factors, start, direction, strict=True):
                         factor.copy_(initial - rate * by)
-                return _loss(trainer, aside, options.batch_size) - before
+                found = _loss(trainer, aside, options.batch_size) - before
+                return found if math.isfinite(found) else NO_NUMBER
 
             bend, curve = find_bend(change)
         finally:
@@ -111,7 +98,7 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
 
 
 def find_bend(change: Callable[[float], float]) -> tuple[float | None, tuple[tuple[float, float, float], ...]]:
-    """The rate where the mean of ``change`` ahead (at the rate) and behind (at minus the rate) is :data:`RISE`; and what was asked, by rate.
+    """The rate where the mean of ``change`` ahead (at the rate) and behind (at minus it) is :data:`RISE`; and what was asked, by rate.
 
     The mean grows with the square of the rate, so that two or three pairs are enough; it is taken once it lies between a half and twice of
     what is looked for. None where that is not between :data:`LEAST` and :data:`MOST`.
@@ -124,7 +111,7 @@ def find_bend(change: Callable[[float], float]) -> tuple[float | None, tuple[tup
         mean = (ahead + behind) / 2
         if RISE / 2 <= mean <= 2 * RISE:
             return rate * math.sqrt(RISE / mean), _curve(found)
-        if math.isnan(mean) or mean > 1e4 * RISE:
+        if mean > 1e4 * RISE:
             rate /= 30
         else:
             rate *= min(30.0, math.sqrt(RISE / mean)) if mean > 0 else 30.0
@@ -144,9 +131,9 @@ def choose(method: str, bend: float | None, curve: tuple[tuple[float, float, flo
     rate = OVER[method] * bend
     why = f"at {bend:.2g} the loss bends up by {RISE} nats along the first {STEPS} steps; {method} takes {OVER[method]:g} times that"
     _, ahead, behind = min(curve, key=lambda point: abs(math.log(point[0] / bend)))
-    if ahead >= behind:
+    if (ahead - behind) / 2 > RISE:
         rate *= CAUTION
-        why += f"; a tenth of it, because those steps do not lower the loss of other blocks ({ahead:+.3f} ahead, {behind:+.3f} behind)"
+        why += f"; a tenth of it, because those steps raise the loss of other blocks ({ahead:+.3f} ahead, {behind:+.3f} behind)"
     return float(f"{rate:.3g}"), why
 
 
@@ -161,10 +148,7 @@ def _blocks(training: Any, a_step: int, batch: int, run: Run) -> tuple[list[Any]
     few = max(1, min(each, len(rows) // (2 * processes)))
     aside = [rows[(own * few + i) % len(rows)] for i in range(few)]
     rest = rows[processes * few :] or rows
-    groups = [
-        [rest[((step * processes + own) * a_step + i) % len(rest)] for i in range(a_step)]
-        for step in range(STEPS)
-    ]
+    groups = [[rest[((step * processes + own) * a_step + i) % len(rest)] for i in range(a_step)] for step in range(STEPS)]
     return aside, groups
 
 
@@ -194,9 +178,11 @@ def _gradient(trainer: Any, factors: list[Any], rows: list[Any], options: Any) -
     for factor in factors:
         factor.grad = None
     for inputs in _batches(trainer, rows, options.batch_size):
-        (scale * _computed(trainer, inputs)).backward()
+        torch.autograd.backward(scale * _computed(trainer, inputs))
     gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in factors]
-    gradients = [reduce(gradient.float(), "mean") / (scale * math.ceil(len(rows) / options.batch_size)) for gradient in gradients]
+    gradients = [
+        reduce(gradient.float(), "mean") / (scale * math.ceil(len(rows) / options.batch_size)) for gradient in gradients
+    ]
     norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
     if options.clip and norm > options.clip:
         gradients = [gradient * (options.clip / norm) for gradient in gradients]

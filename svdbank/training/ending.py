@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from svdbank.core.errors import SvdbankError
-from svdbank.training.best import Held, State
+from svdbank.training.best import Held, HeldOut
 from svdbank.training.data import HELD_OUT, TrainingData
 from svdbank.training.losses import change_of, measure
 from svdbank.training.report import Change, Measured
@@ -38,12 +38,12 @@ def end(run: Run, trainer: Any, data: TrainingData, before: dict[str, list[float
     begun = time.perf_counter()
     steps = trainer.state.global_step
     logged = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    last = State(steps, (math.inf,)) if not all(map(math.isfinite, logged)) else None
+    last = HeldOut(steps, (math.inf,)) if not all(map(math.isfinite, logged)) else None
     if last is None and held is not None:
-        last = State(steps, tuple(measure(trainer, {HELD_OUT: held.windows}, run.tell, "loss after")[HELD_OUT]))
+        last = HeldOut(steps, tuple(measure(trainer, {HELD_OUT: held.windows}, run.tell, "loss after")[HELD_OUT]))
     kept, step = _chosen(run, held, last, steps)
     losses: dict[str, Sequence[float]] = {}
-    states: list[State] = []
+    states: list[HeldOut] = []
     if held is not None and last is not None:
         states = [*held.states, *([last] if math.isfinite(last.total) else [])]
         losses[HELD_OUT] = held.restore(trainer.model, run.processes).losses if step not in (0, steps) else last.losses
@@ -63,7 +63,7 @@ def end(run: Run, trainer: Any, data: TrainingData, before: dict[str, list[float
     )
 
 
-def _chosen(run: Run, held: Held | None, last: State | None, steps: int) -> tuple[Literal["best", "last", "nothing"], int]:
+def _chosen(run: Run, held: Held | None, last: HeldOut | None, steps: int) -> tuple[Literal["best", "last", "nothing"], int]:
     """What is kept, and of which step: 0 where the start was better than everything after it."""
     is_number = last is None or math.isfinite(last.total)
     best = held.best(run.processes) if held is not None and run.options.keep == "best" else None

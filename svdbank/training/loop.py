@@ -18,13 +18,13 @@ from svdbank.lm.scores import standard_error
 from svdbank.training import checkpoints
 from svdbank.training.attaching import attach, left_out, trainable_parameters
 from svdbank.training.best import Held, measured_every
-from svdbank.training.calibration import Calibration, calibrate
+from svdbank.training.calibration import calibrate
 from svdbank.training.data import HELD_OUT, TrainingData
 from svdbank.training.ending import Ending, end
 from svdbank.training.losses import collator, measure, release, summed
 from svdbank.training.noticing import Noticing
 from svdbank.training.options import RATES
-from svdbank.training.report import TrainReport
+from svdbank.training.report import Calibration, TrainReport
 from svdbank.training.run import Run
 from svdbank.training.watching import peak_bytes, watcher
 from svdbank.training.writing import initial_factors, write_output
@@ -107,10 +107,14 @@ def _before(run: Run, trainer: Any, data: TrainingData) -> dict[str, list[float]
 
 
 def _calibration(run: Run, trainer: Any, data: TrainingData) -> Calibration | None:
-    """How the rate was found, once: a run that goes on reads it. None where factors lie in pieces, and the method's usual rate has to do."""
+    """How the rate was found, once: a run that goes on reads it. None where factors lie in pieces: the method's usual rate has to do."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         usual = RATES[run.options.method]
-        run.tell(Progress("note", 1, 1, "note", f"no rate is looked for under FSDP and DeepSpeed: {usual:g}, or give --learning-rate"))
+        run.tell(
+            Progress(
+                "note", 1, 1, "note", f"no rate is looked for under FSDP and DeepSpeed: {usual:g}, or give --learning-rate"
+            )
+        )
         return None
     path = run.folder / RATE
     if path.is_file():

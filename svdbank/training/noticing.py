@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from statistics import fmean, median
@@ -70,9 +71,9 @@ def _risen(losses: list[float]) -> tuple[float, float] | None:
     if len(losses) < 3 * _POINTS:
         return None
     means = [fmean(losses[i : i + _POINTS]) for i in range(len(losses) - _POINTS + 1)]
-    lowest, last = min(means[: -_POINTS]), means[-1]
+    lowest, last = min(means[:-_POINTS]), means[-1]
     # Differences of neighbours do not see a slow rise: the median of two independent normals' is 0.954 of their deviation.
-    scatter = median(abs(b - a) for a, b in zip(losses, losses[1:], strict=False)) / 0.954
+    scatter = median(abs(b - a) for a, b in itertools.pairwise(losses)) / 0.954
     return (lowest, last) if last - lowest > _SURE * scatter * math.sqrt(2 / _POINTS) else None
 
 

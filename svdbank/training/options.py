@@ -15,13 +15,20 @@ import msgspec
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import Struct
 from svdbank.lm.loading import Dtype, LoadIn
-from svdbank.training.best import Keep
 
 TrainMethod = Literal["mica", "milora", "pissa", "lora"]
 
-_CHOICES = {"method": get_args(TrainMethod), "dtype": get_args(Dtype), "load_in": (None, *get_args(LoadIn)), "keep": get_args(Keep)}
+#: Which state of the factors a run writes.
+Keep = Literal["best", "last"]
 
-#: Peak learning rates where none is given and none can be found, the factors lying in pieces on several devices: the papers', MiCA's above it.
+_CHOICES = {
+    "method": get_args(TrainMethod),
+    "dtype": get_args(Dtype),
+    "load_in": (None, *get_args(LoadIn)),
+    "keep": get_args(Keep),
+}
+
+#: Peak learning rates where none is given and none can be found, the factors lying in pieces on several devices.
 RATES = {"mica": 2e-3, "milora": 3e-4, "pissa": 3e-4, "lora": 5e-4}
 
 #: Fields that may be written as one string where there is only one.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from svdbank.core.specs import Struct
-from svdbank.training.calibration import Calibration
 
 
 class Change(Struct, frozen=True):
@@ -20,6 +19,24 @@ class Change(Struct, frozen=True):
     after_error: float
     change: float
     change_error: float
+
+
+class Calibration(Struct, frozen=True):
+    """How a rate was found.
+
+    ``curve`` holds (rate, change ahead, change behind) by rate: of the loss on ``aside`` training blocks in nats a token, along the
+    direction of the first ``steps`` steps of AdamW on ``blocks`` other ones and against it. At ``bend`` the mean of both is 0.05 nats;
+    None where no such rate was found. ``seconds`` is the time that it took.
+    """
+
+    rate: float
+    bend: float | None
+    curve: tuple[tuple[float, float, float], ...]
+    steps: int
+    blocks: int
+    aside: int
+    why: str
+    seconds: float
 
 
 class Measured(Struct, frozen=True):
@@ -38,8 +55,8 @@ class TrainReport(Struct, frozen=True):
     the start was the best. ``held_out`` is about that state, of ``nothing`` about the last one, and so is ``retained``. ``worse`` says that
     nothing was written, or that what was is worse on the text held out by more than two standard errors.
     ``calibration`` is how ``learning_rate`` was found; None where it was given. ``measured`` is the text held out while training, after it,
-    and not before; ``measuring_share`` what measuring (before and after too) and ``calibration_share`` what the calibration took, as shares of
-    the time of the steps of this process. ``notices`` are what was said of the run while it ran.
+    and not before; ``measuring_share`` what measuring (before and after too) and ``calibration_share`` what the calibration took, as
+    shares of the time of the steps of this process. ``notices`` are what was said of the run while it ran.
     ``curve`` holds (step, mean training loss since the point before). ``step_seconds`` and its standard error are over the steps of
     this process but the first; ``peak_bytes`` is the most GPU memory that tensors took, or without a GPU the most memory this
     process had. ``resumed_from`` is the step of the checkpoint this process began at. ``left_out`` are names in the bank of weights that

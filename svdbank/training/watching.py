@@ -12,7 +12,7 @@ from typing import Any
 from svdbank.core.specs import Progress, ignore_progress
 from svdbank.training import checkpoints
 from svdbank.training.attaching import activate
-from svdbank.training.best import Held, State
+from svdbank.training.best import Held, HeldOut
 from svdbank.training.data import HELD_OUT
 from svdbank.training.generators import generators_kept
 from svdbank.training.losses import change_of, measure
@@ -21,7 +21,7 @@ from svdbank.training.run import Run
 
 
 def watcher(run: Run, trainer: Any, held: Held | None, noticing: Noticing, every: int) -> Any:
-    """A Trainer callback: reports and times steps, measures ``every`` so many (0: never), saves every ``save_minutes``, seals what was saved."""
+    """A Trainer callback: reports and times steps, measures ``every`` so many (0: never), saves by the minute, seals what was saved."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     from transformers import TrainerCallback
@@ -73,7 +73,7 @@ def watcher(run: Run, trainer: Any, held: Held | None, noticing: Noticing, every
             begun = time.perf_counter()
             with generators_kept():
                 losses = measure(trainer, {HELD_OUT: held.windows}, ignore_progress, "")[HELD_OUT]
-            is_best = held.add(State(state.global_step, tuple(losses)), trainer.model, writes=run.is_main)
+            is_best = held.add(HeldOut(state.global_step, tuple(losses)), trainer.model, writes=run.is_main)
             change = change_of(HELD_OUT, held.windows, held.before.losses, losses)
             said = f"{change.change:+.3f} ± {change.change_error:.3f} since the start{', the best so far' if is_best else ''}"
             tell(Progress("held out", state.global_step, state.max_steps, "step", said))

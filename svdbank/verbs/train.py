@@ -51,7 +51,8 @@ def train(
 
     Before any weight is loaded, raises :class:`OptionError` for options that cannot be meant, an output in use, too little text, blocks
     longer than the model takes, a rank too large; :class:`CheckpointError` for what cannot be read; :class:`BankNotFoundError`. Later,
-    ``OutOfMemoryError`` with what to lower.
+    ``OutOfMemoryError`` with what to lower, ``TrainingError`` where the loss is no number any more and no better state was kept. A run that
+    made the text held out no better writes no adapter unless ``keep`` is ``last``, and its report says ``worse``.
     """
     given = {**options, **({} if model is None else {"model": model})}
     chosen = resolve(read_config(config) if isinstance(config, str | Path) else (config or {}), given)
