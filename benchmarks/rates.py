@@ -53,7 +53,9 @@ def llama(factor: float) -> Callable[[Path], Path]:
     """The small Llama with its norm gains written larger by a factor, and the weights after them smaller."""
 
     def make(folder: Path) -> Path:
-        return small_llama.rewritten(small_llama.trained(folder), folder / f"small-llama-{factor:g}", factor)
+        from tests.lm.models import rewritten
+
+        return rewritten(small_llama.trained(folder), folder / f"small-llama-{factor:g}", factor)
 
     return make
 

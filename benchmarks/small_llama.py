@@ -1,13 +1,11 @@
-"""A small Llama trained here on code and medical text, and the same function written with other norm gains."""
+"""A small Llama trained here on code and medical text."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from benchmarks import domains
 
@@ -15,12 +13,6 @@ VOCABULARY = 2048
 STEPS = 600
 LENGTH = 128
 BATCH = 16
-
-#: Linears whose input is what a norm gives, by the norm.
-_AFTER = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
 
 
 def trained(folder: Path) -> Path:
@@ -63,26 +55,6 @@ def trained(folder: Path) -> Path:
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return place
-
-
-def rewritten(model: Path, folder: Path, factor: float) -> Path:
-    """The same function: gains of the norms before linears times ``factor``, the weights of those linears divided by it."""
-    if (folder / "model.safetensors").is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = load_file(model / "model.safetensors")
-    for name in tensors:
-        norm = re.fullmatch(r"(model\.layers\.\d+)\.(\w+layernorm)\.weight", name)
-        if norm is None or norm[2] not in _AFTER:
-            continue
-        tensors[name] = tensors[name] * factor
-        for linear in _AFTER[norm[2]]:
-            tensors[f"{norm[1]}.{linear}.weight"] = tensors[f"{norm[1]}.{linear}.weight"] / factor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for file in model.iterdir():
-        if file.name != "model.safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
 
 
 def _tokenizer(texts: list[str]) -> Any:

@@ -3,8 +3,8 @@
 From the untrained adapter, :data:`STEPS` gradients of training batches go through AdamW's own moments, without moving. What a unit of rate
 would have moved by then is a direction in the trainable factors. Forward passes on other training blocks, as far behind the start as
 before it, give the curvature of the loss along it: the rate at which the mean of both lies :data:`RISE` nats a token above the start. The
-slope, which is in the difference of both, is left out of it: from few blocks it is mostly noise. The peak rate is that rate times a
-constant of the method. So it follows whatever the loss depends on: norm gains and weights written otherwise, rank, alpha, the batch.
+slope, which is in the difference of both, is left out of it: from few blocks it is mostly noise. That rate is the peak rate. It follows
+whatever the loss depends on: norm gains and weights written otherwise, the method, rank, alpha, the batch.
 
 Forward passes on both sides of the start along the optimiser's own step: generalized Newton (GeN, arXiv 2407.02772). That the curvature
 along it limits the peak rate: arXiv 2406.09405. Why the best of a few trial steps is not asked for: greedy short horizons prefer other
@@ -30,15 +30,15 @@ from svdbank.training.run import Run
 #: Gradients whose direction is taken, a step's blocks each.
 STEPS = 2
 
-#: Nats a token that the loss lies higher at the rate looked for, in the mean of both sides.
+#: Nats a token that the loss lies higher at the peak rate, in the mean of both sides. Of 96 runs of 40 steps (docs/training.md): the four
+#: methods have their best rates near it, which for one model lie a factor of ten apart.
 RISE = 0.05
 
-#: The peak rate over that rate. Of runs of 40 steps with a small Llama written in two ways (docs/training.md): where one factor begins at
-#: zero, the other hardly moves it at first; the strong directions of PiSSA are steep at the start alone.
-OVER = {"mica": 1.7, "milora": 0.95, "pissa": 4.5, "lora": 1.8}
+#: Tokens set aside at least.
+TOKENS = 512
 
 #: Where the search begins, between which rates it stays, and how many pairs of forward passes it makes at most.
-BEGIN, LEAST, MOST, PAIRS = 2e-3, 1e-8, 10.0, 6
+BEGIN, LEAST, MOST, PAIRS = 2e-3, 1e-8, 10.0, 8
 
 #: What stands for a loss that is no number, in nats.
 NO_NUMBER = 1e6
@@ -54,7 +54,7 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
     """
     options, begun = run.options, time.perf_counter()
     a_step = options.batch_size * options.accumulation
-    aside, groups = _blocks(training, a_step, options.batch_size, run)
+    aside, groups = _blocks(training, a_step, run)
     factors = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     start = [factor.detach().clone() for factor in factors]
     was_training = trainer.model.training
@@ -81,7 +81,7 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
                     factor.copy_(initial)
                     factor.grad = None
             trainer.model.train(was_training)
-    rate, why = choose(options.method, bend, curve)
+    rate, why = choose(bend, curve)
     rate = _agreed(rate, run)
     run.tell(Progress("finding a rate", total, total, "steps", f"{rate:.3g}"))
     processes = run.processes.num_processes
@@ -100,36 +100,46 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
 def find_bend(change: Callable[[float], float]) -> tuple[float | None, tuple[tuple[float, float, float], ...]]:
     """The rate where the mean of ``change`` ahead (at the rate) and behind (at minus it) is :data:`RISE`; and what was asked, by rate.
 
-    The mean grows with the square of the rate, so that two or three pairs are enough; it is taken once it lies between a half and twice of
-    what is looked for. None where that is not between :data:`LEAST` and :data:`MOST`.
+    The mean grows with the square of the rate where the loss is a parabola, so that two or three pairs are enough; it is taken once it
+    lies between a half and twice of what is looked for. None where that is not between :data:`LEAST` and :data:`MOST`.
     """
     found: dict[float, tuple[float, float]] = {}
+    low, high = (LEAST, 0.0), (MOST, math.inf)
     rate = BEGIN
-    while len(found) < PAIRS and LEAST <= rate <= MOST:
+    for _ in range(PAIRS):
         ahead, behind = change(rate), change(-rate)
         found[rate] = ahead, behind
         mean = (ahead + behind) / 2
         if RISE / 2 <= mean <= 2 * RISE:
             return rate * math.sqrt(RISE / mean), _curve(found)
-        if mean > 1e4 * RISE:
-            rate /= 30
+        low, high = ((rate, mean), high) if mean < RISE else (low, (rate, mean))
+        if low[0] > LEAST and high[0] < MOST:
+            rate = _between(low, high)
         else:
-            rate *= min(30.0, math.sqrt(RISE / mean)) if mean > 0 else 30.0
-    return None, _curve(found)
+            rate = min(max(rate * math.sqrt(RISE / mean) if mean > 0 else math.inf, rate / 10, LEAST), rate * 10, MOST)
+    return (_between(low, high) if low[0] > LEAST and high[0] < MOST else None), _curve(found)
+
+
+def _between(low: tuple[float, float], high: tuple[float, float]) -> float:
+    """Where a power of the rate through both points is :data:`RISE`, kept off their ends; the middle where one of them is far off."""
+    share = 0.5
+    if low[1] > 0 and high[1] < 100 * RISE:
+        share = min(max(math.log(RISE / low[1]) / math.log(high[1] / low[1]), 0.1), 0.9)
+    return float(low[0] * (high[0] / low[0]) ** share)
 
 
 def _curve(found: dict[float, tuple[float, float]]) -> tuple[tuple[float, float, float], ...]:
     return tuple((rate, *found[rate]) for rate in sorted(found))
 
 
-def choose(method: str, bend: float | None, curve: tuple[tuple[float, float, float], ...]) -> tuple[float, str]:
+def choose(bend: float | None, curve: tuple[tuple[float, float, float], ...]) -> tuple[float, str]:
     """The peak rate, and why."""
     if bend is None:
         return curve[0][0] * CAUTION, (
             f"no rate tried raised the loss by {RISE} nats in the mean of both sides: a tenth of the smallest one; give --learning-rate"
         )
-    rate = OVER[method] * bend
-    why = f"at {bend:.2g} the loss bends up by {RISE} nats along the first {STEPS} steps; {method} takes {OVER[method]:g} times that"
+    rate = bend
+    why = f"the first {STEPS} steps, at that rate, bend the loss of other blocks up by {RISE} nats a token"
     _, ahead, behind = min(curve, key=lambda point: abs(math.log(point[0] / bend)))
     if (ahead - behind) / 2 > RISE:
         rate *= CAUTION
@@ -137,19 +147,20 @@ def choose(method: str, bend: float | None, curve: tuple[tuple[float, float, flo
     return float(f"{rate:.3g}"), why
 
 
-def _blocks(training: Any, a_step: int, batch: int, run: Run) -> tuple[list[Any], list[list[Any]]]:
-    """This process's blocks set aside, and its blocks of each step. With too few for all, steps share theirs."""
+def _blocks(training: Any, a_step: int, run: Run) -> tuple[list[Any], list[list[Any]]]:
+    """This process's blocks set aside, and its blocks of each step; all processes together have those that one would have.
+
+    With too few blocks for all, steps share theirs.
+    """
     processes, own = run.processes.num_processes, run.processes.process_index
-    each = max(batch, 2)
-    wanted = processes * (STEPS * a_step + each)
     if hasattr(training, "select"):
         training = training.shuffle(seed=run.options.seed + 1)
-    rows = list(first(training, wanted))
-    few = max(1, min(each, len(rows) // (2 * processes)))
-    aside = [rows[(own * few + i) % len(rows)] for i in range(few)]
-    rest = rows[processes * few :] or rows
+    aside = max(run.options.batch_size * processes, -(-TOKENS // run.length))
+    rows = list(first(training, aside + STEPS * a_step * processes))
+    aside = max(1, min(aside, len(rows) // 2))
+    rest = rows[aside:] or rows
     groups = [[rest[((step * processes + own) * a_step + i) % len(rest)] for i in range(a_step)] for step in range(STEPS)]
-    return aside, groups
+    return rows[:aside][own::processes] or rows[:1], groups
 
 
 def _direction(trainer: Any, factors: list[Any], groups: list[list[Any]], options: Any) -> list[Tensor]:

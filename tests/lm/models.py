@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 #: Tokens kept. A byte-level BPE numbers its tokens in the order of its merges, so a prefix of the vocabulary is a tokenizer.
 VOCABULARY = 4096
@@ -59,3 +59,28 @@ def word_tokenizer(words: Sequence[str], folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+#: Linears whose input is what a norm gives, by the norm.
+_AFTER = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def rewritten(model: Path, folder: Path, factor: float) -> Path:
+    """A Llama that computes the same, in float32: gains of norms before linears times ``factor``, those linears' weights divided by it."""
+    tensors = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
+    for name in tensors:
+        norm = re.fullmatch(r"(model\.layers\.\d+)\.(\w+layernorm)\.weight", name)
+        if norm is None:
+            continue
+        tensors[name] = tensors[name] * factor
+        for linear in _AFTER[norm[2]]:
+            tensors[f"{norm[1]}.{linear}.weight"] = tensors[f"{norm[1]}.{linear}.weight"] / factor
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in model.iterdir():
+        if file.name != "model.safetensors":
+            shutil.copy(file, folder)
+    return folder

@@ -37,6 +37,7 @@ def options(legal: Path) -> dict[str, Any]:
         "dropout": 0.1,
         "held_out_blocks": 4,
         "held_out": 0.8,
+        "patience": 100,  # so short a run is measured after every step then
     }
 
 
@@ -95,6 +96,10 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert same(weights(output), weights(undisturbed.adapter))
     assert report.held_out == undisturbed.held_out
     assert report.curve == undisturbed.curve
+    # The rate that was found at the start, and what was measured and kept before the kill.
+    assert report.calibration == undisturbed.calibration is not None and report.learning_rate == undisturbed.learning_rate
+    assert report.measured == undisturbed.measured and report.kept_step == undisturbed.kept_step
+    assert [state.step for state in report.measured] == list(range(1, STEPS + 1))
     assert not folder.exists()
 
 

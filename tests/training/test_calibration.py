@@ -1,0 +1,101 @@
+"""The rate that a run finds follows the model, changes nothing else, and is found again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import svdbank
+from svdbank.bank.reading import Bank
+from svdbank.core.specs import Progress
+from svdbank.training.calibration import CAUTION, MOST, NO_NUMBER, PAIRS, RISE, choose, find_bend
+from svdbank.training.options import read_config
+from tests.lm.models import rewritten
+
+RECIPE: dict[str, Any] = {
+    "rank": 4,
+    "length": 32,
+    "batch_size": 2,
+    "steps": 4,
+    "log_steps": 1,
+    "held_out_blocks": 4,
+    "dtype": "float32",
+}
+
+
+def train(model: Path, output: Path, data: Path, **options: Any) -> Any:
+    return svdbank.train(model, output=output, data=str(data), **{**RECIPE, **options})
+
+
+@pytest.mark.parametrize("curvature", [10.0**k for k in range(-2, 15, 2)])
+@pytest.mark.parametrize("slope", [-3.0, 0.0, 1e-3])
+def test_the_bend_of_a_parabola_is_found_whatever_its_scale_and_slope(curvature: float, slope: float) -> None:
+    bend, curve = find_bend(lambda rate: slope * rate * math.sqrt(curvature) + curvature * rate**2 / 2)
+    # Exact, but for the rounding of differences of float64.
+    assert bend == pytest.approx(math.sqrt(2 * RISE / curvature), rel=1e-3)
+    assert len(curve) <= PAIRS and list(curve) == sorted(curve)
+
+
+def test_a_loss_that_is_flat_below_and_no_number_above_still_has_a_bend() -> None:
+    def change(rate: float) -> float:
+        return NO_NUMBER if abs(rate) > 1e-4 else 1e8 * rate**2
+
+    bend, _ = find_bend(change)
+    assert bend == pytest.approx(math.sqrt(RISE / 1e8), rel=1e-3)
+
+
+def test_where_nothing_bends_the_rate_is_small_and_says_so() -> None:
+    bend, curve = find_bend(lambda rate: 0.0)
+    assert bend is None and max(rate for rate, _, _ in curve) <= MOST
+    rate, why = choose(bend, curve)
+    assert rate <= min(rate for rate, _, _ in curve) and "--learning-rate" in why
+
+
+def test_steps_that_harm_other_blocks_get_a_tenth_of_the_rate_and_say_so() -> None:
+    good, why = choose(1e-3, ((1e-3, RISE - 0.2, RISE + 0.2),))
+    assert good == pytest.approx(1e-3) and "raise" not in why
+    bad, why = choose(1e-3, ((1e-3, RISE + 0.2, RISE - 0.2),))
+    assert bad == pytest.approx(CAUTION * good) and "raise the loss of other blocks" in why
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("method", ["mica", "lora"])
+def test_a_rate_found_and_the_same_rate_given_train_the_same_weights(
+    method: str, small: Path, small_bank: Bank, legal: Path, tmp_path: Path, device: str
+) -> None:
+    """So finding it left the factors, the generators and the order of the blocks as they were."""
+    stages: list[str] = []
+
+    def listen(progress: Progress) -> None:
+        stages.append(progress.stage)
+
+    found = train(small, tmp_path / "found", legal, method=method, dropout=0.1, progress=listen)
+    given = train(small, tmp_path / "given", legal, method=method, dropout=0.1, learning_rate=found.learning_rate)
+    assert "finding a rate" in stages
+    assert found.calibration is not None and found.calibration.rate == found.learning_rate
+    assert given.calibration is None and given.calibration_share == 0 < found.calibration_share
+    if device == "cpu":  # sums of a GPU may come in any order
+        one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("found", "given"))
+        assert one.read_bytes() == other.read_bytes()
+    # Both are recorded: the options with the rate, so that the same run is made again without looking for it, and how it was found.
+    assert read_config(tmp_path / "found" / "training.toml")["learning_rate"] == found.learning_rate
+    recorded = json.loads((tmp_path / "found" / "training.json").read_bytes())
+    assert recorded["calibration"]["why"] == found.calibration.why and len(recorded["calibration"]["curve"]) >= 1
+
+
+@pytest.mark.usefixtures("device")
+def test_the_rate_follows_the_inputs_of_the_weights(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
+    """The same function, norm gains times a factor and the next weights divided: MiCA's A works on inputs that much larger."""
+    rates = {}
+    for factor in (0.1, 1.0, 10.0):
+        model = rewritten(small, tmp_path / f"x{factor:g}", factor)
+        bank = svdbank.build(model, tmp_path / f"bank-{factor:g}", rank=8, device="cpu")
+        after_norms = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        report = train(model, tmp_path / f"a{factor:g}", legal, bank=str(bank.path), targets=after_norms, steps=1, held_out=0)
+        rates[factor] = report.learning_rate * factor
+    # The search ends at another place for each, and reaches the bend from there along a parabola, which the loss is not quite.
+    assert max(rates.values()) < 1.5 * min(rates.values())
