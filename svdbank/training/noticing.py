@@ -10,7 +10,7 @@ from statistics import fmean, median
 #: Points of the curve whose means are compared.
 _POINTS = 3
 
-#: So many standard errors are no chance: the lowest of many means is low by chance alone (of 200 flat runs of 100 points none to two said so).
+#: So many standard errors are no chance. The lowest of many means is low by chance: at six, one flat run of 100 points in 25 said so.
 _SURE = 8.0
 
 
