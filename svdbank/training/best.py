@@ -75,7 +75,7 @@ class Held:
         """Keep a measured state, its factors too where it is the best so far; whether it is."""
         from safetensors.torch import save
 
-        is_best = state.total < min(self.before.total, *(known.total for known in self.states))
+        is_best = state.total < min(known.total for known in (self.before, *self.states))
         self.states.append(state)
         if writes:
             if is_best:

@@ -241,6 +241,15 @@ def test_a_single_timed_step_has_no_error_to_show(
         held_out=None,
         retained=(),
         curve=(),
+        learning_rate=1e-3,
+        calibration=None,
+        kept="last",
+        kept_step=2,
+        worse=False,
+        measured=(),
+        measuring_share=0.0,
+        calibration_share=0.0,
+        notices=(),
     )
     monkeypatch.setattr(svdbank, "train", lambda *_, **__: report)
     assert run(["train", "org/model", "-o", "law", "--data", "licences.jsonl"]) == 0

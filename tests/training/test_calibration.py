@@ -12,7 +12,7 @@ import pytest
 import svdbank
 from svdbank.bank.reading import Bank
 from svdbank.core.specs import Progress
-from svdbank.training.calibration import CAUTION, MOST, NO_NUMBER, PAIRS, RISE, choose, find_bend
+from svdbank.training.calibration import CAUTION, MOST, NO_NUMBER, OVER, PAIRS, RISE, choose, find_bend
 from svdbank.training.options import read_config
 from tests.lm.models import rewritten
 
@@ -51,14 +51,14 @@ def test_a_loss_that_is_flat_below_and_no_number_above_still_has_a_bend() -> Non
 def test_where_nothing_bends_the_rate_is_small_and_says_so() -> None:
     bend, curve = find_bend(lambda rate: 0.0)
     assert bend is None and max(rate for rate, _, _ in curve) <= MOST
-    rate, why = choose(bend, curve)
+    rate, why = choose("mica", bend, curve)
     assert rate <= min(rate for rate, _, _ in curve) and "--learning-rate" in why
 
 
 def test_steps_that_harm_other_blocks_get_a_tenth_of_the_rate_and_say_so() -> None:
-    good, why = choose(1e-3, ((1e-3, RISE - 0.2, RISE + 0.2),))
-    assert good == pytest.approx(1e-3) and "raise" not in why
-    bad, why = choose(1e-3, ((1e-3, RISE + 0.2, RISE - 0.2),))
+    good, why = choose("lora", 1e-3, ((1e-3, RISE - 0.2, RISE + 0.2),))
+    assert good == pytest.approx(OVER["lora"] * 1e-3) and "raise" not in why
+    bad, why = choose("lora", 1e-3, ((1e-3, RISE + 0.2, RISE - 0.2),))
     assert bad == pytest.approx(CAUTION * good) and "raise the loss of other blocks" in why
 
 
