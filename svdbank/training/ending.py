@@ -39,6 +39,8 @@ def end(run: Run, trainer: Any, data: TrainingData, before: dict[str, list[float
     steps = trainer.state.global_step
     logged = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     last = HeldOut(steps, (math.inf,)) if not all(map(math.isfinite, logged)) else None
+    if last is None and held is not None and held.states and held.states[-1].step == steps:
+        last = held.states.pop()  # a run that patience ended was measured just now
     if last is None and held is not None:
         last = HeldOut(steps, tuple(measure(trainer, {HELD_OUT: held.windows}, run.tell, "loss after")[HELD_OUT]))
     kept, step = _chosen(run, held, last, steps)
