@@ -292,3 +292,95 @@ def test_an_unfinished_bank_is_not_read_and_says_how_to_go_on(whole: Path, tmp_p
     with pytest.raises(svdbank.BankNotFoundError, match="not finished") as caught:
         svdbank.open(bank)
     assert "resumes" in str(caught.value.hint)
+
+
+def _renamed(family: dict[str, Any], name: str) -> None:
+    family["spec"]["weights"][0] = family["weights"][0]["name"] = name
+
+
+def _huge(family: dict[str, Any]) -> None:
+    """Shapes that fit each other, and no memory."""
+    spec, length = family["spec"], 2**40
+    spec.update(out_features=length, in_features=length)
+    for records in family["files"].values():
+        for record in records:
+            record["chunk_bytes"] = 16 * length * 4 + 4
+            record["size"] = len(record["chunks"]) * record["chunk_bytes"] + spec["weights_per_shard"] * 2 * 16 + 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _huge,
+        lambda family: _renamed(family, ""),
+        lambda family: _renamed(family, "x" * 5000),
+        lambda family: family["spec"].update(name="a" * 300),
+    ],
+    ids=["huge shapes", "an empty name", "a long name", "a family that no file system takes"],
+)
+def test_an_index_that_fits_itself_and_no_model_is_refused_by_every_reader(
+    change: Callable[[dict[str, Any]], None], whole: Path, tmp_path: Path
+) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    _forge_index(bank, change)
+    with pytest.raises(svdbank.DamageError):
+        svdbank.open(bank)
+    assert not svdbank.verify(bank).sound
+    assert svdbank.rm(bank) > 0
+
+
+@pytest.mark.parametrize("name", ["i\0", "i" * 5000, "../index.json", "a\\b"], ids=["NUL", "long", "up", "backslash"])
+def test_a_manifest_that_names_what_no_file_is_called_is_damage(name: str, whole: Path, tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    manifest = json.loads((bank / MANIFEST).read_bytes())
+    record = manifest["files"][manifest["index"]]
+    _write_manifest(bank, manifest | {"index": name, "files": manifest["files"] | {name: record}})
+    with pytest.raises(svdbank.DamageError):
+        svdbank.open(bank)
+    _write_manifest(bank, manifest | {"files": manifest["files"] | {name: record}})
+    report = svdbank.verify(bank, data=True) if name.startswith("i" * 9) else None
+    assert report is None or not report.sound
+
+
+_ZEROS = {"name": "regular", "configuration": {"chunk_shape": [0, 0, 0]}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk_grid": _ZEROS},
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *[{"name": "crc32c"}] * 100_000]},
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]},
+        {"fill_value": "x"},
+        {"fill_value": 10**400},
+        {"dimension_names": ["weight"]},
+        {"shape": [0, 18, 24]},
+        {"shape": [2**50, 18, 24]},
+        {"attributes": {"svdbank": json.loads("[" * 500 + "]" * 500)}},
+    ],
+    ids=lambda change: f"{next(iter(change))}-{len(str(change))}",
+)
+def test_vectors_whose_metadata_say_what_format_1_does_not_are_damage(
+    change: dict[str, object], whole: Path, tmp_path: Path
+) -> None:
+    """Other Zarr readers would believe them, though the index has the right hash."""
+    import time
+
+    bank = tmp_path / "bank"
+    shutil.copytree(whole, bank)
+    (path,) = bank.glob("*/left/zarr.json")
+    data = json.dumps(json.loads(path.read_bytes()) | change).encode()
+    path.write_bytes(data)
+    name = path.relative_to(bank).as_posix()
+    _forge_index(bank, lambda family: family["metadata"][name].update(size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    begun = time.process_time()
+    if "attributes" in change:  # deep, and nothing but deep
+        assert svdbank.verify(bank).sound
+    else:
+        opened = svdbank.open(bank)
+        with pytest.raises(svdbank.DamageError):
+            opened[opened.names[0]].left(2)
+        assert not svdbank.verify(bank).sound
+    assert time.process_time() - begun < 3
