@@ -196,6 +196,10 @@ def _check_family(place: str, manifest: Manifest, family: FamilyIndex) -> None:
         raise DamageError(f"{place}: {spec.name} claims {spec.out_features}x{spec.in_features}")
     if not (1 <= spec.rank <= full and 0 <= spec.principal <= full and 1 <= spec.weights_per_shard <= len(spec.weights)):
         raise DamageError(f"{place}: {spec.name} claims rank {spec.rank} for {spec.out_features}x{spec.in_features}")
+    for path in family.metadata:
+        parts = path.split("/")
+        if len(parts) < 2 or parts[0] != spec.name or not all(_is_plain(part) for part in parts[1:]):
+            raise DamageError(f"{place}: {path[:200]!r} is no metadata of {spec.name}")
     # A data file without a record would be read unchecked.
     arrays = vector_arrays(spec, manifest.options.side)
     shards = ceil(len(spec.weights) / spec.weights_per_shard)

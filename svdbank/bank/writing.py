@@ -46,6 +46,7 @@ from svdbank.bank.layout import (
     shard_file,
     vector_arrays,
 )
+from svdbank.bank.records import fits
 from svdbank.bank.sessions import Session
 from svdbank.bank.sharding import shard_bytes
 from svdbank.bank.store import BankStore, file_record
@@ -87,7 +88,7 @@ class BankWriter:
     def whole(self, shard: ShardSpec) -> ShardRecord | None:
         """The record of a shard whose files are, to the byte, what it says; None where there is no such record."""
         record = self.session.read(shard.family, shard.index)
-        if record is None or record.files.keys() != self._arrays_of(shard).keys():
+        if record is None or not self._fits(shard, record):
             return None
         for array, expected in record.files.items():
             file = self._where(record, array)
@@ -148,7 +149,7 @@ class BankWriter:
 
     def _placed(self, shard: ShardSpec, record: ShardRecord) -> list[Path] | None:
         """The folders in which files of a record have their names now; None where the record does not hold."""
-        if record.files.keys() != self._arrays_of(shard).keys():
+        if not self._fits(shard, record):
             return None
         folders = []
         for array, expected in record.files.items():
@@ -174,6 +175,9 @@ class BankWriter:
         """A file of a record: under its attempt's name, or under its own where a publish that was stopped gave it that."""
         attempt = self.root / attempt_file(record.family, array, record.index, record.attempt)
         return attempt if attempt.exists() else self.root / shard_file(record.family, array, record.index)
+
+    def _fits(self, shard: ShardSpec, record: ShardRecord) -> bool:
+        return record.files.keys() == self._arrays_of(shard).keys() and fits(record, shard, self._families[shard.family])
 
     def _arrays_of(self, shard: ShardSpec) -> dict[str, tuple[int, int]]:
         return vector_arrays(self._families[shard.family], self.plan.options.side)
