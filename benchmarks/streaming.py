@@ -57,8 +57,7 @@ def ours(model: str, way: str) -> None:
     """The same through a checkpoint, opened and fetched as a build does it."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from svdbank.building.execution import READERS
-    from svdbank.building.fetching import checked_fetch, fetched, plan_fetch
+    from svdbank.building.fetching import READERS, checked_fetch, fetched, plan_fetch
     from svdbank.checkpoint import decomposable, open_checkpoint
 
     with open_checkpoint(model) as checkpoint:

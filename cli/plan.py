@@ -12,6 +12,7 @@ from svdbank_cli.output import Output, dequantised, duration, named_by, size, ta
 
 if TYPE_CHECKING:
     from svdbank.building.fetching import FetchPlan
+    from svdbank.building.scaling import Schedule
     from svdbank.verbs.plan import PlanReport
 
 _SHOWN_SKIPS = 3
@@ -21,9 +22,27 @@ _SHOWN_SKIPS = 3
 @click.argument("model")
 @build_options
 @device_option
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1, max=1024),
+    help="Simulate the schedule on N workers, and on 1 to 1024: time, efficiency, bytes a worker, device-hours.",
+)
+@click.option(
+    "--device-rate",
+    metavar="FILE",
+    type=click.Path(),
+    help="Rates of the workers' device, as svdbank env --rates writes them. [default: measured now, which takes a minute]",
+)
 @with_output
 def plan_command(
-    model: str, bank: str | None, targets: tuple[str, ...], device: str, output: Output, **options: Unpack[BuildOptions]
+    model: str,
+    bank: str | None,
+    targets: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    device_rate: str | None,
+    output: Output,
+    **options: Unpack[BuildOptions],
 ) -> None:
     """Show what building a bank of MODEL would do: weights, skips, bytes, memory, time. Reads headers only, on the Hub too:
     no weights are downloaded. MODEL may be a config.json alone, before anything is downloaded. What a bank at the output
@@ -36,9 +55,14 @@ def plan_command(
       svdbank plan meta-llama/Llama-3.1-70B --disk-budget 20GB
       svdbank plan ./my-model --device cuda
       svdbank plan ./config.json
+      svdbank plan ./config.json --workers 64 --device-rate h200.json
       svdbank plan ./my-model --json
     """
-    show_plan(model, bank, targets or ("all-linear",), device, output, options)
+    import svdbank
+
+    targets = targets or ("all-linear",)
+    report = svdbank.plan(model, bank, targets=targets, device=device, workers=workers, device_rate=device_rate, **options)
+    output.data(report, _text)
 
 
 def show_plan(
@@ -87,6 +111,8 @@ def _text(report: PlanReport) -> str:
         + (f" with {report.jobs} at a time" if report.device_bytes is None else ""),
         f"time      about {duration(report.seconds)} (from one small {'product' if report.device_bytes is None else 'solve'}, timed now)"
         if report.seconds is not None
+        else f"time      about {duration(report.schedule.asked.seconds)} on {report.schedule.asked.workers} workers (simulated, below)"
+        if report.schedule is not None
         else f"time      unknown: there is no device of the kind {report.device} here",
     ]
     if report.device_bytes is not None:
@@ -104,4 +130,41 @@ def _text(report: PlanReport) -> str:
         lines.append("weights   none here, config.json alone: build needs them")
     if report.write_bytes > report.free_bytes:
         lines.append("warning   the bank does not fit: choose another disk with -o, a smaller --rank, or --side left")
+    if report.schedule is not None:
+        lines += ["", *_schedule(report.schedule)]
     return "\n".join(lines)
+
+
+def _schedule(found: Schedule) -> list[str]:
+    """A simulated schedule, in lines."""
+    own = found.asked
+    rows = [
+        (
+            scale.workers,
+            duration(scale.seconds),
+            f"{scale.efficiency:.0%}",
+            size(scale.most_bytes),
+            f"{size(scale.read_rate)}/s",
+            f"{scale.device_hours:.3g}",
+            scale.bound,
+        )
+        for scale in found.table
+    ]
+    bases = Counter(cost.basis for cost in found.solves)
+    known = ", ".join(f"{bases[basis]} {basis}" for basis in ("measured", "interpolated", "extrapolated") if bases[basis])
+    unmeasured = [f"{cost.family} ({cost.basis})" for cost in found.solves if cost.basis != "measured"]
+    of_each = f"{found.threads} threads, {found.jobs} small weights at a time, {found.machine} on a machine"
+    lines = [
+        table(("workers", "time", "efficiency", "read by one", "read by all", "device-hours", "bound by"), rows),
+        "",
+        f"schedule  simulated; {own.workers} workers ({of_each}): {duration(own.seconds)}, of it start {duration(own.start)},"
+        f" work {duration(own.work)}, publish {duration(own.publish)}; bound by {own.bound}",
+        "steps     "
+        + ", ".join(f"{step} {duration(seconds)}" for step, seconds in found.stages.items() if seconds)
+        + " (each alone on the device, of all weights)",
+        f"rates     {found.rates}, {'measured' if found.measured else 'by a data sheet, not measured'} {found.date}",
+        f"shapes    {known}"
+        + (f": {', '.join(unmeasured[:_SHOWN_SKIPS])}" if unmeasured else "")
+        + (", …" if len(unmeasured) > _SHOWN_SKIPS else ""),
+    ]
+    return [*lines, *(f"note      {note}" for note in found.notes)]

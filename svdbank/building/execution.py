@@ -16,7 +16,7 @@ from svdbank.bank.claims import Claims, session_over
 from svdbank.bank.leases import Lease
 from svdbank.bank.sessions import Session, current_session
 from svdbank.bank.writing import BankWriter
-from svdbank.building.fetching import READ_AHEAD, Downloads, FetchPlan, fetched, files_of
+from svdbank.building.fetching import READ_AHEAD, READERS, Downloads, FetchPlan, fetched, files_of
 from svdbank.building.memory import DEVICE_AHEAD, WRITERS, give_back
 from svdbank.building.preparation import PreparedBuild
 from svdbank.building.reading import Loaded, Reader
@@ -32,9 +32,6 @@ from svdbank.core.processors import available_cpus
 from svdbank.core.specs import Plan, Progress, ProgressCallback, ShardSpec, WeightSpec
 from svdbank.solver.devices import kind_of
 from svdbank.solver.threads import pinned_threads
-
-#: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
-READERS = 8
 
 #: Seconds between progress reports while nothing is being solved.
 _SHOW_EVERY = 1.0

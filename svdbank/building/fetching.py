@@ -15,6 +15,9 @@ from svdbank.core.specs import Progress, ProgressCallback, Struct, WeightSpec
 
 Fetch = Literal["auto", "cache", "shards", "ranges"]
 
+#: Threads that read weights over a network: many hide its latency. A disk is kept busy by one.
+READERS = 8
+
 #: Bytes read ahead of the solver over a network; from a disk the next group is enough.
 READ_AHEAD = 64 << 20
 

@@ -110,25 +110,29 @@ def cost(work: ShardWork) -> float:
 
 
 def own(works: Sequence[ShardWork], share: Share, places: Mapping[str, int], *, by_file: bool) -> list[ShardWork]:
-    """The share's part of ``works``: a run of them in the order of their bytes, of about the cost of every other share.
+    """The share's part of ``works``, see :func:`divided`."""
+    return divided(works, share.count, places, by_file=by_file)[share.index]
 
-    With ``by_file`` runs begin and end between files where there are more files than shares, so that no two shares fetch one file.
+
+def divided(works: Sequence[ShardWork], count: int, places: Mapping[str, int], *, by_file: bool) -> list[list[ShardWork]]:
+    """``works`` in ``count`` parts: each a run of them in the order of their bytes, of about the cost of every other.
+
+    With ``by_file`` runs begin and end between files where there are more files than parts, so that no two of them fetch one file.
     """
     ordered = in_file_order(works, places)
     groups: dict[int, list[ShardWork]] = {}
     for number, work in enumerate(ordered):
         last = max(places[name] for weight in work.weights for name in files_of(weight)) if by_file else number
         groups.setdefault(last, []).append(work)
-    if by_file and len(groups) <= share.count:
-        return own(works, share, places, by_file=False)
+    if by_file and len(groups) <= count:
+        return divided(works, count, places, by_file=False)
     costs = [sum(cost(work) for work in group) for group in groups.values()]
     ends = [0.0, *accumulate(costs)]
-    bounds = [ends[-1] * number / share.count for number in range(1, share.count)]
-    found: list[ShardWork] = []
+    bounds = [ends[-1] * number / count for number in range(1, count)]
+    parts: list[list[ShardWork]] = [[] for _ in range(count)]
     for group, begin, end in zip(groups.values(), ends, ends[1:], strict=False):
-        if bisect_right(bounds, (begin + end) / 2) == share.index:
-            found += group
-    return found
+        parts[bisect_right(bounds, (begin + end) / 2)] += group
+    return parts
 
 
 def in_file_order(works: Sequence[ShardWork], places: Mapping[str, int]) -> list[ShardWork]:

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 
-from svdbank.core.specs import Struct
+from svdbank.core.specs import ProgressCallback, Struct, ignore_progress
 from svdbank.core.version import __version__
 
 
@@ -41,10 +41,24 @@ class Environment(Struct, frozen=True):
     hub_offline: bool
     variables: dict[str, str]
     checks: tuple[DeviceReport, ...] = ()
+    rates: str | None = None
 
 
-def env(*, check: bool = False) -> Environment:
-    """Collect the facts. Tokens are never among them. With ``check`` each device that torch sees solves and certifies a small weight."""
+def env(
+    *,
+    check: bool = False,
+    rates: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    progress: ProgressCallback | None = None,
+) -> Environment:
+    """Collect the facts. Tokens are never among them. With ``check`` each device that torch sees solves and certifies a small weight.
+
+    With ``rates`` the rates of ``device`` are measured, in a minute, and written to that file, for :func:`svdbank.plan`; writing is
+    measured on the disk where it is. Raises OptionError for a file that cannot be written or is something else, and a device that is not
+    here, DeviceError for one that does not compute.
+    """
+    if rates is not None:
+        _measure(rates, device, progress or ignore_progress)
     import torch
     from huggingface_hub import constants
 
@@ -91,7 +105,18 @@ def env(*, check: bool = False) -> Environment:
         checks=tuple(_tried(device) for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))))
         if check
         else (),
+        rates=None if rates is None else os.fspath(rates),
     )
+
+
+def _measure(file: str | os.PathLike[str], device: str, progress: ProgressCallback) -> None:
+    from svdbank.building.rates import refuse_other_file, write_rates
+    from svdbank.core import disk
+
+    refuse_other_file(file)
+    from svdbank.building.calibration import measured_rates
+
+    write_rates(file, measured_rates(device, folder=disk.expanded(os.fspath(file)).parent, progress=progress))
 
 
 def _name(index: int) -> str:

@@ -8,32 +8,19 @@ from typing import Literal
 
 from svdbank.building.devices import planned_device
 from svdbank.building.estimate import solve_rate
+from svdbank.building.families import FamilySummary, family_flops, family_summaries
 from svdbank.building.fetching import FETCHING, Fetch, FetchPlan, plan_fetch
 from svdbank.building.memory import device_memory, peak_memory
-from svdbank.building.planning import make_plan, planned_path
+from svdbank.building.planning import make_plan
 from svdbank.building.request import build_request
-from svdbank.building.space import bank_bytes, family_bytes, file_count
+from svdbank.building.scaling import Schedule, crew_request, given_rates, schedule
+from svdbank.building.space import bank_bytes, file_count
 from svdbank.building.survey import survey
 from svdbank.checkpoint.configured import is_configuration, open_configuration
 from svdbank.checkpoint.source import open_checkpoint
 from svdbank.core import disk
 from svdbank.core.processors import available_cpus
-from svdbank.core.specs import DevicePath, Plan, Side, StoredDtype, Struct, quantised_formats
-from svdbank.solver.planning import flops
-
-
-class FamilySummary(Struct, frozen=True):
-    """One family in a plan, for showing. ``clamped`` is set where its weights allow less than the rank asked for."""
-
-    name: str
-    count: int
-    out_features: int
-    in_features: int
-    rank: int
-    clamped: bool
-    path: str
-    batch: int
-    nbytes: int
+from svdbank.core.specs import Plan, Side, StoredDtype, Struct, quantised_formats
 
 
 class PlanReport(Struct, frozen=True):
@@ -46,7 +33,7 @@ class PlanReport(Struct, frozen=True):
     kind of device that paths, ``seconds`` and ``device_bytes`` (its memory, of one solve or batch at a time; None on a CPU) are of;
     ``seconds`` is None where there is none of that kind here to time a solve on. ``decided`` and ``doubt`` are the plan's: who knew which
     matrices there are; ``decided_before`` are others who did so for what is in the bank already.
-    Without ``weights_here`` there was a ``config.json`` alone: a build needs the weights.
+    Without ``weights_here`` there was a ``config.json`` alone: a build needs the weights. ``schedule`` is there where one was asked for.
     """
 
     model: str
@@ -69,6 +56,7 @@ class PlanReport(Struct, frozen=True):
     doubt: str | None
     decided_before: tuple[str, ...]
     weights_here: bool = True
+    schedule: Schedule | None = None
 
 
 def plan(
@@ -87,11 +75,17 @@ def plan(
     fetch: Fetch = "auto",
     disk_budget: int | None = None,
     keep: bool | None = None,
+    workers: int | None = None,
+    device_rate: str | os.PathLike[str] | None = None,
 ) -> PlanReport:
     """What :func:`svdbank.build` with the same arguments would do now, to the bank that is at ``output`` or in an empty place.
 
     Reads configuration, index and headers only, of a model on the Hub too; writes no bank. ``model`` may also be a ``config.json``,
     or a folder of one without weights: Transformers then says which matrices there are.
+
+    With ``workers`` the schedule on as many of them is simulated, and on 1 to 1024, from the rates of ``device_rate``, a file of
+    :func:`svdbank.env`; without one the rates are taken of this machine's processors now, which takes a minute. ``device`` ``auto``
+    is then the kind that the rates are of, and ``threads``, as ``jobs``, by default as many as its processors leave each of them.
 
     Raises OptionError for options that cannot be meant, differ from those of what is at ``output``, or do not fit the disk, and for
     targets that match nothing; WrongBaseError for a bank at ``output`` that names and shapes show to be another model's; CheckpointError
@@ -111,9 +105,12 @@ def plan(
         fetch=fetch,
         disk_budget=disk_budget,
         keep=keep,
-        threads=threads,
+        threads=threads if workers is None and device_rate is None else None,
     )
-    kind, here = planned_device(request.device.partition(",")[0])
+    rates = given_rates(device_rate, request.device) if workers is not None or device_rate is not None else None
+    kind, here = (rates.kind, None) if rates is not None else planned_device(request.device.partition(",")[0])
+    if rates is not None:
+        request = crew_request(request, rates, workers=workers, threads=threads, jobs=jobs)
     alone = is_configuration(request.model)
     with (open_configuration if alone else open_checkpoint)(request.model) as checkpoint:
         found = survey(checkpoint, request)
@@ -133,7 +130,7 @@ def plan(
         to_write = bank_bytes(found.root, found.plan)
         fetching = plan_fetch(checkpoint, left, request.fetch, root=found.root, bank_bytes=to_write)
         weights = {weight.name: weight for weight in left}
-        families = _families(made, kind)
+        families = family_summaries(made, kind)
         stored_weights = [weights[name] for family in made.families for name in family.weights]
         rate = None if here is None else solve_rate(here)
         at_once = min(request.jobs, available_cpus()) if kind == "cpu" else 1
@@ -153,36 +150,22 @@ def plan(
             + (FETCHING if fetching.way in ("shards", "ranges") else 0),
             device_bytes=None if kind == "cpu" else device_memory(made, weights, kind),
             jobs=request.jobs,
-            seconds=None if rate is None else sum(_flops(family) for family in families) / rate / at_once,
+            seconds=None if rate is None else sum(family_flops(family) for family in families) / rate / at_once,
             quantised=quantised_formats(weight.dtype for weight in stored_weights),
             decided=made.decided,
             doubt=made.doubt,
             decided_before=found.decided_before,
             weights_here=not alone,
+            schedule=None
+            if rates is None or not made.shards
+            else schedule(
+                made,
+                weights,
+                checkpoint,
+                fetching,
+                rates,
+                workers=request.workers or 1,
+                threads=request.threads,
+                jobs=request.jobs,
+            ),
         )
-
-
-def _families(plan: Plan, kind: str) -> tuple[FamilySummary, ...]:
-    """The families of a plan as a ``kind`` of device solves them."""
-    if kind == "cpu":
-        ways = {shard.family: DevicePath(path=shard.path, batch=1) for shard in plan.shards}
-    else:
-        ways = {family.name: planned_path(plan, family, kind) for family in plan.families}
-    return tuple(
-        FamilySummary(
-            name=family.name,
-            count=len(family.weights),
-            out_features=family.out_features,
-            in_features=family.in_features,
-            rank=family.rank,
-            clamped=plan.options.rank != "all" and family.rank < plan.options.rank,
-            path=ways[family.name].path,
-            batch=ways[family.name].batch,
-            nbytes=family_bytes(family, plan.options),
-        )
-        for family in plan.families
-    )
-
-
-def _flops(family: FamilySummary) -> float:
-    return family.count * flops(family.out_features, family.in_features, family.rank, family.path)
