@@ -63,11 +63,11 @@ class _Bank:
 
 def kept_books(folder: Path) -> Books:
     """Measure below an empty ``folder``; some seconds."""
-    one = _made(folder / "one", (48, 48), count=24)
-    more = _made(folder / "more", (48, 48), count=96)
-    roles = _made(folder / "roles", (48, 48), count=8, families=3)
-    shared = _made(folder / "shared", (48, 48), count=400)
-    large = _made(folder / "large", (512, 4096), count=16, rank=128)
+    one = _made(folder / "one", (48, 48), count=10)
+    more = _made(folder / "more", (48, 48), count=40)
+    roles = _made(folder / "roles", (48, 48), count=5, families=3)
+    shared = _made(folder / "shared", (48, 48), count=300)
+    large = _made(folder / "large", (512, 4096), count=8, rank=128)
     shard = median((one.each, more.each, roles.each))
     seconds = large.each - shard
     read, hashed, cold = _reading(folder / "large" / "model")

@@ -132,7 +132,8 @@ def _random(out_features: int, in_features: int, seed: int = 0) -> Tensor:
     count = min(32, out_features, in_features)
     left, right = (torch.randn(side, count, generator=generator) / side**0.5 for side in (out_features, in_features))
     edge = out_features**0.5 + in_features**0.5
-    return (bulk + (left * (3 * edge * torch.logspace(0, 1, count))) @ right.mT).to(torch.bfloat16)
+    weight: Tensor = (bulk + (left * (3 * edge * torch.logspace(0, 1, count))) @ right.mT).to(torch.bfloat16)
+    return weight
 
 
 def _solves(device: torch.device, here: int, told: _Told) -> Iterator[SolveRate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from svdbank.building.costs import ShardCost
 from svdbank.building.fetching import READ_AHEAD, READERS
@@ -55,12 +55,12 @@ def play(build: Build, crew: Crew, rates: Rates) -> Played:
     """Play the work of ``crew`` through. Start-up and publish come on top."""
     clock = _Clock()
     parts = divided(build.works, crew.workers, build.places, by_file=build.by_file)
-    unclaimed = {(work.shard.family, work.shard.index) for work in build.works}
+    unclaimed = _Unclaimed(parts)
     machines = [_Shared(clock, rates.processors if rates.kind != "cpu" else rates.at_once, _slowdown(rates)) for _ in parts]
     workers = []
     for number in range(crew.workers):
         processors = machines[number // crew.machine if rates.kind == "cpu" else number]
-        workers.append(_Worker(number, build, crew, rates, clock, processors, parts, unclaimed))
+        workers.append(_Worker(number, build, crew, rates, clock, processors, unclaimed))
     for worker in workers:
         worker.next_round()
     clock.run()
@@ -143,21 +143,47 @@ class _Shared:
             self._wake()
 
 
-@dataclass
+class _Unclaimed:
+    """The shards that nobody has claimed, by the share that they are in."""
+
+    def __init__(self, parts: Sequence[Sequence[ShardWork]]) -> None:
+        self.parts = parts
+        self._share = {_key(work): number for number, part in enumerate(parts) for work in part}
+        self._left = [len(part) for part in parts]
+
+    def take(self, work: ShardWork) -> bool:
+        """Claim a shard; False where somebody has it."""
+        share = self._share.pop(_key(work), None)
+        if share is None:
+            return False
+        self._left[share] -= 1
+        return True
+
+    def others(self, number: int) -> list[ShardWork]:
+        """What is left of the shares after that of a worker, each from its end."""
+        found: list[ShardWork] = []
+        if self._share:
+            for share in (*range(number + 1, len(self.parts)), *range(number)):
+                if self._left[share]:
+                    found += [work for work in reversed(self.parts[share]) if _key(work) in self._share]
+        return found
+
+
 class _Item:
-    """A batch of which some shards are a worker's own."""
+    """A batch with those of its shards that a worker has claimed."""
 
-    batch: Batch
-    costs: list[ShardCost]
-    missing: int = 0
-    keys: list[Key] = field(default_factory=list)
-
-    @property
-    def threads(self) -> int:
-        return self.batch.threads
-
-    def sum(self, name: str) -> float:
-        return sum(float(getattr(cost, name)) for cost in self.costs)
+    def __init__(self, batch: Batch, costs: Sequence[ShardCost]) -> None:
+        self.threads = batch.threads
+        #: Reads that are not over yet.
+        self.missing = 0
+        self.weights, self.nbytes, self.loaded = (
+            sum(column) for column in zip(*((c.weights, c.nbytes, c.loaded) for c in costs), strict=True)
+        )
+        self.read = sum(cost.read + cost.hash for cost in costs)
+        self.disk = sum(cost.disk for cost in costs)
+        self.upload = sum(cost.upload for cost in costs)
+        self.solve = sum(cost.solve for cost in costs)
+        self.write = sum(cost.write + cost.record for cost in costs)
 
 
 class _Worker:
@@ -171,14 +197,13 @@ class _Worker:
         rates: Rates,
         clock: _Clock,
         processors: _Shared,
-        parts: Sequence[Sequence[ShardWork]],
-        unclaimed: set[Key],
+        unclaimed: _Unclaimed,
     ) -> None:
         self.nbytes = 0
         #: When its last record was made.
         self.recorded = 0.0
         self._number, self._build, self._crew, self._rates, self._clock = number, build, crew, rates, clock
-        self._processors, self._parts, self._unclaimed = processors, parts, unclaimed
+        self._processors, self._unclaimed = processors, unclaimed
         self._on_gpu = rates.kind != "cpu"
         self._device = _Shared(clock, rates.at_once, rates.slowdown)
         self._readers = READERS if build.remote else min(READERS, rates.processors) if self._on_gpu else 1
@@ -196,14 +221,11 @@ class _Worker:
     def next_round(self) -> None:
         """Begin with the own share, then with the ends of others', as :mod:`svdbank.building.joining` has it."""
         self._ending = False
-        count = len(self._parts)
         if self._round == 0:
-            chosen = in_order(self._parts[self._number], self._build.checkpoint, by_file=self._build.by_file)
-        elif not self._unclaimed:
-            return
+            mine = self._unclaimed.parts[self._number]
+            chosen = in_order(mine, self._build.checkpoint, by_file=self._build.by_file)
         else:
-            others = (self._parts[(self._number + step) % count] for step in range(1, count))
-            chosen = [work for part in others for work in reversed(part) if _key(work) in self._unclaimed]
+            chosen = self._unclaimed.others(self._number)
         self._round += 1
         if not chosen and self._round > 1:
             return
@@ -215,28 +237,22 @@ class _Worker:
     def _claimed(self) -> _Item | None:
         """The next batch with shards that nobody has claimed."""
         for batch in self._waiting:
-            item = _Item(batch, [])
-            for work in batch.works:
-                if (key := _key(work)) in self._unclaimed:
-                    self._unclaimed.remove(key)
-                    item.costs.append(self._build.costs[key])
-            if item.costs:
-                return item
+            if own := [self._build.costs[_key(work)] for work in batch.works if self._unclaimed.take(work)]:
+                return _Item(batch, own)
         return None
 
     def _fill(self) -> None:
         """As :class:`svdbank.building.reading.Reader` does."""
         while (item := self._drawn or self._claimed()) is not None:
             self._drawn = item
-            held = sum(other.sum("loaded") for other in self._ahead)
-            if self._ahead and held + item.sum("loaded") > self._limit:
+            held = sum(other.loaded for other in self._ahead)
+            if self._ahead and held + item.loaded > self._limit:
                 break
             self._drawn = None
             self._ahead.append(item)
-            self.nbytes += int(item.sum("nbytes"))
-            item.missing = min(self._readers, int(item.sum("weights")))
-            busy, disk = item.sum("read") + item.sum("hash"), item.sum("disk")
-            self._reads += [(item, busy / item.missing, disk / item.missing)] * item.missing
+            self.nbytes += item.nbytes
+            item.missing = min(self._readers, item.weights)
+            self._reads += [(item, item.read / item.missing, item.disk / item.missing)] * item.missing
         self._read()
 
     def _read(self) -> None:
@@ -275,9 +291,9 @@ class _Worker:
 
     def _solve(self, item: _Item) -> None:
         if not self._on_gpu:
-            self._processors.start(item.sum("solve"), lambda: self._write(item), threads=item.threads)
+            self._processors.start(item.solve, lambda: self._write(item), threads=item.threads)
             return
-        self._clock.at(self._clock.now + item.sum("upload"), lambda: self._turn(item))
+        self._clock.at(self._clock.now + item.upload, lambda: self._turn(item))
 
     def _turn(self, item: _Item | None) -> None:
         """Solve on the device those whose turn it is."""
@@ -292,10 +308,10 @@ class _Worker:
                 self._write(one)
                 self._turn(None)
 
-            self._device.start(one.sum("solve"), solved)
+            self._device.start(one.solve, solved)
 
     def _write(self, item: _Item) -> None:
-        seconds, busy = item.sum("write") + item.sum("record"), self._rates.busy
+        seconds, busy = item.write, self._rates.busy
 
         def recorded() -> None:
             self._running -= 1

@@ -105,6 +105,7 @@ def plan(
         fetch=fetch,
         disk_budget=disk_budget,
         keep=keep,
+        workers=workers,
         threads=threads if workers is None and device_rate is None else None,
     )
     rates = given_rates(device_rate, request.device) if workers is not None or device_rate is not None else None
