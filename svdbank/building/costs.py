@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from svdbank.bank.layout import vector_arrays
 from svdbank.building.planning import planned_path
-from svdbank.building.rates import Basis, Estimate, Rates, solve_seconds
+from svdbank.building.rates import Estimate, Origin, Rates, solve_seconds
 from svdbank.building.shards import ShardWork
 from svdbank.building.space import family_bytes
 from svdbank.core.specs import FamilySpec, Plan, Struct
@@ -37,7 +37,7 @@ class SolveCost(Struct, frozen=True):
 
     family: str
     seconds: float
-    basis: Basis
+    basis: Origin
 
 
 def solve_costs(plan: Plan, rates: Rates) -> dict[str, SolveCost]:

@@ -14,7 +14,7 @@ from svdbank.core.errors import OptionError
 from svdbank.core.specs import Struct, from_json, to_json
 from svdbank.solver.planning import PATHS, flops
 
-Basis = Literal["measured", "interpolated", "extrapolated"]
+Origin = Literal["measured", "interpolated", "extrapolated"]
 
 _LARGEST_FILE = 4 << 20
 _HINT = "svdbank env --rates FILE writes such a file for this machine"
@@ -104,7 +104,7 @@ class Estimate(Struct, frozen=True):
     """Seconds that a weight takes, and whether just that was measured."""
 
     seconds: float
-    basis: Basis
+    basis: Origin
 
 
 def read_rates(path: str | os.PathLike[str]) -> Rates:

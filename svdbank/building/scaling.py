@@ -12,7 +12,7 @@ from svdbank.building.memory import IN_FLIGHT, WRITERS
 from svdbank.building.rates import Rates, read_rates
 from svdbank.building.request import BuildRequest
 from svdbank.building.shards import shard_works
-from svdbank.building.simulation import Build, Crew, play
+from svdbank.building.simulation import Build, Staff, play
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import Plan, Struct, WeightSpec
@@ -126,7 +126,7 @@ def schedule(
     alone_seconds = _alone(build, rates, jobs, published)
     found: dict[int, Scale] = {}
     for count in sorted({*COUNTS, workers}):
-        played = play(build, Crew(count, threads, jobs, machine), rates)
+        played = play(build, Staff(count, threads, jobs, machine), rates)
         seconds = rates.start + played.seconds + published
         alone = found[1].seconds if found else seconds
         found[count] = Scale(

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from svdbank.bank.sessions import Key
 from svdbank.building.costs import ShardCost
 from svdbank.building.fetching import READ_AHEAD, READERS
 from svdbank.building.memory import DEVICE_AHEAD, IN_FLIGHT, WRITERS
@@ -16,12 +17,11 @@ from svdbank.building.shares import divided
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.specs import Plan
 
-Key = tuple[str, int]
 Then = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Crew:
+class Staff:
     """Who works: ``workers``, each solving ``jobs`` small weights at a time on ``threads`` threads of a CPU, ``machine`` on a machine."""
 
     workers: int
@@ -51,7 +51,7 @@ class Played:
     nbytes: tuple[int, ...]
 
 
-def play(build: Build, crew: Crew, rates: Rates) -> Played:
+def play(build: Build, crew: Staff, rates: Rates) -> Played:
     """Play the work of ``crew`` through. Start-up and publish come on top."""
     clock = _Clock()
     parts = divided(build.works, crew.workers, build.places, by_file=build.by_file)
@@ -193,7 +193,7 @@ class _Worker:
         self,
         number: int,
         build: Build,
-        crew: Crew,
+        crew: Staff,
         rates: Rates,
         clock: _Clock,
         processors: _Shared,

@@ -15,7 +15,7 @@ from svdbank.building.costs import ShardCost, publish_seconds
 from svdbank.building.rates import PublishRate, Rates, SolveRate, read_rates, refuse_other_file, solve_seconds, write_rates
 from svdbank.building.scaling import COUNTS
 from svdbank.building.shards import shard_works
-from svdbank.building.simulation import Build, Crew, Played, play
+from svdbank.building.simulation import Build, Played, Staff, play
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import (
@@ -86,7 +86,7 @@ def build_of(solves: Sequence[float], *, read: float = 0.0, write: float = 0.0, 
 
 
 def played(build: Build, workers: int = 1, *, jobs: int = 1, machine: int = 1, **changed: Any) -> Played:
-    return play(build, Crew(workers, 1, jobs, machine), msgspec.structs.replace(RATES, **changed))
+    return play(build, Staff(workers, 1, jobs, machine), msgspec.structs.replace(RATES, **changed))
 
 
 def test_one_worker_takes_the_sum_of_what_does_not_overlap() -> None:
