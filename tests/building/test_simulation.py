@@ -286,6 +286,7 @@ def test_workers_share_the_processors_of_the_rates(model: Path, tmp_path: Path) 
     assert (report.schedule.threads, report.schedule.jobs, report.schedule.machine) == (16, 16, 4)
 
 
+@pytest.mark.soak
 def test_rates_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdbank.building.calibration._ON_CPU", ((96, 160, 16), (160, 96, 16), (256, 256, 32)))
     svdbank.env(rates=tmp_path / "rates.json", device="cpu")
