@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.adapters import acting
 from svdbank.lm.blocks import IGNORED
 from svdbank.lm.dependence import WINDOWS, note, with_and_without
+from svdbank.lm.head import head_of, needed
 from svdbank.lm.scores import BASE, Score, TextTally
 from svdbank.lm.windows import Window, batches, windows
 
@@ -72,11 +74,11 @@ def summed_losses(model: Any, batch: Sequence[Window]) -> list[float]:
     inputs = padded(batch)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     labels = inputs.pop("labels")
-    with torch.inference_mode():
+    head = head_of(model) if needed(model, labels.numel(), training=False) else None
+    with torch.inference_mode(), contextlib.nullcontext() if head is None else head.apart():
         logits = model(**inputs, use_cache=False).logits
-        sums: list[float] = row_losses(
-            logits, labels
-        ).tolist()  # at once: a GPU is waited for at every number that it is asked for
+        losses = row_losses(logits, labels) if head is None else head.row_losses(logits, labels)
+    sums: list[float] = losses.tolist()  # at once: a GPU is waited for at every number that it is asked for
     return sums
 
 
