@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 @click.option("--patience", type=int, metavar="N", help="End after N measurements in a row without a new best one.")
 @click.option("--retain", multiple=True, metavar="FILE", help="Other text, to measure what is forgotten. Repeatable.")
 @click.option("--length", type=int, metavar="TOKENS", help="Tokens of a block. [default: 1024, or what the model takes]")
+@click.option(
+    "--packing", is_flag=True, default=None, help="Let attention and positions begin anew at each document in a block."
+)
 @click.option("--batch-size", type=int, metavar="N", help="Blocks a device computes at a time. [default: 4]")
 @click.option("--accumulation", type=int, metavar="N", help="Such batches a step. [default: 1]")
 @click.option("--epochs", type=float, help="Times through the data. [default: 1]")

@@ -41,8 +41,12 @@ class Head:
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """Inside, the model gives what goes into its head, (rows, length, hidden), in place of logits."""
-        with _replaced(self.module, lambda hidden: hidden):
+        with _replaced(self.module, _passed):
             yield
+
+    def take_apart(self) -> None:
+        """As inside :meth:`apart`, for good."""
+        self.module.forward = _passed
 
     def row_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """(rows,) summed loss in nats of ``labels`` (rows, length), −100 for none, which stand one place after what predicts them."""
@@ -153,6 +157,10 @@ def free_bytes(device: Any) -> int:
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _passed(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 @contextlib.contextmanager

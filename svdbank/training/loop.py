@@ -14,6 +14,7 @@ from svdbank.core.errors import SvdbankError
 from svdbank.core.specs import Progress, from_json, to_json
 from svdbank.lm.libraries import import_transformers
 from svdbank.lm.loading import load_model
+from svdbank.lm.packing import check_packing
 from svdbank.lm.scores import standard_error
 from svdbank.training import checkpoints
 from svdbank.training.attaching import attach, left_out, trainable_parameters
@@ -21,7 +22,7 @@ from svdbank.training.best import Held, measured_every
 from svdbank.training.calibration import calibrate
 from svdbank.training.data import HELD_OUT, TrainingData
 from svdbank.training.ending import Ending, end
-from svdbank.training.losses import collator, measure, release, summed
+from svdbank.training.losses import collator, measure, release, spare_memory, summed
 from svdbank.training.noticing import Noticing
 from svdbank.training.options import RATES
 from svdbank.training.report import Calibration, TrainReport
@@ -40,6 +41,8 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
     tell(Progress("loading the model", 0, 1, "model", run.model.name))
     base = load_model(run.model, dtype=options.dtype, load_in=options.load_in)
     base.config.use_cache = False
+    if options.packing:
+        check_packing(base, options.model)
     model = attach(base, options, run.bank)
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -49,10 +52,11 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
         model=model,
         args=run.arguments,
         train_dataset=data.training,
-        data_collator=collator(run.model.tokenizer),
+        data_collator=collator(run.model.tokenizer, packing=options.packing),
         preprocess_logits_for_metrics=summed,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    spare_memory(trainer, options.batch_size * run.length)
     before = _before(run, trainer, data)
     calibration = None if options.learning_rate else _calibration(run, trainer, data)
     if calibration is not None:

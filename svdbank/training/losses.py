@@ -9,6 +9,7 @@ from typing import Any
 from svdbank.core.specs import Progress, ProgressCallback, ignore_progress
 from svdbank.lm.blocks import Collator
 from svdbank.lm.dependence import note, with_and_without
+from svdbank.lm.head import head_of, needed
 from svdbank.lm.marks import marks_of
 from svdbank.lm.measuring import padded, row_losses
 from svdbank.lm.scores import TextTally
@@ -53,6 +54,35 @@ def needs_bos(trainer: Any, tokenizer: Any, windows: Sequence[Window]) -> str | 
 def summed(logits: Any, labels: Any) -> Any:
     """(rows,) summed loss, so that no logits are kept."""
     return row_losses(logits[0] if isinstance(logits, tuple) else logits, labels)
+
+
+def spare_memory(trainer: Any, tokens: int) -> None:
+    """Where whole logits of ``tokens`` tokens are too much for the memory that is free, let the trainer compute its loss by pieces.
+
+    The model then gives, to the trainer alone, what goes into its head. Nothing is done where weights lie in pieces (FSDP, DeepSpeed), or
+    where the model's logits are not simply its head's.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not needed(trainer.model, tokens, training=True):
+        return
+    head = head_of(trainer.model)
+    if head is None:
+        return
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        import torch
+
+        # While measuring, the sums of rows are what counts.
+        return (
+            head.loss(outputs.logits, labels, num_items_in_batch)
+            if torch.is_grad_enabled()
+            else torch.zeros((), device=labels.device)
+        )
+
+    def sums(hidden: Any, labels: Any) -> Any:
+        return head.row_losses(hidden[0] if isinstance(hidden, tuple) else hidden, labels)
+
+    head.take_apart()
+    trainer.compute_loss_func, trainer.preprocess_logits_for_metrics = loss, sums
 
 
 def release(trainer: Any) -> None:

@@ -58,6 +58,8 @@ class TrainOptions(Struct, frozen=True, kw_only=True):
         Column of text in tables; split of Hub datasets; read on the fly instead of into the cache (needs ``steps``).
     length
         Tokens of a block. 1024, or what the model takes where that is less.
+    packing
+        Attention and positions begin anew at each document inside a block (TRL's name; axolotl's is ``sample_packing``).
     batch_size, accumulation
         Blocks a device computes at a time, and such batches a step.
     epochs, steps
@@ -100,6 +102,7 @@ class TrainOptions(Struct, frozen=True, kw_only=True):
     split: str = "train"
     streaming: bool = False
     length: int | None = None
+    packing: bool = False
     batch_size: int = 4
     accumulation: int = 1
     epochs: float = 1.0

@@ -17,6 +17,7 @@ from svdbank.checkpoint.naming.targets import ALL_LINEAR, ALL_LINEAR_KINDS, pars
 from svdbank.core.errors import BankError, OptionError
 from svdbank.lm.libraries import import_transformers, quiet_transformers
 from svdbank.lm.loading import CausalModel
+from svdbank.lm.packing import refuse_stateful
 from svdbank.training.attaching import attach, has_experts, left_out, parameters_of
 from svdbank.training.bands import free_band
 from svdbank.training.options import TrainOptions
@@ -56,6 +57,8 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             model = getattr(transformers, causal.automatic).from_config(causal.config)
+        if options.packing:
+            refuse_stateful(model, options.model)
         if bank is not None and given.on_top_of and has_experts(bank):
             _check_parameters(given, bank, model)
         if not has_experts(bank):
