@@ -9,12 +9,16 @@ import torch
 from svdbank.core.errors import OptionError
 
 #: Largest difference of logits, of the largest one: sums in another order, rounded to the model's dtype.
-_SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_SAME = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def refuse_stateful(model: Any, name: str) -> None:
-    """Raise :class:`OptionError` for a model that carries a state from token to token: positions do not reset that. Needs no weights."""
-    if getattr(model, "_is_stateful", False):
+    """Raise :class:`OptionError` for a model that carries a state from token to token: positions do not reset that.
+
+    Such are those that Transformers calls stateful, and those with convolutions along the text. Needs no weights.
+    """
+    convolved = any(isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1 for module in model.modules())
+    if getattr(model, "_is_stateful", False) or convolved:
         raise _refusal(model, name)
 
 
