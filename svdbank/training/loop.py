@@ -22,7 +22,7 @@ from svdbank.training.best import Held, measured_every
 from svdbank.training.calibration import calibrate
 from svdbank.training.data import HELD_OUT, TrainingData
 from svdbank.training.ending import Ending, end
-from svdbank.training.losses import collator, measure, release, spare_memory, summed
+from svdbank.training.losses import collator, measure, needs_bos, release, spare_memory, summed
 from svdbank.training.noticing import Noticing
 from svdbank.training.options import RATES
 from svdbank.training.report import Calibration, TrainReport
@@ -39,11 +39,13 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
     transformers = import_transformers()
     options, tell = run.options, run.tell
     tell(Progress("loading the model", 0, 1, "model", run.model.name))
-    base = load_model(run.model, dtype=options.dtype, load_in=options.load_in)
+    with run.watch.spending("loading"):
+        base = load_model(run.model, dtype=options.dtype, load_in=options.load_in)
     base.config.use_cache = False
     if options.packing:
         check_packing(base, options.model)
-    model = attach(base, options, run.bank)
+    with run.watch.spending("attaching"):
+        model = attach(base, options, run.bank)
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
     tell(Progress("loading the model", 1, 1, "model", run.model.name))
@@ -57,22 +59,26 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     spare_memory(trainer, options.batch_size * run.length)
-    before = _before(run, trainer, data)
-    calibration = None if options.learning_rate else _calibration(run, trainer, data)
+    noticing = Noticing(lambda text: tell(Progress("note", 1, 1, "note", text)), clip=options.clip)
+    with run.watch.spending("measuring before"):
+        before = _before(run, trainer, data, noticing)
+    with run.watch.spending("calibration"):
+        calibration = None if options.learning_rate else _calibration(run, trainer, data)
     if calibration is not None:
         run.arguments.learning_rate = calibration.rate
     whole = _checkpoint(run)
     resumed_from = None if whole is None else checkpoints.step_of(whole)
-    noticing = Noticing(lambda text: tell(Progress("note", 1, 1, "note", text)), clip=options.clip)
     held = _held(run, data, before, resumed_from)
     trainer.add_callback(watcher(run, trainer, held, noticing, _every(run, trainer, held)))
     # Measuring draws from the generators, and a run that goes on does not measure again.
     transformers.set_seed(options.seed)
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
+    with run.watch.spending("training"):
+        trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
     seconds = time.perf_counter() - begun
     noticing.ended()
-    ending = end(run, trainer, data, before, held)
+    with run.watch.spending("measuring after"):
+        ending = end(run, trainer, data, before, held)
     report = _report(run, data, trainer, ending, calibration, noticing, seconds, resumed_from)
     run.processes.wait_for_everyone()
     if run.is_main:
@@ -94,7 +100,7 @@ def _checkpoint(run: Run) -> Path | None:
     return whole
 
 
-def _before(run: Run, trainer: Any, data: TrainingData) -> dict[str, list[float]]:
+def _before(run: Run, trainer: Any, data: TrainingData, noticing: Noticing) -> dict[str, list[float]]:
     """Losses of the untrained adapter by window, measured once: a run that goes on reads them."""
     path = run.folder / "before.json"
     if path.is_file():
@@ -102,6 +108,9 @@ def _before(run: Run, trainer: Any, data: TrainingData) -> dict[str, list[float]
         return known
     begun = time.perf_counter()
     losses = measure(trainer, data.measured, run.tell, "loss before")
+    for windows in data.measured.values():
+        if text := needs_bos(trainer, run.model.tokenizer, windows):
+            noticing.depends(text)
     release(trainer)
     run.clock.measuring += time.perf_counter() - begun
     run.processes.wait_for_everyone()
@@ -195,4 +204,5 @@ def _report(
         calibration_share=calibration.seconds / training if calibration is not None else 0.0,
         notices=tuple(noticing.said),
         left_out=left_out(options, run.bank, run.model.config.model_type),
+        stages=run.watch.seconds(),
     )

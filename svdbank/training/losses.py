@@ -25,7 +25,11 @@ def measure(
     for i, (name, windows) in enumerate(measured.items()):
         tell(Progress(stage, i, len(measured), "text", name))
         by_size = sorted(range(len(windows)), key=lambda place: len(windows[place].tokens))  # least padding
-        found = trainer.predict([{"window": windows[place]} for place in by_size]).predictions
+        trainer.sums_alone = True
+        try:
+            found = trainer.predict([{"window": windows[place]} for place in by_size]).predictions
+        finally:
+            trainer.sums_alone = False
         sums = dict(zip(by_size, map(float, found), strict=True))
         losses[name] = [sums[place] for place in range(len(windows))]
         tell(Progress(stage, i + 1, len(measured), "text", name))
@@ -69,14 +73,9 @@ def spare_memory(trainer: Any, tokens: int) -> None:
         return
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-        import torch
-
-        # While measuring, the sums of rows are what counts.
-        return (
-            head.loss(outputs.logits, labels, num_items_in_batch)
-            if torch.is_grad_enabled()
-            else torch.zeros((), device=labels.device)
-        )
+        if getattr(trainer, "sums_alone", False):  # while measuring, the sums of rows are what counts
+            return outputs.logits.new_zeros(())
+        return head.loss(outputs.logits, labels, num_items_in_batch)
 
     def sums(hidden: Any, labels: Any) -> Any:
         return head.row_losses(hidden[0] if isinstance(hidden, tuple) else hidden, labels)

@@ -40,6 +40,10 @@ class Noticing:
                 f"a lower --learning-rate than {rate:.2g}",
             )
 
+    def depends(self, text: str) -> None:
+        """That the model depends on a BOS which its tokenizer does not add, in the words of :mod:`svdbank.lm.dependence`."""
+        self._once("bos", text)
+
     def measured(self, step: int, change: float, error: float, rate: float) -> None:
         """Change of the loss on the text held out since the start, with its standard error."""
         if change > 2 * error:

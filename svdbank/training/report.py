@@ -60,7 +60,9 @@ class TrainReport(Struct, frozen=True):
     ``curve`` holds (step, mean training loss since the point before). ``step_seconds`` and its standard error are over the steps of
     this process but the first; ``peak_bytes`` is the most GPU memory that tensors took, or without a GPU the most memory this
     process had. ``resumed_from`` is the step of the checkpoint this process began at. ``left_out`` are names in the bank of weights that
-    ``all-linear`` selects and that have too few directions for the rank.
+    ``all-linear`` selects and that have too few directions for the rank. ``stages`` are seconds of this process by what they were spent on:
+    opening (imports, config, tokenizer, bank), text, rehearsal, loading, attaching, measuring before, calibration, training (with what
+    is measured and saved meanwhile), measuring after.
     """
 
     adapter: str
@@ -93,6 +95,7 @@ class TrainReport(Struct, frozen=True):
     calibration_share: float
     notices: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    stages: dict[str, float] = {}
 
     def __str__(self) -> str:
         return self.adapter if self.kept != "nothing" else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from svdbank.building.stopwatch import Stopwatch
 from svdbank.core.specs import ProgressCallback
 from svdbank.lm.loading import CausalModel
 from svdbank.training import checkpoints
@@ -40,6 +41,7 @@ class Run:
     arguments: Any
     tell: ProgressCallback
     clock: Clock = field(default_factory=Clock)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def folder(self) -> Path:

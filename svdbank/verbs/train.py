@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from svdbank.building.stopwatch import Stopwatch
 from svdbank.core.errors import BankNotFoundError
 from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, ignore_progress
@@ -58,16 +59,20 @@ def train(
     chosen = resolve(read_config(config) if isinstance(config, str | Path) else (config or {}), given)
     for source in (*chosen.data, *chosen.retain):
         check_source(source)
-    run = _prepare(chosen, build=build, force=force, tell=progress or ignore_progress)
-    # torch and PEFT, which nothing above needs to refuse what cannot be meant.
-    from svdbank.training.loop import train_adapter
-    from svdbank.training.rehearsal import rehearse
+    watch = Stopwatch()
+    with watch.spending("opening"):
+        run = _prepare(chosen, build=build, force=force, tell=progress or ignore_progress)
+        run.watch = watch
+        # torch and PEFT, which nothing above needs to refuse what cannot be meant.
+        from svdbank.training.loop import train_adapter
+        from svdbank.training.rehearsal import rehearse
 
     with quiet_transformers(), out_of_memory(_LOWER):
-        with run.arguments.main_process_first(desc="reading the text"):
+        with run.arguments.main_process_first(desc="reading the text"), watch.spending("text"):
             data = read_data(run)
         if run.is_main:
-            rehearse(run.options, run.model, run.bank)
+            with watch.spending("rehearsal"):
+                rehearse(run.options, run.model, run.bank)
             checkpoints.begin(run.folder, run.record(data.digest), force=force)
         run.processes.wait_for_everyone()
         return train_adapter(run, data)

@@ -24,6 +24,8 @@ LENGTH = 64
 #: Figures are printed with three digits after the point.
 AGREE = 1e-3
 
+TWO_STEPS = ["-r", "2", "--steps", "2", "--batch-size", "1", "--length", "64", "--lr", "1e-3", "--dtype", "float32"]
+
 MODELS = ["gemma", "small", pytest.param("smollm2", marks=pytest.mark.soak)]
 
 
@@ -150,13 +152,15 @@ def bare(gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_missing_bos_is_said_with_what_mends_it(
-    bare: Path, gemma: Path, small: Path, legal: Path, capsys: pytest.CaptureFixture[str]
+    bare: Path, gemma: Path, small: Path, legal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data", f"law={legal}", "--length", "64", "--tokens", "500"]
     assert run(["eval", str(bare), *options]) == 0
     said = capsys.readouterr().err
     assert "law: the text costs 0." in said and "after the tokenizer's BOS (<bos>)" in said
     hint = said.partition("In Python: ")[2].strip().splitlines()[0]
+    assert run(["train", str(bare), "-o", str(tmp_path / "a"), "--data", str(legal), "--method", "lora", *TWO_STEPS]) in (0, 5)
+    assert "after the tokenizer's BOS (<bos>)" in capsys.readouterr().err
     from transformers import AutoTokenizer
 
     exec(hint, {"tokenizer": AutoTokenizer.from_pretrained(bare), "FOLDER": bare})

@@ -125,12 +125,16 @@ def test_a_state_space_model_is_refused_before_its_weights_are_read(small: Path,
 def test_train_by_pieces_of_the_vocabulary_is_train(
     gemma: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = svdbank.train(gemma, output=tmp_path / "whole", data=data, **RECIPE)
+    recipe = {name: value for name, value in RECIPE.items() if name != "learning_rate"}
+    whole = svdbank.train(gemma, output=tmp_path / "whole", data=data, **recipe)
     monkeypatch.setattr(head, "free_bytes", lambda device: 0)
     monkeypatch.setattr(head, "PIECE", 10 * 2048)
-    pieces = svdbank.train(gemma, output=tmp_path / "pieces", data=data, **RECIPE)
+    pieces = svdbank.train(gemma, output=tmp_path / "pieces", data=data, **recipe)
+    assert whole.calibration is not None and pieces.calibration is not None
+    # float32 sums in another order: differences of losses of about 1e-6 for a rise of 0.05.
+    assert pieces.calibration.rate == pytest.approx(whole.calibration.rate, rel=1e-2)
+    assert pieces.calibration.curve[0][1:] == pytest.approx(whole.calibration.curve[0][1:], abs=1e-3)
     assert whole.held_out is not None and pieces.held_out is not None
-    # float32 sums in another order, and Adam's first steps, which go by signs.
     assert pieces.held_out.before == pytest.approx(whole.held_out.before, rel=1e-5)
-    assert pieces.held_out.after == pytest.approx(whole.held_out.after, abs=1e-4)
-    assert [loss for _, loss in pieces.curve] == pytest.approx([loss for _, loss in whole.curve], abs=1e-4)
+    assert pieces.held_out.after == pytest.approx(whole.held_out.after, abs=1e-3)  # Adam's first steps go by signs
+    assert [loss for _, loss in pieces.curve] == pytest.approx([loss for _, loss in whole.curve], abs=1e-3)
