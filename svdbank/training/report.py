@@ -94,8 +94,8 @@ class TrainReport(Struct, frozen=True):
     measuring_share: float
     calibration_share: float
     notices: tuple[str, ...]
+    stages: dict[str, float]
     left_out: tuple[str, ...] = ()
-    stages: dict[str, float] = {}
 
     def __str__(self) -> str:
         return self.adapter if self.kept != "nothing" else ""
