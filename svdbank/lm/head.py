@@ -138,7 +138,7 @@ def head_of(model: Any) -> Head | None:
         model.train(was_training)
 
 
-def needed(model: Any, tokens: int, *, training: bool) -> bool:
+def outgrows_memory(model: Any, tokens: int, *, training: bool) -> bool:
     """Whether whole logits of ``tokens`` tokens are more than may be taken of the memory that is free."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     words = int(getattr(base.get_output_embeddings(), "out_features", 0))

@@ -13,7 +13,7 @@ from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.adapters import acting
 from svdbank.lm.blocks import IGNORED
 from svdbank.lm.dependence import WINDOWS, note, with_and_without
-from svdbank.lm.head import head_of, needed
+from svdbank.lm.head import head_of, outgrows_memory
 from svdbank.lm.scores import BASE, Score, TextTally
 from svdbank.lm.windows import Window, batches, windows
 
@@ -74,7 +74,7 @@ def summed_losses(model: Any, batch: Sequence[Window]) -> list[float]:
     inputs = padded(batch)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     labels = inputs.pop("labels")
-    head = head_of(model) if needed(model, labels.numel(), training=False) else None
+    head = head_of(model) if outgrows_memory(model, labels.numel(), training=False) else None
     with torch.inference_mode(), contextlib.nullcontext() if head is None else head.apart():
         logits = model(**inputs, use_cache=False).logits
         losses = row_losses(logits, labels) if head is None else head.row_losses(logits, labels)

@@ -9,7 +9,7 @@ from typing import Any
 from svdbank.core.specs import Progress, ProgressCallback, ignore_progress
 from svdbank.lm.blocks import Collator
 from svdbank.lm.dependence import note, with_and_without
-from svdbank.lm.head import head_of, needed
+from svdbank.lm.head import head_of, outgrows_memory
 from svdbank.lm.marks import marks_of
 from svdbank.lm.measuring import padded, row_losses
 from svdbank.lm.scores import TextTally
@@ -66,7 +66,7 @@ def spare_memory(trainer: Any, tokens: int) -> None:
     The model then gives, to the trainer alone, what goes into its head. Nothing is done where weights lie in pieces (FSDP, DeepSpeed), or
     where the model's logits are not simply its head's.
     """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not needed(trainer.model, tokens, training=True):
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not outgrows_memory(trainer.model, tokens, training=True):
         return
     head = head_of(trainer.model)
     if head is None:

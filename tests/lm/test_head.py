@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svdbank.lm import head as heads
-from svdbank.lm.head import head_of, needed
+from svdbank.lm.head import head_of, outgrows_memory
 from svdbank.lm.measuring import padded, summed_losses
 from svdbank.lm.windows import Window
 
@@ -138,5 +138,5 @@ def test_the_model_is_as_it_was_outside() -> None:
 def test_pieces_are_for_memory_that_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("llama")
     monkeypatch.setattr(heads, "free_bytes", lambda device: 16 * VOCABULARY * 1000)
-    assert not needed(model, 499, training=True) and needed(model, 501, training=True)
-    assert not needed(model, 999, training=False) and needed(model, 1001, training=False)
+    assert not outgrows_memory(model, 499, training=True) and outgrows_memory(model, 501, training=True)
+    assert not outgrows_memory(model, 999, training=False) and outgrows_memory(model, 1001, training=False)
