@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def configuration_of(name: str, revision: str | None) -> Path | None:
         return place.path.resolve() if (place.path / "config.json").is_file() else None
     if not isinstance(place, OnHub):
         return None
+    if "huggingface_hub" not in sys.modules and not _cache_folder(place.repository).is_dir():
+        return None  # seen without a library that takes as long to import as the work takes
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -70,3 +73,12 @@ def configuration_of(name: str, revision: str | None) -> Path | None:
     except HFValidationError:
         return None
     return Path(found).parent.resolve() if isinstance(found, str) else None
+
+
+def _cache_folder(repository: str) -> Path:
+    """Where the Hub's client keeps a model, by the environment variables that it reads."""
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if not hub:
+        home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+        hub = f"{home}/hub"
+    return Path(os.path.expandvars(hub)).expanduser() / f"models--{repository.replace('/', '--')}"
