@@ -16,6 +16,7 @@ from svdbank.adapter.fetching import located
 from svdbank.adapter.folder import AdapterFolder, Factors, check_output, read_folder
 from svdbank.adapter.methods import RESIDUAL_METHODS, InitialisationMethod
 from svdbank.adapter.naming import bank_names
+from svdbank.adapter.renaming import one_by_one
 from svdbank.adapter.settings import COEFFICIENTS, SLIM, WEIGHTS
 from svdbank.adapter.slim import expand_slim, write_slim
 from svdbank.adapter.starting import initial_of
@@ -109,6 +110,11 @@ def export(
     kind = folder.made_as(method)
     if to == "peft" and not inference:
         raise OptionError(f"{source} is a PEFT folder already", hint="--to lora, --to slim, or --for inference")
+    if not inference and folder.settings.use_rslora and (expert := one_by_one(folder.factors)):
+        raise OptionError(
+            f"{source}: {expert} is an expert that was a module, and PEFT gives such with rsLoRA another scale",
+            hint=f"svdbank export {source} --for inference -o FOLDER folds the scale into A",
+        )
     start = _start(folder, kind, opened, initial) if kind in RESIDUAL_METHODS else None
     made = (for_inference if inference else as_lora)(folder, start)
     made.write(target, force=force)
