@@ -81,22 +81,7 @@ def request(model: Path, bank: Path) -> Any:
     """What each worker is asked for: one thread, one weight at a time."""
     from svdbank.building.request import build_request
 
-    return build_request(
-        model,
-        bank,
-        rank=128,
-        targets=("all-linear",),
-        side="both",
-        dtype="float32",
-        solver="auto",
-        principal=0,
-        device="cpu",
-        jobs=1,
-        fetch="auto",
-        disk_budget=None,
-        keep=None,
-        threads=1,
-    )
+    return build_request(model, bank, rank=128, device="cpu", jobs=1, threads=1)
 
 
 def built(model: Path, bank: Path, workers: int) -> dict[str, float]:

@@ -205,9 +205,7 @@ def _plan(model: str, bank: str) -> None:
 def _request(model: str, bank: str) -> Any:
     from svdbank.building.request import build_request
 
-    options: dict[str, Any] = {"rank": 4, "targets": ("all-linear",), "side": "both", "dtype": "float32", "solver": "auto"}
-    options |= {"principal": 0, "device": "cpu", "jobs": None, "fetch": "auto", "disk_budget": None, "keep": None}
-    return build_request(model, bank, **options)
+    return build_request(model, bank, rank=4, device="cpu")
 
 
 def _work(model: str, bank: str) -> dict[str, Any]:

@@ -132,21 +132,7 @@ def _checkpoint(folder: Path, matrix: torch.Tensor, count: int, families: int) -
 
 
 def _prepared(checkpoint: Checkpoint, model: Path, bank: Path, rank: int) -> PreparedBuild:
-    request = build_request(
-        model,
-        bank,
-        rank=rank,
-        targets=("all-linear",),
-        side="both",
-        dtype="float32",
-        solver="auto",
-        principal=0,
-        device="cpu",
-        jobs=1,
-        fetch="auto",
-        disk_budget=None,
-        keep=None,
-    )
+    request = build_request(model, bank, rank=rank, device="cpu", jobs=1)
     with disk.locked(bank):
         return prepare(checkpoint, request, device="cpu", progress=ignore_progress)
 

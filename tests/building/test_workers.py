@@ -61,21 +61,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 
 def request(model: Path, bank: Path) -> BuildRequest:
-    return build_request(
-        model,
-        bank,
-        rank=RANK,
-        targets=("all-linear",),
-        side="both",
-        dtype="float32",
-        solver="auto",
-        principal=0,
-        device="cpu",
-        jobs=1,
-        fetch="auto",
-        disk_budget=None,
-        keep=None,
-    )
+    return build_request(model, bank, rank=RANK, device="cpu", jobs=1)
 
 
 def prepared_build(model: Path, bank: Path) -> PreparedBuild:
