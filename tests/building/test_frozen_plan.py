@@ -252,7 +252,7 @@ def test_more_threads_than_processors_are_refused(model: Path, tmp_path: Path, m
     assert frozen is not None and {shard.threads for shard in frozen.plan.shards} == {2}
     monkeypatch.setenv("SVDBANK_THREADS", "1")
     for options in ({}, {"shard": "2/2"}):
-        with pytest.raises(svdbank.OptionError, match="the plan solves with 2 threads, and this process may use 1"):
+        with pytest.raises(svdbank.OptionError, match="the plan solves with 2 threads, and this worker has 1"):
             svdbank.build(wide, tmp_path / "bank", rank=2, solver="dense", **options)
 
 
