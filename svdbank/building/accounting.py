@@ -33,11 +33,11 @@ class Account:
         }
         todo = {(shard.family, shard.index) for shard in prepared.todo}
         before = [self._shards[work.weights[-1].name] for work in works if (work.shard.family, work.shard.index) not in todo]
-        self._total = [sum(column) for column in zip(*self._shards.values(), strict=True)]
-        self._done = [sum(column) for column in zip(*before, strict=True)] if before else [0, 0, 0.0]
+        self._total, self._done = _summed(self._shards.values()), _summed(before)
         self._before = self._done[2]
         self._alive = list(alive)
         self._waiting: set[str] = set()
+        self._told: tuple[object, ...] = ()
 
     def of(self, worker: str) -> Callable[[Progress], None]:
         """The callback of one worker."""
@@ -65,9 +65,13 @@ class Account:
                 self._alive.remove(worker)
 
     def show(self, item: str) -> None:
-        """Say how far all are."""
+        """Say how far all are, unless that has been said."""
         with self._changing:
             done, total = list(self._done), self._total
+            told = (done, list(self._alive), set(self._waiting))
+            if told == self._told:
+                return
+            self._told = told
             elapsed, solved = time.monotonic() - self._begun, done[2] - self._before
             report = BuildProgress(
                 stage="decompose",
@@ -92,3 +96,9 @@ class Account:
             if counted is not None:
                 self._done = [one + other for one, other in zip(self._done, counted, strict=True)]
         self.show(last)
+
+
+def _summed(shards: Iterable[tuple[int, int, float]]) -> list[float]:
+    """Weights, bytes and flops of these shards."""
+    found = list(shards)
+    return [sum(column) for column in zip(*found, strict=True)] if found else [0, 0, 0.0]

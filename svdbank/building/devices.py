@@ -75,7 +75,7 @@ def worker_devices(names: str, workers: int | None) -> tuple[str, ...]:
         raise OptionError(
             f"{workers} workers were asked for, {names} is {count} GPUs", hint=f"--device {again} has them share one"
         )
-    if count == 1:
+    if count <= 1:  # none: what is wrong with it is said when it is tried
         return (str(device),)
     return tuple(f"cuda:{number}" for number in range(workers or count))
 

@@ -76,8 +76,9 @@ def summed_losses(model: Any, batch: Sequence[Window]) -> list[float]:
     labels = inputs.pop("labels")
     head = head_of(model) if outgrows_memory(model, labels.numel(), training=False) else None
     with torch.inference_mode(), contextlib.nullcontext() if head is None else head.apart():
-        logits = model(**inputs, use_cache=False).logits
-        losses = row_losses(logits, labels) if head is None else head.row_losses(logits, labels)
+        found = model(**inputs, use_cache=False).logits
+        found = found if head is None else head.row_losses(found, labels)
+    losses = row_losses(found, labels) if head is None else found
     sums: list[float] = losses.tolist()  # at once: a GPU is waited for at every number that it is asked for
     return sums
 

@@ -37,7 +37,8 @@ def end(run: Run, trainer: Any, data: TrainingData, before: dict[str, list[float
     """
     begun = time.perf_counter()
     steps = trainer.state.global_step
-    logged = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    # A run shorter than one point of the curve has the mean over all steps alone.
+    logged = [float(entry[name]) for entry in trainer.state.log_history for name in ("loss", "train_loss") if name in entry]
     last = HeldOut(steps, (math.inf,)) if not all(map(math.isfinite, logged)) else None
     if last is None and held is not None and held.states and held.states[-1].step == steps:
         last = held.states.pop()  # a run that patience ended was measured just now

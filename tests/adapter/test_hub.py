@@ -84,7 +84,7 @@ def test_training_on_top_of_an_adapter_on_the_hub_records_the_commit_it_stands_o
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "beneath")
     commit = pushed(hub, str(tmp_path / "beneath"))
-    options = {"data": legal, "steps": 1, "length": 32, "batch_size": 1, "rank": 2, "targets": "q_proj", "dtype": "float32"}
+    options = {"data": legal, "steps": 1, "length": 32, "batch_size": 1, "rank": 2, "targets": "q_proj", "keep": "last"}
     losses = []
     for number, place in enumerate([str(tmp_path / "beneath"), "user/beneath"]):
         report = svdbank.train(small, output=tmp_path / str(number), on_top_of=place, **options)

@@ -103,7 +103,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "a name that reverses the terminal's text": (raw({"a\u202eb": entry(0, 4)}, b"1234"), "control characters"),
     "a pickle under another name": (b"\x80\x02ccollections\nOrderedDict\nq\x00)Rq\x01." * 4, "the format allows"),
-    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "the format allows"),
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "a pointer of Git LFS, of 64 bytes",
+    ),
 }
 
 #: File names that an index must not give → each leads out of the folder or is no weight file.

@@ -110,7 +110,7 @@ def test_damage_has_exit_code_4_and_names_the_file(minilm: Path, tmp_path: Path,
     lost.unlink()
     assert run(["verify", str(folder)]) == 4
     shown = capsys.readouterr().out
-    assert lost.relative_to(folder).as_posix() in shown and "missing" in shown and "svdbank build" in shown
+    assert lost.relative_to(folder).as_posix() in shown and "missing" in shown and f"svdbank repair {folder} --source" in shown
 
 
 def test_another_base_has_exit_code_12(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +250,7 @@ def test_a_single_timed_step_has_no_error_to_show(
         measuring_share=0.0,
         calibration_share=0.0,
         notices=(),
+        stages={},
     )
     monkeypatch.setattr(svdbank, "train", lambda *_, **__: report)
     assert run(["train", "org/model", "-o", "law", "--data", "licences.jsonl"]) == 0
