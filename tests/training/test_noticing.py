@@ -119,7 +119,8 @@ def test_the_last_state_is_written_when_asked_for_and_called_worse(
 ) -> None:
     last = train(small, tmp_path / "last", legal, learning_rate=JUMPS, schedule="constant", keep="last")
     assert last.kept == "last" and last.kept_step == 3 and last.worse
-    assert last.held_out.after == jumping.measured[-1].loss  # nothing about the run itself was another
+    # Nothing about the run itself was another; so wild a one makes much of the order in which threads add up.
+    assert last.held_out.after == pytest.approx(jumping.measured[-1].loss, rel=1e-2)
     assert not same(tmp_path / "last", Path(jumping.adapter))
 
 
