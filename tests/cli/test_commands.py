@@ -32,7 +32,9 @@ def test_build_json_is_lines_of_progress_and_then_a_summary(
 ) -> None:
     assert run(["build", str(minilm), "-o", str(tmp_path / "bank"), "--rank", "4", "--targets", "query", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["done"] for line in lines[:-1] if line["stage"] == "decompose"] == list(range(7))
+    done = [line["done"] for line in lines[:-1] if line["stage"] == "decompose"]
+    # A number comes again where a worker waits for bytes meanwhile: the line then says who waits.
+    assert done == sorted(done) and sorted(set(done)) == list(range(7))
     assert lines[-1]["solved"] == 6 and lines[-1]["bank"] == str(tmp_path / "bank")
 
 
