@@ -159,7 +159,7 @@ def recorded_bank(adapter: Documents, kind: str) -> Bank:
             continue
         if adapter.base.is_of(bank) is False:
             raise WrongBaseError(
-                f"{adapter.path}: its base is {base}, whose cached bank {bank.path} is of other weights",
+                f"{adapter.path}: its base is {base}, whose cached bank {bank.place} is of other weights",
                 hint="--bank BANK of its base",
             )
         return bank

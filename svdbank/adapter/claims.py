@@ -56,7 +56,9 @@ def placed(
         found[key] = recover(entry.A, entry.B, entry.scale, left)
     refuted = [key for key, claim in claims.items() if key in names and claim and not _within(found[key], claim)]
     return {entry.key: found[entry.key] for entry in entries}, _contradicted(
-        folder, refuted if folder.cache is not None else [], f"lie elsewhere in {bank.path.name}, or outside"
+        folder,
+        refuted if folder.cache is not None else [],
+        f"lie elsewhere in {bank.place.rstrip('/').rpartition('/')[2]}, or outside",
     )
 
 

@@ -94,7 +94,7 @@ def _check_base(folder: AdapterFolder, bank: Bank | None, names: Mapping[str, st
         return []
     if not names:
         raise WrongBaseError(
-            f"{folder.path}: none of its weights is in {bank.path}, a bank of {bank.manifest.base.name}",
+            f"{folder.path}: none of its weights is in {bank.place}, a bank of {bank.manifest.base.name}",
             hint="name the bank of the adapter's base, extended to these modules: svdbank build MODEL --targets …",
         )
     if folder.cache is None or not folder.cache.sources:
@@ -106,7 +106,7 @@ def _check_base(folder: AdapterFolder, bank: Bank | None, names: Mapping[str, st
     ]
     if different:
         raise WrongBaseError(
-            f"{folder.path}: made on other weights than those of {bank.path}, first {different[0]}",
+            f"{folder.path}: made on other weights than those of {bank.place}, first {different[0]}",
             hint="name the bank of the adapter's base; Adapter.rebase carries an adapter over to another one",
         )
     return []

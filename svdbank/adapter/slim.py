@@ -197,12 +197,12 @@ def _restored(record: SlimRecord, kept: Mapping[str, Tensor], bank: Bank, source
     lacking = [name for name in names if name not in bank]
     if lacking:
         raise BankError(
-            f"{bank.path}: the bank lacks {len(lacking)} weights of this adapter, first {lacking[0]}",
+            f"{bank.place}: the bank lacks {len(lacking)} weights of this adapter, first {lacking[0]}",
             hint=f"svdbank build {record.base} with --targets for them adds them to the bank",
         )
     if bank.base_digest(names) != record.base_digest:
         raise WrongBaseError(
-            f"{source}: its coefficients belong to another base than {bank.path}", hint=f"name a bank of {record.base}"
+            f"{source}: its coefficients belong to another base than {bank.place}", hint=f"name a bank of {record.base}"
         )
     header = record.header.encode()
     entries = parse_header(header, file=WEIGHTS, size=record.size, where=f"{source / SLIM}: header")
@@ -218,7 +218,7 @@ def _restored(record: SlimRecord, kept: Mapping[str, Tensor], bank: Bank, source
         value = kept[name] if reference is None else _made(reference, lefts, declared[name], source)
         if reference is not None and _sha256(value) != reference.sha256:
             raise BankError(
-                f"{bank.path}: its vectors of {name} are not those that the adapter was made with, though the base is the same",
+                f"{bank.place}: its vectors of {name} are not those that the adapter was made with, though the base is the same",
                 hint="another machine's bank differs in signs and roundings: ask for the adapter with --to lora, and rebase it",
             )
         data = _raw(value)

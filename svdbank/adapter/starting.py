@@ -69,7 +69,7 @@ def initial_of(
     """``A₀`` (r, in) and ``B₀`` (out, r) that MiLoRA or PiSSA started each weight of a folder from, float32; ``names`` are the bank's."""
     missing = [entry.key for entry in entries if entry.key not in names]
     if missing:
-        raise BankError(f"{bank.path}: the bank holds no basis for {missing[0]}, which {method} starts from")
+        raise BankError(f"{bank.place}: the bank holds no basis for {missing[0]}, which {method} starts from")
     starts = [Start(names[entry.key], (0, entry.rank), entry.scale) for entry in entries]
     factors, _ = starting_factors(bank, starts, method)
     return {entry.key: pair for entry, pair in zip(entries, factors, strict=True)}
@@ -79,12 +79,12 @@ def check_sides(bank: Bank, method: InitialisationMethod) -> None:
     """Raise :class:`BankError` where the bank stores less than ``method`` needs."""
     if method in RESIDUAL_METHODS and bank.side != "both":
         raise BankError(
-            f"{bank.path}: {method} needs left and right vectors, and this bank holds left ones only",
+            f"{bank.place}: {method} needs left and right vectors, and this bank holds left ones only",
             hint="svdbank build MODEL --side both",
         )
     if method == "pissa" and not bank.manifest.options.principal:
         raise BankError(
-            f"{bank.path}: pissa starts from the largest singular values, and this bank holds the smallest only",
+            f"{bank.place}: pissa starts from the largest singular values, and this bank holds the smallest only",
             hint="svdbank build MODEL --side both --principal RANK",
         )
 
@@ -104,6 +104,6 @@ def check_rank(bank: Bank, name: str, rank: int, *, method: InitialisationMethod
         )
     if rank > stored:
         raise BankError(
-            f"{bank.path}: rank {rank} was asked for, but the bank stores {stored} of the {full} {end}triplets of {name}",
+            f"{bank.place}: rank {rank} was asked for, but the bank stores {stored} of the {full} {end}triplets of {name}",
             hint=f"ask for rank {stored} or less, or svdbank build MODEL {option} {rank}",
         )

@@ -83,13 +83,13 @@ def directions(bank: Bank, weights: Mapping[str, AdaptedWeight]) -> dict[str, Te
     missing = [key for key in weights if key not in names]
     if missing:
         raise BankError(
-            f"{bank.path}: the bank lacks {len(missing)} weights of the adapter, first {missing[0]}",
+            f"{bank.place}: the bank lacks {len(missing)} weights of the adapter, first {missing[0]}",
             hint="svdbank build MODEL --targets … adds them",
         )
     for key, weight in weights.items():
         basis = bank[names[key]]
         if (basis.out_features, basis.in_features) != (weight.out_features, weight.in_features):
-            raise WrongBaseError(f"{bank.path}: {names[key]} has another shape than {key} of the adapter")
+            raise WrongBaseError(f"{bank.place}: {names[key]} has another shape than {key} of the adapter")
     rows = bank.rows("left", names.values())
     return {key: rows[name] for key, name in names.items()}
 
@@ -112,7 +112,7 @@ def rebased(
     worst = min(shares, key=shares.__getitem__)
     if shares[worst] < minimum_share and not force:
         raise OptionError(
-            f"{bank.path}: its directions hold {shares[worst]:.6f} of what it does to {worst}, below {minimum_share:.6f}",
+            f"{bank.place}: its directions hold {shares[worst]:.6f} of what it does to {worst}, below {minimum_share:.6f}",
             hint="build that bank with a larger --rank, or force it and lose the rest",
         )
     moved = {
@@ -126,7 +126,11 @@ def rebased(
     base = BaseIdentity(
         bank.manifest.base.name, bank.manifest.base.revision, bank.base_digest(names.values()), tuple(names.values())
     )
-    return moved, base, f"carried over to {bank.path.name}: the least share kept is {shares[worst]:.6f}, of {worst}"
+    return (
+        moved,
+        base,
+        f"carried over to {bank.place.rstrip('/').rpartition('/')[2]}: the least share kept is {shares[worst]:.6f}, of {worst}",
+    )
 
 
 def united(

@@ -119,7 +119,6 @@ class Bank:
 
     def __init__(self, files: Files, manifest: Manifest, index: Index) -> None:
         self.files = files
-        self.path = Path(files.place)
         self.manifest = manifest
         self.index = index
         self._entries = {
@@ -131,6 +130,20 @@ class Bank:
         self._families = {family.spec.name: family for family in index.families}
         self._metadata_seen: set[tuple[str, str]] = set()
         self._coordinates: dict[tuple[str, str], memoryview[float]] = {}
+
+    @property
+    def place(self) -> str:
+        """The bank's folder or address, for people: what :func:`svdbank.open` takes."""
+        return self.files.place
+
+    @property
+    def path(self) -> Path:
+        """The folder of a bank on this disk; BankError for one that is read from afar."""
+        if not isinstance(self.files, Folder):
+            raise BankError(
+                f"{self.place} is read from afar, and this needs a folder", hint=f"svdbank pull {quote(self.place)}"
+            )
+        return self.files.root
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,15 +175,15 @@ class Bank:
         return iter(self._entries)
 
     def __repr__(self) -> str:
-        return f"Bank({str(self.path)!r}: {len(self)} weights of {self.manifest.base.name}, rank {self.rank}, {self.side}, {self.dtype})"
+        return f"Bank({self.place!r}: {len(self)} weights of {self.manifest.base.name}, rank {self.rank}, {self.side}, {self.dtype})"
 
     def __getitem__(self, name: str) -> StoredBasis:
         try:
             return self._entries[name]
         except KeyError:
             close = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"svdbank.open({str(self.path)!r}).names lists what there is"
-            raise BankError(f"{self.path} has no weight {name!r}", hint=hint) from None
+            hint = f"did you mean {close[0]!r}?" if close else f"svdbank.open({self.place!r}).names lists what there is"
+            raise BankError(f"{self.place} has no weight {name!r}", hint=hint) from None
 
     def left(self, names: Iterable[str], rank: int) -> dict[str, Tensor]:
         """``U[:, -rank:]`` of each weight, (out, rank), in PEFT's column order. Raises OptionError for a rank not stored."""
@@ -203,7 +216,7 @@ class Bank:
         OptionError for a rank, or a side, that is not stored.
         """
         if array.endswith("right") and self.side != "both":
-            raise OptionError(f"{self.path} holds left vectors only", hint="build one with --side both")
+            raise OptionError(f"{self.place} holds left vectors only", hint="build one with --side both")
         wanted = [self[name] for name in names]
         for basis in wanted:
             self._check_rank(basis, rank, principal=array.startswith("principal"))
@@ -251,10 +264,12 @@ class Bank:
             wanted = f"build a bank with --{'principal' if principal else 'rank'} {rank}"
             hint = f"its weight allows no more than {limit}" if rank > limit else wanted
             kind = "principal rank" if principal else "rank"
-            raise OptionError(f"{self.path}: {kind} {rank} of {basis.name} is outside 1..{stored}, the ranks stored", hint=hint)
+            raise OptionError(
+                f"{self.place}: {kind} {rank} of {basis.name} is outside 1..{stored}, the ranks stored", hint=hint
+            )
 
     def _with_hint(self, damage: DamageError) -> DamageError:
-        return DamageError(str(damage), hint=f"svdbank verify --data {quote(str(self.path))}")
+        return DamageError(str(damage), hint=f"svdbank verify --data {quote(self.place)}")
 
     def _coordinate_rows(self, array: Coordinate, wanted: list[StoredBasis], rank: int | None) -> dict[str, Tensor]:
         """The first ``rank`` columns, by default all, of one of the float64 arrays: (columns,) of each weight, its own copy."""

@@ -38,7 +38,7 @@ def _same_bytes(checkpoint: Checkpoint, bank: Bank, weight: WeightSpec) -> bool:
         return True
     values = torch.tensor(taken(matrix), dtype=torch.float64).to(matrix.dtype)
     if weight.dtype == basis.dtype or differing([values], [basis.probe()]):
-        raise _wrong_base(checkpoint, weight, bank.path)
+        raise _wrong_base(checkpoint, weight, bank.place)
     return False
 
 
@@ -51,7 +51,7 @@ def check_recorded(
             raise _wrong_base(checkpoint, weight, root)
 
 
-def _wrong_base(checkpoint: Checkpoint, weight: WeightSpec, root: Path) -> WrongBaseError:
+def _wrong_base(checkpoint: Checkpoint, weight: WeightSpec, root: Path | str) -> WrongBaseError:
     return WrongBaseError(
         f"{root} was built from another model: {weight.name} of {checkpoint.name} has other bytes",
         hint="give the bank another place with -o, or delete it",

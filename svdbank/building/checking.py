@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from svdbank.bank.files import Files, Folder
 from svdbank.bank.index import check_vectors, data_files, read_recorded
@@ -124,7 +125,7 @@ def _recorded(bank: Bank) -> Iterator[tuple[str, FileRecord]]:
 
 
 def _examine_file(bank: Bank, name: str, record: FileRecord, *, hashed: bool) -> Iterator[Damage]:
-    disk.safe_join(bank.path, name, error=DamageError)
+    disk.safe_join(Path(), name, error=DamageError)
     try:
         size = bank.files.size(name)
         if size != record.size:

@@ -178,7 +178,7 @@ def _check_published(checkpoint: Checkpoint, found: Survey, progress: ProgressCa
     if bank is None:
         return True
     if damage := examine(bank).damage:
-        first, path = damage[0], str(bank.path)
+        first, path = damage[0], bank.place
         raise DamageError(f"{path} is damaged: {first.file}: {first.what} ({len(damage)} in all)", hint=repair_command(path))
     same = same_bytes(checkpoint, bank, found.known, progress)
     if found.new and not same:

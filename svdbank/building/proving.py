@@ -34,14 +34,14 @@ def prove(
             spec = specs.get(name)
             if spec is None or (spec.out_features, spec.in_features) != (basis.out_features, basis.in_features):
                 raise WrongBaseError(
-                    f"{bank.path} was built from another model: {checkpoint.name} has no {name} of "
+                    f"{bank.place} was built from another model: {checkpoint.name} has no {name} of "
                     f"{basis.out_features}x{basis.in_features}",
                     hint=f"verify it against {bank.manifest.base.name}",
                 )
             weight, sha256 = checkpoint.read_hashed(spec)
             if sha256 != basis.source_sha256:
                 raise WrongBaseError(
-                    f"{bank.path} was built from another model: {name} of {checkpoint.name} has other bytes",
+                    f"{bank.place} was built from another model: {name} of {checkpoint.name} has other bytes",
                     hint=f"verify it against {bank.manifest.base.name}",
                 )
             yield from _wrong_with(bank, name, weight)
@@ -54,7 +54,7 @@ def _wrong_with(bank: Bank, name: str, weight: Tensor) -> Iterator[Damage]:
         minor = _stored(bank, name, "")
         principal = _stored(bank, name, "principal_") if bank[name].family.principal else None
     except DamageError as error:
-        yield Damage(name, str(error).removeprefix(f"{bank.path}/"))
+        yield Damage(name, str(error).removeprefix(f"{bank.place}/"))
         return
     for found, end in zip(check_stored(weight, minor, principal), ("smallest", "largest"), strict=False):
         if wrong := _first_wrong(found, _STORED[bank.dtype], end):

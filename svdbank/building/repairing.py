@@ -221,11 +221,11 @@ class _Smith:
         spec = self._specs.get(weight.name)
         named = self._bank.manifest.base.name
         if self._checkpoint is None or spec is None:
-            raise WrongBaseError(f"{self._bank.path}: the model has no {weight.name}", hint=f"repair it from {named}")
+            raise WrongBaseError(f"{self._bank.place}: the model has no {weight.name}", hint=f"repair it from {named}")
         matrix, sha256 = self._checkpoint.read_hashed(spec)
         if sha256 != weight.source_sha256:
             raise WrongBaseError(
-                f"{self._bank.path} was built from another model: {weight.name} of {self._checkpoint.name} has other bytes",
+                f"{self._bank.place} was built from another model: {weight.name} of {self._checkpoint.name} has other bytes",
                 hint=f"repair it from {named}",
             )
         with pinned_threads(min(shard.threads, available_cpus())):

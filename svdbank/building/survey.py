@@ -161,7 +161,7 @@ def _known_weights(checkpoint: Checkpoint, bank: Bank, asked: Sequence[WeightSpe
         spec = specs.get(name)
         if spec is None or (spec.out_features, spec.in_features) != (basis.out_features, basis.in_features):
             raise WrongBaseError(
-                f"{bank.path} was built from another model: {checkpoint.name} has no {name} of {basis.out_features}x{basis.in_features}",
+                f"{bank.place} was built from another model: {checkpoint.name} has no {name} of {basis.out_features}x{basis.in_features}",
                 hint="give the bank another place with -o, or delete it",
             )
         known.append(spec)

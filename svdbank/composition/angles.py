@@ -80,7 +80,7 @@ def _share(adapter: Adapter, bank: Bank) -> float:
     names = names_in(bank, adapter.weights)
     if len(names) < len(adapter.weights):
         raise BankError(
-            f"{bank.path}: the bank lacks {len(adapter.weights) - len(names)} weights of the adapter",
+            f"{bank.place}: the bank lacks {len(adapter.weights) - len(names)} weights of the adapter",
             hint="svdbank build MODEL --targets … adds them",
         )
     inside = whole = 0.0

@@ -166,7 +166,7 @@ def next_bands(bank: Bank, ranks: Mapping[str, int], beside: Iterable[Adapter]) 
             full = min(bank[name].out_features, bank[name].in_features)
             more = f", or svdbank build MODEL --rank {start + rank}" if start + rank <= full else f": it has {full} in all"
             raise BankError(
-                f"{bank.path}: no free band of rank {rank} is left in {name}: it stores {bank[name].rank} directions, "
+                f"{bank.place}: no free band of rank {rank} is left in {name}: it stores {bank[name].rank} directions, "
                 f"{len(taken.get(name, ()))} are taken",
                 hint=f"a smaller rank{more}",
             )

@@ -26,7 +26,7 @@ def selected(bank: Bank, targets: str | Sequence[str], exclude: str | Sequence[s
         held = sorted({bank[name].module.rpartition(".")[2] for name in bank.names})
         shown = silent or ([targets] if isinstance(targets, str) else list(targets))
         raise OptionError(
-            f"{bank.path}: {', '.join(map(repr, shown))} matches no weight of this bank, which holds {', '.join(held)}",
+            f"{bank.place}: {', '.join(map(repr, shown))} matches no weight of this bank, which holds {', '.join(held)}",
             hint="svdbank build MODEL " + " ".join(f"--targets {name}" for name in shown) + " extends the bank",
         )
     if exclude:

@@ -153,13 +153,13 @@ def _fill(
         return
     seconds = {"surgery": surgery, **found.seconds, "copy": time.perf_counter() - begun}
     record = Attachment(
-        adapter_name, str(source.bank.path), found.names, found.unverified, seconds, method, rounding, found.floored
+        adapter_name, source.bank.place, found.names, found.unverified, seconds, method, rounding, found.floored
     )
     root.__dict__.setdefault(RECORD, {})[adapter_name] = record
     if found.unverified:
         warnings.warn(
             f"{len(found.unverified)} of {len(found.names)} weights could not be read (meta device, quantised or sharded): only names "
-            f"and shapes were compared with {source.bank.path}",
+            f"and shapes were compared with {source.bank.place}",
             UnverifiedBaseWarning,
             stacklevel=2,
         )
@@ -211,6 +211,6 @@ def _check_saved_bases(source: FactorSource, bank: Bank, layers: Sequence[Slot],
                 strangers.append(name)
     if strangers:
         raise WrongBaseError(
-            f"{source.folder}: B of {len(strangers)} of {position} weights is not of {bank.path}, first {strangers[0]}",
+            f"{source.folder}: B of {len(strangers)} of {position} weights is not of {bank.place}, first {strangers[0]}",
             hint="open the bank that the adapter was made with, or leave bank= out to load it unchecked",
         )

@@ -141,7 +141,7 @@ def match(bank: Bank, targets: Sequence[Target], *, prefix: str = "") -> tuple[s
     if missing:
         leaves = sorted({label.partition("[")[0].rpartition(".")[2] for label in missing})
         raise BankError(
-            f"{bank.path}: the bank holds no basis for {abridge(missing)}",
+            f"{bank.place}: the bank holds no basis for {abridge(missing)}",
             hint="svdbank build MODEL "
             + " ".join(f"--targets {leaf}" for leaf in leaves)
             + " adds them to the bank"
@@ -180,12 +180,12 @@ def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -
         if (target.out_features, target.in_features) != (bank[name].out_features, bank[name].in_features)
     ):
         raise BankError(
-            f"{bank.path}: PEFT takes in and out of these experts the other way round, so their bases do not fit its layers "
+            f"{bank.place}: PEFT takes in and out of these experts the other way round, so their bases do not fit its layers "
             f"(Llama-4's are such); {abridge(wrong)}",
             hint="leave these parameters out of target_parameters: adapters on them are not supported",
         )
     if wrong:
-        raise WrongBaseError(f"{bank.path}: this bank describes another model; {abridge(wrong)}", hint=_REBUILD)
+        raise WrongBaseError(f"{bank.place}: this bank describes another model; {abridge(wrong)}", hint=_REBUILD)
 
 
 def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ def recognise(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> tu
         if wrong:
             different = [names[readable[i]] for i in wrong]
             raise WrongBaseError(
-                f"{bank.path}: {len(different)} of {len(readable)} weights of this model are not those the bank was built from: "
+                f"{bank.place}: {len(different)} of {len(readable)} weights of this model are not those the bank was built from: "
                 f"{abridge(different)}",
                 hint=_REBUILD,
             )

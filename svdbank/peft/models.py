@@ -180,12 +180,12 @@ def _check_base(bank: Bank, saved: AdapterFolder) -> None:
     lacking = [name for name in saved.base.weights if name not in bank]
     if lacking:
         raise BankError(
-            f"{bank.path}: the bank lacks {len(lacking)} weights of the adapter {saved.path}, first {lacking[0]}",
+            f"{bank.place}: the bank lacks {len(lacking)} weights of the adapter {saved.path}, first {lacking[0]}",
             hint="svdbank build MODEL with --targets for them adds them to the bank",
         )
     if saved.base.is_of(bank) is False:
         raise WrongBaseError(
-            f"{saved.path}: this adapter was made on other weights than those of {bank.path}",
+            f"{saved.path}: this adapter was made on other weights than those of {bank.place}",
             hint="open the bank of the adapter's base",
         )
 

@@ -178,7 +178,7 @@ def _report(
         model=run.model.name,
         method=options.method,
         rank=options.rank,
-        bank=None if run.bank is None else str(run.bank.path),
+        bank=None if run.bank is None else run.bank.place,
         trainable_parameters=trainable_parameters(trainer.model),
         blocks=len(data.training) if hasattr(data.training, "select") else 0,
         length=run.length,

@@ -45,7 +45,7 @@ def rehearse(options: TrainOptions, causal: CausalModel, bank: Bank | None) -> N
             else:
                 hint = "merge those beneath into one of a lower rank, svdbank merge … -r, or leave one out"
             raise BankError(
-                f"{bank.path}: the next free band is {start}:{stop}, and the bank holds {basis.rank} directions of {basis.name}"
+                f"{bank.place}: the next free band is {start}:{stop}, and the bank holds {basis.rank} directions of {basis.name}"
                 + (f", which has no more than {most}" if stop > most else ""),
                 hint=hint,
             )

@@ -131,7 +131,7 @@ def demo(
     tuned.save_pretrained(str(trained))
     return DemoReport(
         model=str(folder),
-        bank=str(bank.path),
+        bank=bank.place,
         fresh_adapter=str(fresh),
         trained_adapter=str(trained),
         weights=len(bank),

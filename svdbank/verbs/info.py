@@ -48,7 +48,7 @@ def info(source: str | os.PathLike[str]) -> BankInfo | UnfinishedInfo:
     families = tuple(family_info(bank, family) for family in bank.index.families)
     records = [weight for family in bank.index.families for weight in family.weights]
     return BankInfo(
-        path=str(bank.path),
+        path=bank.place,
         model=manifest.base.name,
         revision=manifest.base.revision,
         base_digest=manifest.base_digest,

@@ -171,7 +171,7 @@ def init(
     record = write_fresh(path, settings, bank, bands, factors, chosen, base, force=force)
     return InitReport(
         adapter=str(output),
-        bank=str(bank.path),
+        bank=bank.place,
         base=named,
         method=chosen,
         rank=record.rank,

@@ -69,7 +69,7 @@ def verify(
         names = bank.names if drawn is None else drawn.names
         damage, proven = tuple(prove(bank, model, names, progress)), len(names)
     report = _report(
-        str(bank.path), level, bank, damage, files=examined.files, nbytes=examined.nbytes, unrecorded=examined.unrecorded
+        bank.place, level, bank, damage, files=examined.files, nbytes=examined.nbytes, unrecorded=examined.unrecorded
     )
     return msgspec.structs.replace(report, proven=proven, sample=drawn)
 
