@@ -150,6 +150,12 @@ def vector_arrays(family: FamilySpec, side: str) -> dict[str, tuple[int, int]]:
     return arrays
 
 
+def bytes_read(family: FamilySpec, side: str, dtype: str, rank: int) -> int:
+    """Bytes of vectors that a lookup of the ``rank`` most minor triplets of a family's weights reads of ``side``: whole chunks."""
+    length = family.out_features + (family.in_features if side == "both" else 0)
+    return len(family.weights) * rank_extent(min(rank, family.rank)) * length * ITEMSIZE[dtype]
+
+
 def shard_file(family: str, array: str, shard: int) -> str:
     """Path of a data file inside the bank."""
     return f"{family}/{array}/c/{shard}/0/0"

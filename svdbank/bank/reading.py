@@ -16,6 +16,7 @@ from svdbank.bank.chunks import ShardRead, read_chunks
 from svdbank.bank.files import Files, Folder
 from svdbank.bank.index import base_digest, check_vectors, read_coordinate, read_index, read_manifest
 from svdbank.bank.layout import ITEMSIZE, RANK_CHUNK, STORED, Index, Manifest, WeightRecord, shard_file, vector_arrays
+from svdbank.bank.spectrum import Spectrum, weight_spectrum
 from svdbank.core.errors import BankError, DamageError, OptionError
 from svdbank.core.specs import Alias, FamilySpec, WeightKind
 
@@ -251,6 +252,21 @@ class Bank:
                 columns = spec.rank if array == "sigma" else spec.principal
             self._coordinates[key] = read_coordinate(self.files, entry, array, columns)
         return self._coordinates[key]
+
+    def spectrum(self) -> Spectrum:
+        """The ends of every weight's spectrum, its condition, gap, resolved rank and certificate: a row for each, in the bank's order.
+
+        Reads σ, no vectors. DamageError where they are not as published.
+        """
+        try:
+            sigma = {name: self.coordinate(name, "sigma").tolist() for name in self._families}
+        except DamageError as damage:
+            raise self._with_hint(damage) from damage
+        rows = []
+        for basis in self._entries.values():
+            stored = basis.family.name
+            rows.append(weight_spectrum(basis.record, basis.family, stored, sigma[stored][basis.row]))  # type: ignore[arg-type]
+        return Spectrum(rows)
 
     def base_digest(self, names: Iterable[str] | None = None) -> str:
         """sha256 over names and source hashes of the given weights, by default all: identifies the base, whatever else it holds."""

@@ -6,11 +6,13 @@ import hashlib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from svdbank.bank.files import Files, Folder
 from svdbank.bank.index import check_vectors, data_files, read_recorded
 from svdbank.bank.layout import LOG, MANIFEST, FamilyIndex, FileRecord
 from svdbank.bank.reading import Bank
+from svdbank.bank.spectrum import rank_marks
 from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
 from svdbank.core.basis import unresolved_ranks
@@ -24,7 +26,8 @@ _PIECE = 8 << 20
 class FamilyInfo(Struct, frozen=True):
     """One family of a bank. Residual and orthogonality are the worst of its weights; σ are ranges over them.
 
-    ``tied`` more weights are stored nowhere, because one of these with its sides exchanged serves them.
+    ``curve`` holds (i, median over the weights of σ_i / σ_max), σ_1 the smallest. ``tied`` more weights are stored nowhere, because one
+    of these with its sides exchanged serves them.
     """
 
     name: str
@@ -40,6 +43,7 @@ class FamilyInfo(Struct, frozen=True):
     sigma_max: float
     unresolved: int
     tied: int = 0
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 class Damage(Struct, frozen=True):
@@ -79,6 +83,10 @@ def family_info(bank: Bank, family: FamilyIndex) -> FamilyInfo:
             len(unresolved_ranks(values, c.sigma_next, c.sigma_max)) for values, c in zip(sigma, certificates, strict=True)
         ),
         tied=sum(alias.of in spec.weights for alias in bank.index.aliases),
+        curve=tuple(
+            (mark, median(values[mark - 1] / (c.sigma_max or 1.0) for values, c in zip(sigma, certificates, strict=True)))
+            for mark in rank_marks(spec.rank)
+        ),
     )
 
 

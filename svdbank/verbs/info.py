@@ -6,9 +6,19 @@ import os
 from collections import Counter
 
 from svdbank import cache
+from svdbank.bank.layout import RANK_CHUNK, bytes_read
+from svdbank.bank.reading import Bank
 from svdbank.building.checking import FamilyInfo, family_info
 from svdbank.building.standing import UnfinishedInfo, unfinished_info
 from svdbank.core.specs import Struct, quantised_formats
+
+
+class SizeAtRank(Struct, frozen=True):
+    """Bytes of vectors that a lookup of all weights at ``rank`` reads: left ones, and those of both sides (None where one is stored)."""
+
+    rank: int
+    left: int
+    both: int | None
 
 
 class BankInfo(Struct, frozen=True):
@@ -16,6 +26,7 @@ class BankInfo(Struct, frozen=True):
 
     ``quantised`` counts the weights that the base stores as codes and scales, by format; the bank describes their values. ``tied`` maps
     the weights that share a decomposition, sides exchanged, to the weight that it is stored of: an output head to its embedding.
+    ``sizes`` says what lookups of all weights read.
     """
 
     path: str
@@ -34,6 +45,7 @@ class BankInfo(Struct, frozen=True):
     unresolved: int
     quantised: dict[str, int]
     tied: dict[str, str]
+    sizes: tuple[SizeAtRank, ...] = ()
 
 
 def info(source: str | os.PathLike[str]) -> BankInfo | UnfinishedInfo:
@@ -64,4 +76,16 @@ def info(source: str | os.PathLike[str]) -> BankInfo | UnfinishedInfo:
         unresolved=sum(family.unresolved for family in families),
         quantised=quantised_formats(bank[name].dtype for name in bank),
         tied={alias.name: alias.of for alias in bank.index.aliases},
+        sizes=sizes_by_rank(bank),
     )
+
+
+def sizes_by_rank(bank: Bank) -> tuple[SizeAtRank, ...]:
+    """What lookups read at the ranks where one more chunk of vectors begins to be read, doubling, and at the largest."""
+    options, families = bank.manifest.options, [family.spec for family in bank.index.families]
+    ranks = [rank for rank in (RANK_CHUNK << power for power in range(bank.rank.bit_length())) if rank < bank.rank]
+    found = []
+    for rank in (*ranks, bank.rank):
+        left, both = (sum(bytes_read(spec, side, options.dtype, rank) for spec in families) for side in ("left", "both"))
+        found.append(SizeAtRank(rank, left, both if options.side == "both" else None))
+    return tuple(found)

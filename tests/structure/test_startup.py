@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "help": (["--help"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "ls": (["ls"], ("torch", "zarr", "numpy", *TRAINING)),
     "info": (["info", "BANK"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
+    "info --weights": (["info", "BANK", "--weights"], ("torch", "zarr", "numpy", "pandas", "huggingface_hub", *TRAINING)),
     "verify": (["verify", "BANK"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "verify --data": (["verify", "BANK", "--data"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "plan": (["plan", "MODEL", "-o", "PLANNED"], ("torch", "zarr", "huggingface_hub", *TRAINING)),
