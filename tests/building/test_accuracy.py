@@ -57,7 +57,9 @@ def test_every_basis_of_minilm_is_that_of_a_float64_svd(minilm: Path, device: st
     assert len(exempt) <= 2
 
 
-@pytest.mark.parametrize("layers", [(0, 29), pytest.param(tuple(range(30)), marks=pytest.mark.soak)], ids=["first, last", "all"])
+@pytest.mark.parametrize(
+    "layers", [(0, 29), pytest.param(tuple(range(30)), marks=pytest.mark.soak)], ids=["first, last", "all"]
+)
 def test_every_basis_of_smollm2_is_that_of_a_float64_svd(
     layers: tuple[int, ...], smollm2: Path, device: str, tmp_path: Path
 ) -> None:
