@@ -93,9 +93,12 @@ def _check_base(folder: AdapterFolder, bank: Bank | None, names: Mapping[str, st
     if bank is None:
         return []
     if not names:
+        own, held = next(iter(folder.factors), "nothing"), next(iter(bank), "nothing")
         raise WrongBaseError(
-            f"{folder.path}: none of its weights is in {bank.place}, a bank of {bank.manifest.base.name}",
-            hint="name the bank of the adapter's base, extended to these modules: svdbank build MODEL --targets …",
+            f"{folder.path}: none of its weights is in {bank.place}, a bank of {bank.manifest.base.name}: the adapter has {own}, the bank "
+            f"{held}",
+            hint="name the bank of the adapter's base, extended to these modules: svdbank build MODEL --targets …; an adapter with names "
+            "of older Transformers is read by its base, without a bank",
         )
     if folder.cache is None or not folder.cache.sources:
         return [f"{folder.path.name}: its base is not recorded, so it could not be compared with the bank's"]

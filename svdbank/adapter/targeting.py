@@ -21,7 +21,7 @@ def untargeted(settings: LoraSettings, modules: Iterable[str]) -> Iterator[tuple
             yield module, "exclude_modules"
         elif any(_within(name, module) for name in settings.modules_to_save or ()):
             yield module, "modules_to_save"
-        elif targets and targets != "all-linear" and not _named(targets, module):
+        elif targets is not None and targets != "all-linear" and not _named(targets, module):
             yield module, "target_modules"
         elif numbers and isinstance(targets, list) and module not in targets and _layer(settings, module) not in numbers:
             yield module, "layers_to_transform"

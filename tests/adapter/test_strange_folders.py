@@ -286,6 +286,7 @@ def test_an_index_without_metadata_is_read(base: Path, plain: tuple[Path, torch.
 LEFT_OUT: dict[str, object] = {
     "target_modules": ["q_proj"],
     "target_modules ": r".*\.1\.self_attn\..*",
+    "target_modules  ": [],
     "exclude_modules": ["v_proj"],
     "layers_to_transform": [0],
     "modules_to_save": ["self_attn"],
