@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from svdbank.adapter.documents import Documents
+from svdbank.bank.afar import open_afar
 from svdbank.bank.claims import refuse_claimed
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
+from svdbank.bank.parts import read_origin
 from svdbank.bank.reading import Bank, open_bank
 from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
@@ -28,7 +30,7 @@ from svdbank.core.errors import (
     SvdbankError,
     WrongBaseError,
 )
-from svdbank.core.places import OnDisk, OnHub, locate, refuse_empty
+from svdbank.core.places import InStore, OnDisk, OnHub, far_bank, locate, refuse_empty
 from svdbank.core.specs import BuildOptions, Plan, from_json
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 
 #: Its time says when a cached bank was last opened. It belongs to no digest; readers ignore names that begin with a dot.
 _USED = ".used"
+
+#: Where a limit of the parts of banks that lie elsewhere is named, and how.
+PARTS_LIMIT = "SVDBANK_PARTS_LIMIT"
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)\s*([kmgtKMGT]?)[bB]?")
 
 #: A folder's name may have 255 bytes, and twelve digits of a hash follow.
 _LONGEST_SLUG = 200
@@ -48,6 +54,20 @@ def home() -> Path:
     from huggingface_hub.constants import HF_ASSETS_CACHE
 
     return Path(HF_ASSETS_CACHE) / "svdbank"
+
+
+def parts_home() -> Path:
+    """Folder of the parts of banks that lie elsewhere."""
+    return home() / "parts"
+
+
+def parts_limit() -> int:
+    """Bytes of parts that may stay on this disk, those brought by ``pull`` not counted: ``SVDBANK_PARTS_LIMIT``, else 20 GB."""
+    text = os.environ.get(PARTS_LIMIT, "").strip()
+    found = _SIZE.fullmatch(text or "20GB")
+    if found is None:
+        raise OptionError(f"{PARTS_LIMIT}={text[:40]!r} is no size", hint=f"{PARTS_LIMIT}=20GB, 500MB, or 0 to keep nothing")
+    return int(float(found[1]) * 1000 ** ("", "k", "m", "g", "t").index(found[2].lower()))
 
 
 def model_folder(checkpoint: Checkpoint) -> Path:
@@ -87,16 +107,23 @@ def refuse_foreign_folder(root: Path) -> None:
 
 
 def open(source: str | os.PathLike[str]) -> Bank:
-    """Open a bank by its folder, or the cached bank of a model by the model's name or folder.
+    """Open a bank by its folder or address, or the cached bank of a model by the model's name or folder.
 
-    Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
-    Raises BankNotFoundError where there is none, OptionError for an empty name.
+    ``hf://org/name[@revision]``, ``s3://…``, ``gs://…`` and ``https://…`` are banks elsewhere: only what is asked of them is fetched, held
+    to the index and kept on this disk (:func:`parts_limit`). A branch, or an address without commits, means what it meant when it was
+    first opened, until ``svdbank pull`` looks at it anew. ``hf://`` before a model whose bank is in the cache means that bank. Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
+    Raises BankNotFoundError where there is none, OptionError for an empty name or an address that is none.
     """
     refuse_empty(source, "the bank's name", "name a bank's folder or a model; svdbank ls shows the banks there are")
+    far = far_bank(source)
+    if far is not None and not (isinstance(far, OnHub) and _is_base(far.repository)):
+        return open_elsewhere(far)
     place = locate(os.fspath(source))
     candidates: list[tuple[Path, Manifest]] = []
     if isinstance(place, OnDisk):
         path = place.path
+        if (origin := read_origin(path)) is not None and (far := far_bank(origin.place)) is not None:
+            return open_elsewhere(far)
         if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
             if home() / "banks" in path.absolute().parents:
                 mark_used(path)
@@ -130,6 +157,18 @@ def open(source: str | os.PathLike[str]) -> Bank:
     best, _ = max(candidates, key=lambda entry: _richness(entry[1]))
     mark_used(best)
     return open_bank(best)
+
+
+def open_elsewhere(far: OnHub | InStore, *, anew: bool = False) -> Bank:
+    """Open a bank by its address; ``anew``: look at what stands there now. See :func:`open`."""
+    bank = open_afar(far, parts_home(), parts_limit(), anew=anew)
+    mark_used(parts_home() / bank.manifest.digest[:32])
+    return bank
+
+
+def _is_base(repository: str) -> bool:
+    """True where a bank of this model is in the cache."""
+    return any(manifest.base.name == repository for _, manifest in _published(bank_folders()))
 
 
 @overload

@@ -6,14 +6,14 @@ Everything is checked before it is used: digests of the manifest and of whatever
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil
 from shlex import quote
 
 import msgspec
 
 from svdbank.bank.chunks import checked_crc
-from svdbank.bank.files import Files, read_small
+from svdbank.bank.files import SMALL_FILE, Files, Range, read_small
 from svdbank.bank.layout import (
     CRC_BYTES,
     INDEX_ENTRY,
@@ -44,7 +44,6 @@ def read_manifest(files: Files) -> Manifest:
     Raises BankNotFoundError where there is none (or one whose build has not finished), DamageError when it is not the bytes that were
     published, BankError for a format this version does not know.
     """
-    path = f"{files.place}/{MANIFEST}"
     try:
         data = read_small(files, MANIFEST)
     except FileNotFoundError:
@@ -55,12 +54,16 @@ def read_manifest(files: Files) -> Manifest:
         raise BankNotFoundError(
             f"{files.place}: no bank here", hint="svdbank ls shows the banks there are; svdbank build makes one"
         ) from None
+    return parse_manifest(data, files.place, hint=f"svdbank repair {quote(files.place)} --source MODEL")
+
+
+def parse_manifest(data: bytes, place: str, *, hint: str | None = None) -> Manifest:
+    """A manifest from its bytes; DamageError where they are not those that were published, BankError for an unknown format."""
+    path = f"{place}/{MANIFEST}"
     _check_format(data, path)
     manifest = from_json(data, Manifest, where=path, error=DamageError)
     if manifest_digest(data, manifest.digest) != manifest.digest:
-        raise DamageError(
-            f"{path}: not the manifest that was published", hint=f"svdbank repair {quote(files.place)} --source MODEL"
-        )
+        raise DamageError(f"{path}: not the manifest that was published", hint=hint)
     return manifest
 
 
@@ -81,45 +84,57 @@ def read_index(files: Files, manifest: Manifest) -> Index:
 
 def read_recorded(files: Files, name: str, record: FileRecord) -> bytes:
     """A small file; DamageError where it is not the bytes that were published."""
+    return read_all_recorded(files, [(name, record)])[0]
+
+
+def read_all_recorded(files: Files, wanted: Sequence[tuple[str, FileRecord]]) -> list[bytes]:
+    """Small files in one round of reading, in order; DamageError where one is not the bytes that were published."""
+    ranges: list[Range] = []
+    for name, record in wanted:
+        try:
+            size = files.size(name)
+        except FileNotFoundError:
+            raise DamageError(f"{files.place}/{name}: missing") from None
+        if size != record.size or size > SMALL_FILE:
+            raise DamageError(f"{files.place}/{name}: not the bytes that were published")
+        ranges.append((name, 0, size))
     try:
-        data = read_small(files, name)
-    except FileNotFoundError:
-        raise DamageError(f"{files.place}/{name}: missing") from None
-    if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
-        raise DamageError(f"{files.place}/{name}: not the bytes that were published")
-    return data
+        found = files.read_many(ranges)
+    except FileNotFoundError as cause:  # gone meanwhile
+        raise DamageError(f"{cause}: missing") from None
+    for (name, record), data in zip(wanted, found, strict=True):
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise DamageError(f"{files.place}/{name}: not the bytes that were published")
+    return found
 
 
-def read_metadata(files: Files, family: FamilyIndex, array: str, shape: tuple[int, ...], dtype: str) -> ArrayMetadata:
-    """The ``zarr.json`` of a family's array; DamageError where it is not as published or says other than ``dtype`` of ``shape``."""
-    path = f"{family.spec.name}/{array}/zarr.json"
-    metadata = checked_metadata(read_recorded(files, path, _record(files, family, path)), where=f"{files.place}/{path}")
-    if not isinstance(metadata, ArrayMetadata):
-        raise DamageError(f"{files.place}/{path}: a group where an array belongs")
-    if (metadata.shape, metadata.data_type) != (shape, dtype):
-        claim = f"claims {metadata.data_type} of {metadata.shape}, the index says {dtype} of {shape}"
-        raise DamageError(f"{files.place}/{family.spec.name}/{array}: {claim}")
-    return metadata
+def check_vectors(files: Files, arrays: Sequence[tuple[FamilyIndex, str]], options: BuildOptions) -> None:
+    """DamageError unless the ``zarr.json`` of each of these families' arrays of vectors is as published, and as format 1 says for its
+    shape; one round of reading."""
+    found = read_all_recorded(files, [_recorded(files, family, f"{array}/zarr.json") for family, array in arrays])
+    for (family, array), data in zip(arrays, found, strict=True):
+        rank, length = vector_arrays(family.spec, options.side)[array]
+        metadata = _metadata(files, family, array, data, (len(family.weights), rank, length), STORED[options.dtype][0])
+        if not metadata.is_sharded((family.spec.weights_per_shard, rank_extent(rank), length), (1, RANK_CHUNK, length)):
+            raise DamageError(f"{files.place}/{family.spec.name}/{array}: not cut as format 1 says")
 
 
-def check_vectors(files: Files, family: FamilyIndex, array: str, options: BuildOptions) -> None:
-    """DamageError unless the ``zarr.json`` of a family's array of vectors is as published, and as format 1 says for its shape."""
-    rank, length = vector_arrays(family.spec, options.side)[array]
-    metadata = read_metadata(files, family, array, (len(family.weights), rank, length), STORED[options.dtype][0])
-    if not metadata.is_sharded((family.spec.weights_per_shard, rank_extent(rank), length), (1, RANK_CHUNK, length)):
-        raise DamageError(f"{files.place}/{family.spec.name}/{array}: not cut as format 1 says")
-
-
-def read_coordinate(files: Files, family: FamilyIndex, array: str, columns: int) -> memoryview[float]:
-    """A float64 array along the weights of a family (σ, probes), (weights, columns); DamageError where it is not as published."""
-    shape = (len(family.weights), columns)
-    if not read_metadata(files, family, array, shape, "float64").is_one_chunk:
-        raise DamageError(f"{files.place}/{family.spec.name}/{array}: not cut as format 1 says")
-    path = f"{family.spec.name}/{array}/c/0/0"
-    data = read_recorded(files, path, _record(files, family, path))
-    if checked_crc(data) is None or len(data) != shape[0] * shape[1] * 8 + CRC_BYTES:
-        raise DamageError(f"{files.place}/{path}: its bytes do not fit its checksum or its shape")
-    return memoryview(data)[:-CRC_BYTES].cast("d", shape)
+def read_coordinates(files: Files, array: str, wanted: Sequence[tuple[FamilyIndex, int]]) -> list[memoryview[float]]:
+    """A float64 array along the weights (σ, probes) of each of some families, (weights, columns), with its number of columns; one round
+    of reading. DamageError where one is not as published."""
+    parts = ("zarr.json", "c/0/0")
+    files_of = [_recorded(files, family, f"{array}/{part}") for family, _ in wanted for part in parts]
+    found = read_all_recorded(files, files_of)
+    arrays: list[memoryview[float]] = []
+    for (family, columns), document, data in zip(wanted, found[::2], found[1::2], strict=True):
+        shape = (len(family.weights), columns)
+        place = f"{files.place}/{family.spec.name}/{array}"
+        if not _metadata(files, family, array, document, shape, "float64").is_one_chunk:
+            raise DamageError(f"{place}: not cut as format 1 says")
+        if checked_crc(data) is None or len(data) != shape[0] * shape[1] * 8 + CRC_BYTES:
+            raise DamageError(f"{place}/c/0/0: its bytes do not fit its checksum or its shape")
+        arrays.append(memoryview(data)[:-CRC_BYTES].cast("d", shape))
+    return arrays
 
 
 def base_digest(source_hashes: dict[str, str]) -> str:
@@ -158,11 +173,25 @@ def _is_begun(files: Files) -> bool:
         return False
 
 
-def _record(files: Files, family: FamilyIndex, path: str) -> FileRecord:
+def _recorded(files: Files, family: FamilyIndex, name: str) -> tuple[str, FileRecord]:
+    """Path inside the bank and record of one of a family's small files."""
+    path = f"{family.spec.name}/{name}"
     record = family.metadata.get(path)
     if record is None:
         raise DamageError(f"{files.place}/{path}: the index does not record it")
-    return record
+    return path, record
+
+
+def _metadata(files: Files, family: FamilyIndex, array: str, data: bytes, shape: tuple[int, ...], dtype: str) -> ArrayMetadata:
+    """The ``zarr.json`` of a family's array; DamageError where it says other than ``dtype`` of ``shape``."""
+    path = f"{family.spec.name}/{array}/zarr.json"
+    metadata = checked_metadata(data, where=f"{files.place}/{path}")
+    if not isinstance(metadata, ArrayMetadata):
+        raise DamageError(f"{files.place}/{path}: a group where an array belongs")
+    if (metadata.shape, metadata.data_type) != (shape, dtype):
+        claim = f"claims {metadata.data_type} of {metadata.shape}, the index says {dtype} of {shape}"
+        raise DamageError(f"{files.place}/{family.spec.name}/{array}: {claim}")
+    return metadata
 
 
 def _check_consistent(place: str, manifest: Manifest, index: Index) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from svdbank.bank.chunks import ShardRead, read_chunks
 from svdbank.bank.files import Files, Folder
-from svdbank.bank.index import base_digest, check_vectors, read_coordinate, read_index, read_manifest
+from svdbank.bank.index import base_digest, check_vectors, read_coordinates, read_index, read_manifest
 from svdbank.bank.layout import ITEMSIZE, RANK_CHUNK, STORED, Index, Manifest, WeightRecord, shard_file, vector_arrays
 from svdbank.bank.spectrum import Spectrum, weight_spectrum
 from svdbank.core.errors import BankError, DamageError, OptionError
@@ -240,18 +240,25 @@ class Bank:
 
     def coordinate(self, family: str, array: Coordinate) -> memoryview[float]:
         """One of a family's float64 arrays, (weights, columns), in stored order; read once. Loads no torch, but for the probe."""
-        key = (family, array)
-        if key not in self._coordinates:
-            entry = self._families[family]
-            spec = entry.spec
-            if array == "probe":
-                from svdbank.core.probe import PROBE_SIZE
+        return self.coordinates([family], array)[family]
 
-                columns = min(PROBE_SIZE, spec.out_features * spec.in_features)
-            else:
-                columns = spec.rank if array == "sigma" else spec.principal
-            self._coordinates[key] = read_coordinate(self.files, entry, array, columns)
-        return self._coordinates[key]
+    def coordinates(self, families: Iterable[str], array: Coordinate) -> dict[str, memoryview[float]]:
+        """:meth:`coordinate` of several families, in one round of reading."""
+        families = list(families)
+        missing = [name for name in families if (name, array) not in self._coordinates]
+        if missing:
+            wanted = [(self._families[name], self._columns(self._families[name].spec, array)) for name in missing]
+            found = read_coordinates(self.files, array, wanted)
+            self._coordinates.update({(name, array): values for name, values in zip(missing, found, strict=True)})
+        return {name: self._coordinates[name, array] for name in families}
+
+    @staticmethod
+    def _columns(spec: FamilySpec, array: Coordinate) -> int:
+        if array == "probe":
+            from svdbank.core.probe import PROBE_SIZE
+
+            return min(PROBE_SIZE, spec.out_features * spec.in_features)
+        return spec.rank if array == "sigma" else spec.principal
 
     def spectrum(self) -> Spectrum:
         """The ends of every weight's spectrum, its condition, gap, resolved rank and certificate: a row for each, in the bank's order.
@@ -292,7 +299,8 @@ class Bank:
         import numpy as np
         import torch
 
-        families = {family: np.asarray(self.coordinate(family, array)) for family in {b.family.name for b in wanted}}
+        found = self.coordinates({b.family.name for b in wanted}, array)
+        families = {family: np.asarray(values) for family, values in found.items()}
         return {b.name: torch.from_numpy(families[b.family.name][b.row, :rank].copy()) for b in wanted}
 
     def _vectors(self, array: str, wanted: list[StoredBasis], rank: int | None) -> dict[str, Tensor]:
@@ -300,6 +308,9 @@ class Bank:
         rows: dict[tuple[str, str], set[int]] = {}
         for basis in wanted:
             rows.setdefault((basis.family.name, _stored_array(basis, array)), set()).add(basis.row)
+        if unseen := rows.keys() - self._metadata_seen:
+            check_vectors(self.files, [(self._families[family], of) for family, of in sorted(unseen)], self.manifest.options)
+            self._metadata_seen |= unseen
         reads = {key: self._shard_reads(*key, sorted(members), rank) for key, members in rows.items()}
         chunks = read_chunks(self.files, [read for shards in reads.values() for read in shards])
         found = {
@@ -313,9 +324,6 @@ class Bank:
         """What to read for some rows, ascending, of a family's array of vectors."""
         entry = self._families[family]
         stored, _ = vector_arrays(entry.spec, self.side)[array]
-        if (family, array) not in self._metadata_seen:
-            check_vectors(self.files, entry, array, self.manifest.options)
-            self._metadata_seen.add((family, array))
         each = entry.spec.weights_per_shard
         return [
             ShardRead(

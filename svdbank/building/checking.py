@@ -113,7 +113,7 @@ def _contradictions(bank: Bank) -> Iterator[Damage]:
             array = name.split("/")[1]
             try:
                 if array in family.files:
-                    check_vectors(bank.files, family, array, bank.manifest.options)
+                    check_vectors(bank.files, [(family, array)], bank.manifest.options)
                 elif name.endswith("zarr.json"):
                     checked_metadata(read_recorded(bank.files, name, record), where=f"{bank.files.place}/{name}")
             except DamageError as error:

@@ -18,7 +18,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -178,6 +178,24 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             unlink(temporary)
         raise
+
+
+def write_parts(path: Path, parts: Sequence[tuple[int, bytes]]) -> None:
+    """Write bytes at their offsets into a file that may have holes, made where it is not there. Neither fsynced nor whole at once: for
+    what is checked when it is read."""
+    _about_to("write", path)
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        for begin, data in parts:
+            rest = memoryview(data)
+            while rest:
+                written = os.pwrite(descriptor, rest, begin)
+                rest, begin = rest[written:], begin + written
+    finally:
+        os.close(descriptor)
 
 
 def write_once(path: Path, data: bytes | memoryview) -> bool:

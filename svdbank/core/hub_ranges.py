@@ -42,6 +42,10 @@ class Traffic:
             self.retries += retries
 
 
+class AnswerError(CheckpointError):
+    """An answer that is not to the question: of another commit, file or range, or more than was asked for."""
+
+
 class _BrokenOffError(ConnectionError):
     """The body ended before the range did."""
 
@@ -159,7 +163,7 @@ class Repository:
             for chunk in response.iter_raw():
                 left -= len(chunk)
                 if left < 0:
-                    raise CheckpointError(f"{self._where(file)}: the server sent more bytes than were asked for", hint=_PROXY)
+                    raise AnswerError(f"{self._where(file)}: the server sent more bytes than were asked for", hint=_PROXY)
                 self.traffic.add(nbytes=len(chunk))
                 yield chunk
 
@@ -169,25 +173,25 @@ class Repository:
         for step in (*response.history, response):
             commit = step.headers.get("X-Repo-Commit")
             if commit is not None and commit != self.commit:
-                raise CheckpointError(f"{where}: the server answers from commit {commit[:12]}", hint=_PROXY)
+                raise AnswerError(f"{where}: the server answers from commit {commit[:12]}", hint=_PROXY)
             linked = step.headers.get("X-Linked-Etag") or ("" if response.history else step.headers.get("ETag", ""))
             linked = _unquoted(linked)
-            if _HASH.fullmatch(linked) and _HASH.fullmatch(file.identity) and linked != file.identity:
-                raise CheckpointError(f"{where}: the server has another file there (its id is {linked[:12]}…)", hint=_PROXY)
+            if _HASH.fullmatch(linked) and len(linked) == len(file.identity) and linked != file.identity:
+                raise AnswerError(f"{where}: the server has another file there (its id is {linked[:12]}…)", hint=_PROXY)
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise CheckpointError(f"{where}: the server compresses what it sends", hint=_NO_RANGES)
+            raise AnswerError(f"{where}: the server compresses what it sends", hint=_NO_RANGES)
         said = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         whole = response.status_code == 200 and (begin, end) == (0, file.size)
         if not whole and (response.status_code != 206 or said is None):
-            raise CheckpointError(f"{where}: the server does not answer byte ranges", hint=_NO_RANGES)
+            raise AnswerError(f"{where}: the server does not answer byte ranges", hint=_NO_RANGES)
         if said is not None and tuple(map(int, said.groups())) != (begin, end - 1, file.size):
-            raise CheckpointError(
+            raise AnswerError(
                 f"{where}: bytes {begin}-{end - 1} of {file.size} were asked for, the server sends {said[0]}", hint=_PROXY
             )
         etag = _unquoted(response.headers.get("ETag", ""))
         with self._lock:
             if etag and self._etags.setdefault(file.name, etag) != etag:
-                raise CheckpointError(
+                raise AnswerError(
                     f"{where}: changed while it was read (its ETag is another one now)", hint="run the command again"
                 )
             if response.history:

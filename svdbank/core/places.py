@@ -56,6 +56,47 @@ class Nowhere:
     is_path: bool
 
 
+@dataclass(frozen=True)
+class InStore:
+    """A folder of an object store or of a web server, without a slash at its end."""
+
+    address: str
+
+    @property
+    def has_listing(self) -> bool:
+        """False for a web server, which shows files alone."""
+        return not self.address.startswith("http")
+
+
+def far_bank(name: str | os.PathLike[str]) -> OnHub | InStore | None:
+    """Where a bank lies that is named by an address: ``hf://org/name[@revision]``, ``s3://``, ``gs://``, ``http(s)://``; None for any
+    other name. OptionError for an address that is none, or the page of a repository."""
+    text = os.fspath(name)
+    scheme, sign, rest = text.partition("://")
+    if not isinstance(name, str) or not sign or scheme not in ("hf", "s3", "gs", "http", "https"):
+        return None
+    if scheme == "hf":
+        repository = _repository(rest)
+        if repository is None or "/" not in repository.repository:
+            raise OptionError(f"{text!r} is no address on the Hub", hint="write hf://org/name or hf://org/name@revision")
+        return repository
+    if (page := _PAGE.fullmatch(text)) is not None:
+        raise OptionError(f"{text!r} is a page, not a bank's address", hint=f"name it as hf://{page[1]}")
+    host = rest.partition("/")[0]
+    if (
+        not host
+        or any(ch.isspace() or ord(ch) < 32 for ch in text)
+        or ".." in rest.split("/")
+        or any(ch in rest for ch in "?#")
+    ):
+        raise OptionError(
+            f"{text!r} is no address of a bank", hint="write s3://bucket/path, gs://bucket/path or https://host/path"
+        )
+    if "@" in host:
+        raise OptionError("an address with a user or a token in it is not taken", hint="set credentials in the environment")
+    return InStore(text.rstrip("/"))
+
+
 def locate(name: str | os.PathLike[str], *, one_word: bool = False) -> OnDisk | OnHub | WebAddress | Nowhere:
     """What a name from outside means: the one place where paths are told from ``org/name[@revision]``.
 
