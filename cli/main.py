@@ -27,6 +27,7 @@ VERBS = (
     "ls",
     "rm",
     "prune",
+    "pull",
     "init",
     "train",
     "eval",

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.plan import plan as plan
     from svdbank.verbs.prune import prune as prune
     from svdbank.verbs.publish import publish as publish
+    from svdbank.verbs.pull import pull as pull
     from svdbank.verbs.repair import repair as repair
     from svdbank.verbs.rm import rm as rm
     from svdbank.verbs.stack import stack as stack
@@ -83,6 +84,7 @@ _LAZY = {
     "plan": "svdbank.verbs.plan",
     "prune": "svdbank.verbs.prune",
     "publish": "svdbank.verbs.publish",
+    "pull": "svdbank.verbs.pull",
     "read_adapter": "svdbank.adapter.reading",
     "repair": "svdbank.verbs.repair",
     "rm": "svdbank.verbs.rm",

@@ -17,7 +17,7 @@ from svdbank.bank.claims import refuse_claimed
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import LOG, MANIFEST, Manifest
-from svdbank.bank.parts import read_origin
+from svdbank.bank.parts import allocated, read_origin, remembered
 from svdbank.bank.reading import Bank, open_bank
 from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
@@ -111,13 +111,17 @@ def open(source: str | os.PathLike[str]) -> Bank:
 
     ``hf://org/name[@revision]``, ``s3://…``, ``gs://…`` and ``https://…`` are banks elsewhere: only what is asked of them is fetched, held
     to the index and kept on this disk (:func:`parts_limit`). A branch, or an address without commits, means what it meant when it was
-    first opened, until ``svdbank pull`` looks at it anew. ``hf://`` before a model whose bank is in the cache means that bank. Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
+    first opened, until ``svdbank pull`` looks at it anew. ``hf://`` before a model whose bank is in the cache means
+    that bank. Of several cached banks of one model the one that holds most is taken: largest rank, both sides, then the most weights.
     Raises BankNotFoundError where there is none, OptionError for an empty name or an address that is none.
     """
     refuse_empty(source, "the bank's name", "name a bank's folder or a model; svdbank ls shows the banks there are")
     far = far_bank(source)
     if far is not None and not (isinstance(far, OnHub) and _is_base(far.repository)):
-        return open_elsewhere(far)
+        if (copy := _pulled(far)) is None:
+            return open_elsewhere(far)
+        mark_used(copy)
+        return open_bank(copy)
     place = locate(os.fspath(source))
     candidates: list[tuple[Path, Manifest]] = []
     if isinstance(place, OnDisk):
@@ -159,11 +163,28 @@ def open(source: str | os.PathLike[str]) -> Bank:
     return open_bank(best)
 
 
-def open_elsewhere(far: OnHub | InStore, *, anew: bool = False) -> Bank:
-    """Open a bank by its address; ``anew``: look at what stands there now. See :func:`open`."""
-    bank = open_afar(far, parts_home(), parts_limit(), anew=anew)
+def open_elsewhere(far: OnHub | InStore, *, anew: bool = False, strict: bool = False) -> Bank:
+    """Open a bank by its address, also where a copy of it is here; see :func:`svdbank.bank.afar.open_afar`."""
+    bank = open_afar(far, parts_home(), parts_limit(), anew=anew, strict=strict)
     mark_used(parts_home() / bank.manifest.digest[:32])
     return bank
+
+
+def _pulled(far: OnHub | InStore) -> Path | None:
+    """The whole copy in the cache of what an address meant when it was last looked at."""
+    before = remembered(parts_home(), f"hf://{far}" if isinstance(far, OnHub) else far.address)
+    if before is None:
+        return None
+    return next((folder for folder, manifest in _published(bank_folders()) if manifest.digest == before[1]), None)
+
+
+def pulled_output(manifest: Manifest) -> Path:
+    """Where a bank that was pulled whole goes: below a folder of its base, by what is stored, told apart by its digest."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", manifest.base.name).strip("-.")[:_LONGEST_SLUG] or "model"
+    options = manifest.options
+    suffix = f"-p{options.principal}" if options.principal else ""
+    name = f"r{options.rank}-{options.side}-{options.dtype}{suffix}-{manifest.digest[:8]}"
+    return home() / "banks" / f"{slug}-{manifest.base_digest[:12]}" / name
 
 
 def _is_base(repository: str) -> bool:
@@ -252,6 +273,16 @@ def bytes_in(folder: Path) -> int:
         for name in names:
             with contextlib.suppress(OSError):
                 total += os.lstat(f"{place}/{name}").st_size
+    return total
+
+
+def allocated_in(folder: Path) -> int:
+    """Bytes that the files in a folder take on the disk: of files with holes only what was written."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += allocated(os.lstat(f"{place}/{name}"))
     return total
 
 

@@ -33,12 +33,16 @@ _MANIFEST_BYTES = 64 << 20
 
 
 class Afar:
-    """The files of a bank elsewhere, as they are recorded (:class:`svdbank.bank.files.Files`); what is read is kept in ``parts``."""
+    """The files of a bank elsewhere, as they are recorded (:class:`svdbank.bank.files.Files`); what is read is kept in ``parts``.
 
-    def __init__(self, source: Source, parts: Parts, manifest: Manifest, data: bytes) -> None:
+    ``strict``: what cannot be kept is an OSError. Else a lookup goes on without.
+    """
+
+    def __init__(self, source: Source, parts: Parts, manifest: Manifest, data: bytes, *, strict: bool = False) -> None:
         self.source = source
         self.parts = parts
-        self._manifest = data
+        self.strict = strict
+        self.manifest = data
         self.records: dict[str, FileRecord] = dict(manifest.files)
 
     @property
@@ -53,57 +57,39 @@ class Afar:
 
     def size(self, name: str) -> int:
         """As recorded: the size that the place has is compared with each answer."""
-        if name == MANIFEST:
-            return len(self._manifest)
-        return self._record(name).size
+        return len(self.manifest) if name == MANIFEST else self._record(name).size
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
         """Chunks, tables of chunks and small files, checked; any other part of a file of vectors as the place has it."""
-        return self._read(ranges, keeping=False)
-
-    def bring(self, ranges: Sequence[Range]) -> int:
-        """Have these parts on this disk, or raise: OSError where they cannot be kept. Returns their bytes."""
-        return sum(len(data) for data in self._read(ranges, keeping=True))
-
-    def _read(self, ranges: Sequence[Range], *, keeping: bool) -> list[bytes]:
-        found: dict[Range, bytes] = {}
-        wanted: dict[str, FileRecord] = {}  # small files
-        chunks: dict[str, set[int]] = defaultdict(set)  # of vectors, by number in the file
+        small: dict[str, FileRecord] = {}
+        spans: dict[str, set[int]] = defaultdict(set)
         other: list[Range] = []
         for name, start, stop in ranges:
             if name == MANIFEST:
-                found[name, start, stop] = self._manifest[start:stop]
                 continue
             record = self._record(name)
             if not record.chunk_bytes:
-                wanted[name] = record
-            elif (start, stop) == (len(record.chunks) * record.chunk_bytes, record.size):
-                table = _usual_table(record)
-                if table is None:
-                    other.append((name, start, stop))
-                else:
-                    found[name, start, stop] = table
-            elif start % record.chunk_bytes or stop % record.chunk_bytes or stop > len(record.chunks) * record.chunk_bytes:
+                small[name] = record
+            elif (numbers := _spans(record, start, stop)) is None:
                 other.append((name, start, stop))
             else:
-                chunks[name].update(range(start // record.chunk_bytes, stop // record.chunk_bytes))
-        whole = self._small_files(wanted, keeping=keeping)
-        held = self._chunks(chunks, keeping=keeping)
-        found.update(zip(other, self._fetch([(self._file(name), start, stop) for name, start, stop in other]), strict=True))
-        return [self._part(part, found, whole, held) for part in ranges]
+                spans[name].update(numbers)
+        whole = self._small_files(small)
+        held = self._held(spans)
+        raw = dict(zip(other, self._fetch([(self._file(name), start, stop) for name, start, stop in other]), strict=True))
+        found: list[bytes] = []
+        for name, start, stop in ranges:
+            if name == MANIFEST:
+                found.append(self.manifest[start:stop])
+            elif name in whole:
+                found.append(whole[name][start:stop])
+            elif (numbers := _spans(self._record(name), start, stop)) is not None:
+                found.append(b"".join(held[name, number] for number in numbers))
+            else:
+                found.append(raw[name, start, stop])
+        return found
 
-    def _part(
-        self, part: Range, found: dict[Range, bytes], whole: dict[str, bytes], held: dict[tuple[str, int], bytes]
-    ) -> bytes:
-        name, start, stop = part
-        if part in found:
-            return found[part]
-        if name in whole:
-            return whole[name][start:stop]
-        each = self._record(name).chunk_bytes
-        return b"".join(held[name, place] for place in range(start // each, stop // each))
-
-    def _small_files(self, wanted: dict[str, FileRecord], *, keeping: bool) -> dict[str, bytes]:
+    def _small_files(self, wanted: dict[str, FileRecord]) -> dict[str, bytes]:
         """Whole small files, each the bytes that its record says."""
         found = {name: data for name, record in wanted.items() if (data := self.parts.small(record)) is not None}
         for again in (True, False):
@@ -112,55 +98,56 @@ class Afar:
             for name, data in zip(missing, fetched, strict=True):
                 if hashlib.sha256(data).hexdigest() == wanted[name].sha256:
                     found[name] = data
-                    self._keep(keeping, lambda record=wanted[name], data=data: self.parts.keep_small(record, data))
+                    with self._keeping():
+                        self.parts.keep_small(wanted[name], data)
                 elif not again:
                     raise self._damage(f"{self.place}/{name}: not the bytes that were published")
         return found
 
-    def _chunks(self, wanted: dict[str, set[int]], *, keeping: bool) -> dict[tuple[str, int], bytes]:
-        """Chunks by file and number, each the one that its record says."""
+    def _held(self, wanted: dict[str, set[int]]) -> dict[tuple[str, int], bytes]:
+        """Chunks and tables of files of vectors by file and number, each the one that its record says."""
         found: dict[tuple[str, int], bytes] = {}
-        for name, places in wanted.items():
-            record, ordered = self._record(name), sorted(places)
-            each = record.chunk_bytes
-            for place, data in zip(ordered, self.parts.read(name, [(p * each, (p + 1) * each) for p in ordered]), strict=True):
-                if _is_chunk(data, record.chunks[place]):
-                    found[name, place] = data
-                elif any(data):  # neither a hole nor the end of what is here
-                    self.parts.damaged.append(f"{name} chunk {place}")
+        for name, numbers in wanted.items():
+            record, ordered = self._record(name), sorted(numbers)
+            if ordered[-1] == len(record.chunks) and (table := _usual_table(record)) is not None:
+                found[name, ordered.pop()] = table
+            for number, data in zip(ordered, self.parts.read(name, [_span(record, n) for n in ordered]), strict=True):
+                if _is_recorded(record, number, data):
+                    found[name, number] = data
+                elif data.count(0) != len(data):  # neither a hole nor the end of what is here
+                    self.parts.damaged.append(f"{name} chunk {number}")
         for again in (True, False):
             missing = [
-                (name, place) for name, places in wanted.items() for place in sorted(places) if (name, place) not in found
+                (name, number) for name, numbers in wanted.items() for number in sorted(numbers) if (name, number) not in found
             ]
-            for name, fetched in groupby(self._fetch_chunks(missing), key=itemgetter(0)):
+            for name, fetched in groupby(self._fetch_spans(missing), key=itemgetter(0)):
                 record, kept = self._record(name), list[tuple[int, bytes]]()
-                for _, place, data in fetched:
-                    if _is_chunk(data, record.chunks[place]):
-                        found[name, place] = data
-                        kept.append((place * record.chunk_bytes, data))
+                for _, number, data in fetched:
+                    if _is_recorded(record, number, data):
+                        found[name, number] = data
+                        kept.append((_span(record, number)[0], data))
                     elif not again:
-                        raise self._damage(f"{self.place}/{name}: chunk {place} is not the one recorded")
-                if kept:
-                    self._keep(keeping, lambda name=name, kept=kept: self.parts.keep(name, kept))
-        if not keeping:
+                        what = "its table of chunks" if number == len(record.chunks) else f"chunk {number}"
+                        raise self._damage(f"{self.place}/{name}: {what} is not the one recorded")
+                with self._keeping():
+                    self.parts.keep(name, kept)
+        if wanted and not self.strict:
             self.parts.trim()
         return found
 
-    def _fetch_chunks(self, missing: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, bytes]]:
-        """Chunks as the place has them, neighbours in one request."""
+    def _fetch_spans(self, missing: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, bytes]]:
+        """Chunks and tables as the place has them, neighbours in one request."""
         runs = [
-            (name, run)
+            (name, self._record(name), run)
             for name, members in groupby(missing, key=itemgetter(0))
-            for run in _runs([place for _, place in members])
+            for run in _runs([number for _, number in members])
         ]
-        parts = []
-        for name, run in runs:
-            each = self._record(name).chunk_bytes
-            parts.append((self._file(name), run[0] * each, (run[-1] + 1) * each))
-        for (name, run), data in zip(runs, self._fetch(parts), strict=True):
-            each = self._record(name).chunk_bytes
-            for place in run:
-                yield name, place, data[(place - run[0]) * each : (place - run[0] + 1) * each]
+        parts = [(self._file(name), _span(record, run[0])[0], _span(record, run[-1])[1]) for name, record, run in runs]
+        for (name, record, run), data in zip(runs, self._fetch(parts), strict=True):
+            first = _span(record, run[0])[0]
+            for number in run:
+                start, stop = _span(record, number)
+                yield name, number, data[start - first : stop - first]
 
     def _fetch(self, parts: Sequence[Part]) -> Iterator[bytes]:
         if not parts:
@@ -178,10 +165,9 @@ class Afar:
                 hint=f"once, with a connection: HF_HUB_OFFLINE=0 svdbank pull {quote(self.place)} --rank RANK",
             ) from cause
 
-    def _keep(self, keeping: bool, keep: object) -> None:
-        """Keep something; where the disk does not take it, a lookup goes on without, and a pull does not."""
-        with contextlib.nullcontext() if keeping else contextlib.suppress(OSError):
-            keep()  # type: ignore[operator]
+    def _keeping(self) -> contextlib.AbstractContextManager[None]:
+        """Where the disk does not take what was read, a lookup goes on without it."""
+        return contextlib.nullcontext() if self.strict else contextlib.suppress(OSError)
 
     def _file(self, name: str) -> SourceFile:
         record = self._record(name)
@@ -199,11 +185,13 @@ class Afar:
         )
 
 
-def open_afar(named: OnHub | InStore, home: Path, limit: int, *, anew: bool = False) -> Bank:
+def open_afar(named: OnHub | InStore, home: Path, limit: int, *, anew: bool = False, strict: bool = False) -> Bank:
     """Open a bank elsewhere; parts are kept below ``home``, at most ``limit`` bytes of them.
 
     What an address meant when it was last looked at it means until it is looked at ``anew``: then nothing is asked of any network until
-    something is read that is not here. Raises BankNotFoundError where there is no bank, DamageError for a manifest or an index that is
+    something is read that is not here. ``strict``: see :class:`Afar`.
+
+    Raises BankNotFoundError where there is no bank, DamageError for a manifest or an index that is
     not what was published, :class:`~svdbank.core.errors.BankError` where the place cannot be reached.
     """
     address = f"hf://{named}" if isinstance(named, OnHub) else named.address
@@ -214,7 +202,7 @@ def open_afar(named: OnHub | InStore, home: Path, limit: int, *, anew: bool = Fa
         parts = Parts(home / digest[:32], limit)
         data = parts.manifest()
         if data is not None and (manifest := _as_published(data, digest)) is not None:
-            return _opened(source, parts, manifest, data)
+            return _opened(source, parts, manifest, data, strict)
     else:
         source = _source(named, None)
     try:
@@ -230,11 +218,11 @@ def open_afar(named: OnHub | InStore, home: Path, limit: int, *, anew: bool = Fa
     remember(home, address, source.place, manifest.digest)
     if isinstance(named, OnHub):
         remember(home, source.place, source.place, manifest.digest)
-    return _opened(source, parts, manifest, data)
+    return _opened(source, parts, manifest, data, strict)
 
 
-def _opened(source: Source, parts: Parts, manifest: Manifest, data: bytes) -> Bank:
-    files = Afar(source, parts, manifest, data)
+def _opened(source: Source, parts: Parts, manifest: Manifest, data: bytes, strict: bool) -> Bank:
+    files = Afar(source, parts, manifest, data, strict=strict)
     index = read_index(files, manifest)
     files.know(index)
     return Bank(files, manifest, index)
@@ -255,9 +243,27 @@ def _as_published(data: bytes, digest: str) -> Manifest | None:
     return manifest if manifest.digest == digest else None
 
 
-def _is_chunk(data: bytes, crc: int) -> bool:
-    """True for the chunk that is recorded with this crc32c, its own checksum behind it."""
-    return len(data) > CRC_BYTES and crc_before(data, len(data)) == crc and google_crc32c.value(data[:-CRC_BYTES]) == crc
+def _span(record: FileRecord, number: int) -> tuple[int, int]:
+    """Where a chunk lies in its file; the number behind the last one is the table of chunks."""
+    start = number * record.chunk_bytes
+    return start, record.size if number == len(record.chunks) else start + record.chunk_bytes
+
+
+def _spans(record: FileRecord, start: int, stop: int) -> range | None:
+    """The numbers of the chunks that a part of a file consists of, or of its table; None for any other part."""
+    chunks = len(record.chunks) * record.chunk_bytes
+    if (start, stop) == (chunks, record.size):
+        return range(len(record.chunks), len(record.chunks) + 1)
+    if start % record.chunk_bytes or stop % record.chunk_bytes or not start < stop <= chunks:
+        return None
+    return range(start // record.chunk_bytes, stop // record.chunk_bytes)
+
+
+def _is_recorded(record: FileRecord, number: int, data: bytes) -> bool:
+    """True for the chunk, or the table, that is recorded with this number, its checksum behind it."""
+    start, stop = _span(record, number)
+    crc = record.index_crc32c if number == len(record.chunks) else record.chunks[number]
+    return len(data) == stop - start and crc_before(data, len(data)) == crc and checked_crc(data) == crc
 
 
 def _usual_table(record: FileRecord) -> bytes | None:

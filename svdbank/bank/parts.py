@@ -28,10 +28,11 @@ _LOOK_AGAIN = 64
 
 
 class Brought(Struct, frozen=True):
-    """What ``pull`` was asked for: ranks up to ``rank`` of the minor end, of ``side``."""
+    """What ``pull`` was asked for: ranks up to ``rank`` of the minor end, of ``side``. ``whole`` once all of it was here."""
 
     rank: int
     side: str
+    whole: bool
 
 
 class Origin(Struct, frozen=True, omit_defaults=True):
@@ -67,16 +68,17 @@ class Parts:
         """The manifest's bytes, unchecked; None where they are not here."""
         return self._small(PUBLISHED)
 
-    def brought(self, rank: int, side: str) -> None:
-        """Note, durably, that these ranks were asked for by name and are all here."""
+    def note(self, wanted: Brought) -> None:
+        """Note that these ranks are brought by name: before, so that nothing of them is evicted meanwhile, and when all are here."""
         origin = read_origin(self.root)
         if origin is None:
             raise DamageError(f"{self.root}: its {ORIGIN} is lost", hint="run the same svdbank pull again")
-        kept = tuple(one for one in origin.brought if not (one.rank <= rank and one.side in (side, "left")))
-        if not any(one.rank >= rank and one.side in ("both", side) for one in kept):
-            kept = (*kept, Brought(rank, side))
-        disk.fsync_tree(self.root)
-        disk.write_bytes(self.root / ORIGIN, to_json(msgspec.structs.replace(origin, brought=kept)))
+        kept = [one for one in origin.brought if not _covers(wanted, one)]
+        if not any(one.whole and _covers(one, wanted) for one in kept):
+            kept.append(wanted)
+        if wanted.whole:
+            disk.fsync_tree(self.root)
+        disk.write_bytes(self.root / ORIGIN, to_json(msgspec.structs.replace(origin, brought=tuple(kept))))
 
     def small(self, record: FileRecord) -> bytes | None:
         """A small file by its record; None where it is not here. One that is not those bytes is removed."""
@@ -168,6 +170,11 @@ class Parts:
     def _replace(self, name: str, data: bytes) -> None:
         """Write a file that is checked when it is read, so that nobody sees half of it; a crash may lose it."""
         disk.write_bytes(self.root / name, data)
+
+
+def _covers(one: Brought, other: Brought) -> bool:
+    """True where whoever has the one has the other."""
+    return one.rank >= other.rank and one.side in ("both", other.side)
 
 
 def read_origin(root: Path) -> Origin | None:

@@ -303,6 +303,14 @@ class Bank:
         families = {family: np.asarray(values) for family, values in found.items()}
         return {b.name: torch.from_numpy(families[b.family.name][b.row, :rank].copy()) for b in wanted}
 
+    def shard_reads(self, array: Literal["left", "right"], rank: int) -> list[ShardRead]:
+        """Of all that is stored, what holds the first ``rank`` rows of an array, or all where a weight has fewer."""
+        return [
+            read
+            for family, entry in self._families.items()
+            for read in self._shard_reads(family, array, list(range(len(entry.weights))), min(rank, entry.spec.rank))
+        ]
+
     def _vectors(self, array: str, wanted: list[StoredBasis], rank: int | None) -> dict[str, Tensor]:
         """Rows of one array of vectors, of whichever families: two rounds of reading for all of them."""
         rows: dict[tuple[str, str], set[int]] = {}

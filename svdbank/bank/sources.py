@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from shlex import quote
 from typing import Any, Protocol
 
 from svdbank.core import stores
@@ -17,6 +19,9 @@ from svdbank.core.specs import SourceFile
 
 #: Requests in flight: as many as the Hub's client keeps connections for.
 REQUESTS = 20
+
+#: Bytes asked for ahead of the reader.
+AHEAD = 128 << 20
 
 #: Of a part of a file: the file, with the size and, where it is known, the Hub's id that it must have; first byte; byte behind the last.
 Part = tuple[SourceFile, int, int]
@@ -43,18 +48,38 @@ class Source(Protocol):
 
 
 def read_all(source: Source, parts: Sequence[Part]) -> Iterator[bytes]:
-    """The bytes of each part, in order, several requests at a time; large parts in several. The first error ends it."""
-    pieces = [
-        (file, at, min(at + PIECE, stop)) for file, start, stop in parts for at in range(start, max(stop, start + 1), PIECE)
-    ]
-    pool = ThreadPoolExecutor(min(REQUESTS, max(len(pieces), 1)), "svdbank-far")
+    """The bytes of each part, in order, several requests at a time and ahead of the reader; large parts in several. The first error ends
+    it."""
+    pool = ThreadPoolExecutor(min(REQUESTS, max(len(parts), 4)), "svdbank-far")
+    left = iter([(part, begin) for part in parts for begin in range(part[1], max(part[2], part[1] + 1), PIECE)])
+    ahead: deque[tuple[Future[bytes], int]] = deque()
+    waiting = 0
     try:
-        futures = iter([pool.submit(source.read, *piece) for piece in pieces])
-        for _, start, stop in parts:
-            data = b"".join(next(futures).result() for _ in range(start, max(stop, start + 1), PIECE))
-            yield data
+        for file, start, stop in parts:
+            pieces: list[bytes] = []
+            while sum(map(len, pieces)) < stop - start or not pieces:
+                while waiting < AHEAD and (following := next(left, None)) is not None:
+                    (of, _, end), begin = following
+                    size = min(begin + PIECE, end) - begin
+                    ahead.append((pool.submit(source.read, of, begin, begin + size) if size else _empty(), size))
+                    waiting += size
+                future, size = ahead.popleft()
+                pieces.append(future.result())
+                waiting -= size
+                if len(pieces[-1]) != size:
+                    raise DamageError(f"{source.place}/{file.name}: {size} bytes were asked for, {len(pieces[-1])} came")
+                if not size:
+                    break
+            yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _empty() -> Future[bytes]:
+    """The answer to no question: a server has no range of no bytes."""
+    future: Future[bytes] = Future()
+    future.set_result(b"")
+    return future
 
 
 class HubSource:
@@ -136,7 +161,10 @@ class HubSource:
 
         cause = error.__cause__
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            return OfflineError(f"{self.place}: {name} is not on this disk, and HF_HUB_OFFLINE forbids fetching it")
+            return OfflineError(
+                f"{self.place}: {name} is not on this disk, and HF_HUB_OFFLINE forbids fetching it",
+                hint=f"once, with a connection: HF_HUB_OFFLINE=0 svdbank pull {quote(self.place)}",
+            )
         if isinstance(cause, errors.RepositoryNotFoundError) and not isinstance(cause, errors.GatedRepoError):
             return BankNotFoundError(
                 f"{self.place}: no repository that the Hub shows you",
@@ -144,6 +172,10 @@ class HubSource:
             )
         if isinstance(cause, errors.EntryNotFoundError):
             return FileNotFoundError(f"{self.place}/{name}")
+        if "does not answer byte ranges" in str(error):
+            return BankError(
+                str(error), hint="a proxy or mirror in between (HF_ENDPOINT) answers only whole files: go round it"
+            )
         if isinstance(error, AnswerError) or (cause is not None and status_of(cause) == 416):
             return DamageError(str(error), hint=_PROXY)
         hint = error.hint

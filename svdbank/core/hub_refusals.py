@@ -104,7 +104,11 @@ def wait_before_retry(cause: BaseException, failures: int) -> float | None:
     As long as the server asks for (``Retry-After``, or the Hub's rate limit), else twice as long as the last time, with jitter so
     that requests which failed together do not come back together. A wait beyond ``LONGEST_ASKED`` is not worth waiting.
     """
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     status = status_of(cause)
+    if isinstance(cause, OfflineModeIsEnabled):  # of the kind of a broken connection, but nobody will connect
+        return None
     if status not in RETRIED and not (status == 0 and is_connection_error(cause)):
         return None
     asked = _asked(getattr(getattr(cause, "response", None), "headers", {}))

@@ -16,12 +16,18 @@ FLOORS = (
     ("checkpoint", "bank", "solver"),
     ("adapter",),
     ("cache", "building"),
-    ("initialisation", "fusion", "reporting", "peft", "lm", "composition", "training"),
+    ("initialisation", "fusion", "reporting", "peft", "sharing", "lm", "composition", "training"),
     ("verbs",),
 )
 
 #: On these floors the order counts too: a room may import those before it in its row, which are not of one group with it.
-GROUPS = (("cache",), ("building",), ("initialisation", "fusion", "reporting", "peft"), ("lm",), ("composition", "training"))
+GROUPS = (
+    ("cache",),
+    ("building",),
+    ("initialisation", "fusion", "reporting", "peft", "sharing"),
+    ("lm",),
+    ("composition", "training"),
+)
 
 STRANGERS = {"solver", "checkpoint", "bank"}
 
