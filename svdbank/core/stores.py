@@ -6,7 +6,6 @@ Credentials, regions and endpoints are what obstore takes from the environment (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,10 +27,8 @@ def open_store(address: str) -> Any:
     try:
         return obstore.store.from_url(
             address,
-            client_options={
-                "allow_http": address.startswith("http://") or _is_plain_endpoint(),
-                "timeout": timedelta(seconds=_PATIENCE),
-            },
+            # Where the environment names an endpoint without TLS, it is meant; an https:// address is not to be led to one.
+            client_options={"allow_http": not address.startswith("https://"), "timeout": timedelta(seconds=_PATIENCE)},
             retry_config={"max_retries": _TRIES, "retry_timeout": timedelta(seconds=_PATIENCE)},
         )
     except Exception as cause:
@@ -65,13 +62,6 @@ def explained(place: str, name: str) -> Iterator[None]:
             f"{place}: {name} cannot be read: {_first_line(cause)}",
             hint="check the connection, the address and the store's endpoint",
         ) from cause
-
-
-def _is_plain_endpoint() -> bool:
-    """True where the environment names an endpoint without TLS: a store on this machine or in this network."""
-    return any(
-        os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
-    )
 
 
 def _first_line(cause: BaseException) -> str:
