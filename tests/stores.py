@@ -79,13 +79,13 @@ def gcs(folder: Path) -> Iterator[dict[str, str]]:
                 self.send_header("Last-Modified", formatdate(usegmt=True))
             super().end_headers()
 
-        def do_HEAD(self) -> None:
+        def do_HEAD(self) -> None:  # noqa: N802
             content = self._object()
             self.send_response(404 if content is None else 200)
             self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()
 
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802
             query = parse_qs(urlsplit(self.path).query)
             if query.get("list-type") != ["2"]:
                 return super().do_GET()
@@ -198,5 +198,3 @@ def put(address: str, files: Mapping[str, bytes]) -> None:
     store: Any = open_store(address)
     for name, data in files.items():
         store.put(name, data, use_multipart=False)
-
-

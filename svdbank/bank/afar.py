@@ -154,6 +154,8 @@ class Afar:
             return
         try:
             yield from read_all(self.source, parts)
+        except BankNotFoundError:  # the whole repository is gone
+            raise
         except FileNotFoundError as cause:
             raise self._damage(f"{cause}: missing") from cause
         except OfflineError as cause:
@@ -207,6 +209,8 @@ def open_afar(named: OnHub | InStore, home: Path, limit: int, *, anew: bool = Fa
         source = _source(named, None)
     try:
         data = source.whole(MANIFEST, _MANIFEST_BYTES)
+    except BankNotFoundError:
+        raise
     except FileNotFoundError as cause:
         raise BankNotFoundError(
             f"{source.place}: no bank there (it has no {MANIFEST})",

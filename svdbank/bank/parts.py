@@ -35,7 +35,7 @@ class Brought(Struct, frozen=True):
     whole: bool
 
 
-class Origin(Struct, frozen=True, omit_defaults=True):
+class PartsOrigin(Struct, frozen=True, omit_defaults=True):
     """Where a folder of parts comes from: the pinned address, and the manifest's digest. What was ``brought`` by name is not evicted."""
 
     place: str
@@ -53,11 +53,11 @@ class Parts:
         self.damaged: list[str] = []
         self._written = limit  # look at the first write
 
-    def begin(self, place: str, manifest: bytes, digest: str) -> Origin:
+    def begin(self, place: str, manifest: bytes, digest: str) -> PartsOrigin:
         """Note where the parts come from, and the manifest; what was brought before stays noted."""
         before = read_origin(self.root)
         brought = before.brought if before is not None and before.digest == digest else ()
-        origin = Origin(place, digest, brought)
+        origin = PartsOrigin(place, digest, brought)
         with contextlib.suppress(OSError):
             disk.make_dirs(self.root)
             self._replace(PUBLISHED, manifest)
@@ -177,10 +177,10 @@ def _covers(one: Brought, other: Brought) -> bool:
     return one.rank >= other.rank and one.side in ("both", other.side)
 
 
-def read_origin(root: Path) -> Origin | None:
+def read_origin(root: Path) -> PartsOrigin | None:
     """What a folder of parts says of itself; None for any other folder."""
     try:
-        return from_json(read_regular(root / ORIGIN), Origin, where=str(root / ORIGIN), error=DamageError)
+        return from_json(read_regular(root / ORIGIN), PartsOrigin, where=str(root / ORIGIN), error=DamageError)
     except (FileNotFoundError, DamageError, OSError):
         return None
 
@@ -208,7 +208,7 @@ def allocated(status: os.stat_result) -> int:
 def remembered(home: Path, address: str) -> tuple[str, str] | None:
     """What an address meant when it was last looked at: the pinned place and the manifest's digest."""
     try:
-        origin = from_json(read_regular(_name(home, address)), Origin, where=address, error=DamageError)
+        origin = from_json(read_regular(_name(home, address)), PartsOrigin, where=address, error=DamageError)
     except (FileNotFoundError, DamageError, OSError):
         return None
     return (origin.place, origin.digest) if len(origin.digest) == 64 and origin.digest.isalnum() else None
@@ -219,7 +219,7 @@ def remember(home: Path, address: str, place: str, digest: str) -> None:
     path = _name(home, address)
     with contextlib.suppress(OSError):
         disk.make_dirs(path.parent)
-        disk.write_bytes(path, to_json(Origin(place, digest)))
+        disk.write_bytes(path, to_json(PartsOrigin(place, digest)))
 
 
 def _name(home: Path, address: str) -> Path:

@@ -54,10 +54,13 @@ def explained(place: str, name: str) -> Iterator[None]:
             raise BankError(
                 f"{place}: the store refuses access to {name}", hint="check its credentials (AWS_…, GOOGLE_…) and endpoint"
             ) from cause
-        if "416" in text or ("range" in text.lower() and "partial" not in text.lower()):
-            raise DamageError(f"{place}/{name}: ends before the bytes that were asked for") from cause
-        if "partial" in text.lower():
-            raise BankError(f"{place}: the server does not answer byte ranges", hint=f"svdbank pull {place}") from cause
+        if isinstance(cause, errors.NotSupportedError):
+            raise BankError(
+                f"{place}: the server does not answer byte ranges",
+                hint="copy the bank's folder by other means, or serve it from elsewhere",
+            ) from cause
+        if "status code: 416" in text or "UnexpectedRange" in text:
+            raise DamageError(f"{place}/{name}: ends before the bytes that were asked for, or others are sent") from cause
         raise BankError(
             f"{place}: {name} cannot be read: {_first_line(cause)}",
             hint="check the connection, the address and the store's endpoint",

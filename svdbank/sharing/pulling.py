@@ -16,7 +16,7 @@ from svdbank.bank.parts import Brought
 from svdbank.bank.reading import Bank, open_bank
 from svdbank.bank.sources import read_all
 from svdbank.core import disk
-from svdbank.core.errors import BankError, DamageError
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError
 from svdbank.core.specs import Progress, ProgressCallback, SourceFile
 
 #: What a copy keeps that belongs to no digest: the card, and the licence of the base with its notice.
@@ -147,5 +147,7 @@ def _missing_named(files: Afar, data: Iterator[bytes]) -> Iterator[bytes]:
     """A file that is not there is damage: the index records it."""
     try:
         yield from data
+    except BankNotFoundError:
+        raise
     except FileNotFoundError as cause:
         raise DamageError(f"{cause}: missing", hint="tell whoever published the bank") from cause
