@@ -27,6 +27,7 @@ VERBS = (
     "ls",
     "rm",
     "prune",
+    "push",
     "pull",
     "init",
     "train",

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.prune import prune as prune
     from svdbank.verbs.publish import publish as publish
     from svdbank.verbs.pull import pull as pull
+    from svdbank.verbs.push import push as push
     from svdbank.verbs.repair import repair as repair
     from svdbank.verbs.rm import rm as rm
     from svdbank.verbs.stack import stack as stack
@@ -85,6 +86,7 @@ _LAZY = {
     "prune": "svdbank.verbs.prune",
     "publish": "svdbank.verbs.publish",
     "pull": "svdbank.verbs.pull",
+    "push": "svdbank.verbs.push",
     "read_adapter": "svdbank.adapter.reading",
     "repair": "svdbank.verbs.repair",
     "rm": "svdbank.verbs.rm",

@@ -13,6 +13,9 @@ from svdbank.core import disk
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import BuildOptions, FamilySpec, Plan
 
+#: Large files that the Hub takes in one commit.
+HUB_FILES = 25_000
+
 #: Written beside the vectors: index, metadata, coordinate arrays. Generous; for the check of free space.
 _OVERHEAD_PER_WEIGHT = 64 << 10
 
@@ -40,6 +43,15 @@ def file_count(plan: Plan) -> int:
     """Files that a build writes: data, then metadata and coordinate arrays of each family, then manifest, index, plan, root metadata."""
     arrays = {family.name: len(vector_arrays(family, plan.options.side)) for family in plan.families}
     return sum(arrays[shard.family] for shard in plan.shards) + sum(n + 23 for n in arrays.values()) + 4
+
+
+def refuse_many_files(count: int, what: str) -> None:
+    """OptionError for more files than the Hub takes in one commit: such a bank could not be shared."""
+    if count > HUB_FILES:
+        raise OptionError(
+            f"{what} would be {count:,} files; the Hub takes {HUB_FILES:,} in one commit",
+            hint="fewer --targets, or --side left",
+        )
 
 
 def refuse_full_disk(root: Path, plan: Plan) -> None:

@@ -14,7 +14,7 @@ from svdbank.building.memory import device_memory, peak_memory
 from svdbank.building.planning import make_plan
 from svdbank.building.request import build_request
 from svdbank.building.scaling import Schedule, crew_request, given_rates, schedule
-from svdbank.building.space import bank_bytes, file_count
+from svdbank.building.space import bank_bytes, file_count, refuse_many_files
 from svdbank.building.survey import survey
 from svdbank.checkpoint.configured import is_configuration, open_configuration
 from svdbank.checkpoint.source import open_checkpoint
@@ -87,9 +87,9 @@ def plan(
     :func:`svdbank.env`; without one the rates are taken of this machine's processors now, which takes a minute. ``device`` ``auto``
     is then the kind that the rates are of, and ``threads``, as ``jobs``, by default as many as its processors leave each of them.
 
-    Raises OptionError for options that cannot be meant, differ from those of what is at ``output``, or do not fit the disk, and for
-    targets that match nothing; WrongBaseError for a bank at ``output`` that names and shapes show to be another model's; CheckpointError
-    for a checkpoint that cannot be read.
+    Raises OptionError for options that cannot be meant, differ from those of what is at ``output``, or do not fit the disk, for more
+    files than the Hub takes in one commit, and for targets that match nothing; WrongBaseError for a bank at ``output`` that names and
+    shapes show to be another model's; CheckpointError for a checkpoint that cannot be read.
     """
     request = build_request(
         model,
@@ -128,6 +128,7 @@ def plan(
                 generation=found.generation,
                 known=known,
             )
+        refuse_many_files(file_count(made), f"{found.root}: the bank")
         to_write = bank_bytes(found.root, found.plan)
         fetching = plan_fetch(checkpoint, left, request.fetch, root=found.root, bank_bytes=to_write)
         weights = {weight.name: weight for weight in left}

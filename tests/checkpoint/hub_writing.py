@@ -48,10 +48,8 @@ def validated_card(text: str) -> object:
         errors.append("base_model must be one or more model ids")
     if card.get("base_model_relation", "adapter") not in _RELATIONS:
         errors.append(f"base_model_relation must be one of {_RELATIONS}")
-    if not all(isinstance(tag, str) for tag in card.get("tags", [])) or not isinstance(card.get("license", ""), str):
+    if not all(isinstance(tag, str) for tag in card.get("tags", [])) or not isinstance(card.get("license", ""), str | list):
         errors.append("tags and license must be text")
-    if card.get("license") == "other" and not (card.get("license_name") and card.get("license_link")):
-        errors.append("license other needs license_name and license_link")
     if errors:
         raise RefusedError(400, "; ".join(errors))
     return {"errors": [], "warnings": []}

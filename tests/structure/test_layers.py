@@ -16,7 +16,7 @@ FLOORS = (
     ("checkpoint", "bank", "solver"),
     ("adapter",),
     ("cache", "building"),
-    ("initialisation", "fusion", "reporting", "peft", "sharing", "lm", "composition", "training"),
+    ("sharing", "initialisation", "fusion", "reporting", "peft", "lm", "composition", "training"),
     ("verbs",),
 )
 
@@ -24,7 +24,8 @@ FLOORS = (
 GROUPS = (
     ("cache",),
     ("building",),
-    ("initialisation", "fusion", "reporting", "peft", "sharing"),
+    ("sharing",),
+    ("initialisation", "fusion", "reporting", "peft"),
     ("lm",),
     ("composition", "training"),
 )

@@ -1,0 +1,67 @@
+"""What of a repository belongs to the bank that is there, and whether another one may take its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from svdbank.bank.layout import MANIFEST, Manifest
+from svdbank.bank.reading import Bank
+from svdbank.core.errors import BankError, OptionError
+from svdbank.core.specs import from_json
+from svdbank.sharing.refusals import explained
+from svdbank.sharing.repository import Standing
+
+#: Names of files that a bank has; what else is in a repository its owner put there.
+_OURS = re.compile(r"manifest\.json|(?:index|plan|sources)(?:-[\w.]+)?\.json|(?:[^/]+/)*zarr\.json|[^/]+/[^/]+/c/.+")
+
+#: What a repository may hold beside a bank without anybody being asked.
+_BESIDE = re.compile(r"\.gitattributes|README\.md|(?:licen[cs]e|notice|copying|use[_-]?policy)[\w.-]*", re.IGNORECASE)
+
+#: Bytes of a manifest that is looked at.
+_LARGEST = 64 << 20
+
+
+def stale(held: Iterable[str], wanted: set[str]) -> Iterator[str]:
+    """Names that a bank before had and this one has not."""
+    return (name for name in sorted(held) if _OURS.fullmatch(name) and name not in wanted)
+
+
+def replaced(repository: str, before: Standing, bank: Bank, *, force: bool) -> None:
+    """OptionError where a bank of another base or of other options is in the repository, or what is no bank, unless ``force``."""
+    if force:
+        return
+    if MANIFEST not in before.files:
+        others = [name for name in before.files if not _BESIDE.fullmatch(name)]
+        if others:
+            raise OptionError(
+                f"{repository} holds no bank and {len(others)} other files, {others[0]} among them",
+                hint="another name; or --force to put the bank beside them",
+            )
+        return
+    there = _manifest(repository, before)
+    if there is None:
+        raise OptionError(f"{repository} holds a bank whose manifest cannot be read", hint="--force to replace it")
+    mine = bank.manifest
+    if (there.base, there.options) != (mine.base, mine.options):
+        raise OptionError(
+            f"{repository} holds another bank: of {there.base.name}, rank {there.options.rank}, {there.options.side}, "
+            f"{there.options.dtype}",
+            hint="another name; or --force to replace it (its commits stay)",
+        )
+
+
+def _manifest(repository: str, before: Standing) -> Manifest | None:
+    from huggingface_hub import hf_hub_download
+
+    if before.files[MANIFEST].size > _LARGEST:
+        return None
+    try:
+        path = Path(hf_hub_download(repository, MANIFEST, revision=before.commit))
+    except Exception as cause:
+        raise explained(cause, repository, "looking at it") from cause
+    try:
+        return from_json(path.read_bytes(), Manifest, where=repository, error=BankError)
+    except BankError:
+        return None
