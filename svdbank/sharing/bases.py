@@ -18,7 +18,7 @@ from svdbank.checkpoint.files import read_document
 from svdbank.checkpoint.remote.hub import Snapshot, look_up
 from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.hub_refusals import explain
-from svdbank.core.places import OnHub, locate
+from svdbank.core.places import OnHub, far_bank
 from svdbank.core.specs import ProgressCallback
 
 #: Files that go with what is made of a model: its licence, notices, what it may be used for.
@@ -54,8 +54,8 @@ def base_on_hub(bank: Bank, named: str | None, source: str | os.PathLike[str] | 
             f"{bank.place} was built from a folder called {base.name!r}; whoever finds it has to know which model that is",
             hint="--base ORG/NAME names it on the Hub",
         )
-    place = OnHub(base.name, base.revision) if named is None else locate(named if "://" in named else f"hf://{named}")
-    if not isinstance(place, OnHub) or "/" not in place.repository:
+    place = OnHub(base.name, base.revision) if named is None else far_bank(named) or far_bank(f"hf://{named}")
+    if not isinstance(place, OnHub):
         raise OptionError(f"--base {named!r} is no repository of the Hub", hint="--base ORG/NAME or ORG/NAME@REVISION")
     snapshot = look_up(place.repository, place.revision)
     if named is not None and (place.repository, snapshot.commit) != (base.name, base.revision):

@@ -14,7 +14,7 @@ from svdbank.building.checking import examine, repair_command
 from svdbank.building.space import refuse_many_files
 from svdbank.core import disk
 from svdbank.core.errors import DamageError, OptionError
-from svdbank.core.places import OnHub, locate, refuse_empty
+from svdbank.core.places import OnHub, far_bank, refuse_empty
 from svdbank.core.specs import ProgressCallback, Struct, ignore_progress
 from svdbank.sharing import repository as hub
 from svdbank.sharing.bases import base_on_hub
@@ -135,8 +135,8 @@ def push(
 
 def _destination(to: str) -> OnHub:
     refuse_empty(to, "where to push", "name a repository: org/name")
-    place = locate(to if "://" in to else f"hf://{to}")
-    if not isinstance(place, OnHub) or "/" not in place.repository:
+    place = far_bank(to) or far_bank(f"hf://{to}")
+    if not isinstance(place, OnHub):
         raise OptionError(f"{to!r} is no repository of the Hub", hint="write org/name")
     if place.revision is not None and _COMMIT.fullmatch(place.revision):
         raise OptionError(f"{to!r} names a commit; commits do not change", hint="name a branch, or leave it out for main")
