@@ -127,21 +127,7 @@ class LocalHub:
 
     def point(self, patch: pytest.MonkeyPatch, home: Path, *, token: str | None = None) -> None:
         """Let the Hub client of this process, and those of processes that it starts, use this Hub with a cache and a token of its own."""
-        from huggingface_hub import constants
-
-        settings = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_DISABLE_XET": "1"}
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        patch.setenv("HF_TOKEN_PATH", str(home / "token"))
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-            patch.delenv(name, raising=False)
-        if token is not None:
-            patch.setenv("HF_TOKEN", token)
-        patch.setattr(constants, "ENDPOINT", self.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        point_client(patch, self.url, home, token)
 
     def __enter__(self) -> Self:
         return self
@@ -150,6 +136,25 @@ class LocalHub:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+
+def point_client(patch: pytest.MonkeyPatch, url: str, home: Path, token: str | None) -> None:
+    """What :meth:`LocalHub.point` does, in a process that has the Hub's address alone."""
+    from huggingface_hub import constants
+
+    settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_DISABLE_XET": "1"}
+    for name, value in settings.items():
+        patch.setenv(name, value)
+    patch.setenv("HF_TOKEN_PATH", str(home / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        patch.delenv(name, raising=False)
+    if token is not None:
+        patch.setenv("HF_TOKEN", token)
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 class _Handler(BaseHTTPRequestHandler):
