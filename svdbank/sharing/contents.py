@@ -10,7 +10,7 @@ from svdbank.sharing.bases import HubBase
 from svdbank.sharing.card import ATTRIBUTES, CARD, attributes, card
 from svdbank.sharing.inventory import LocalFile
 from svdbank.sharing.replacing import stale
-from svdbank.sharing.repository import Change, Standing, differs, git_id
+from svdbank.sharing.repository import RepositoryChange, Standing, differs, git_id
 
 
 def change_of(
@@ -20,7 +20,7 @@ def change_of(
     files: Sequence[LocalFile],
     sizes: Sequence[tuple[int, int, int | None]],
     before: Standing | None,
-) -> Change:
+) -> RepositoryChange:
     """What ``before`` lacks or has too much. A card that somebody edited stays as it is while the bank stays the same."""
     held = {} if before is None else before.files
     lacking = tuple(file for file in files if differs(held.get(file.name), file))
@@ -33,4 +33,4 @@ def change_of(
         for name, data in documents.items()
         if name not in held or (not is_same and held[name].identity != git_id(data))
     }
-    return Change(lacking, wanted, gone)
+    return RepositoryChange(lacking, wanted, gone)

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldFile:
     """A file of a commit: its size and the Hub's id, sha256 of a large one and git's of a small one."""
 
     size: int
@@ -39,11 +39,11 @@ class Standing:
 
     commit: str
     private: bool
-    files: dict[str, Held]
+    files: dict[str, HeldFile]
 
 
 @dataclass(frozen=True)
-class Change:
+class RepositoryChange:
     """What makes a branch hold a bank: files and documents to add, names to delete."""
 
     files: tuple[LocalFile, ...]
@@ -76,7 +76,7 @@ def standing(repository: str, branch: str) -> Standing | None:
             return None
         raise explained(cause, shown, "looking at it") from cause
     files = {
-        entry.path: Held(entry.size, entry.lfs.sha256 if entry.lfs is not None else entry.blob_id)
+        entry.path: HeldFile(entry.size, entry.lfs.sha256 if entry.lfs is not None else entry.blob_id)
         for entry in listed
         if isinstance(entry, RepoFile)
     }
@@ -93,7 +93,7 @@ def create(repository: str, *, private: bool) -> None:
         raise explained(cause, repository, "creating the repository") from cause
 
 
-def differs(held: Held | None, file: LocalFile) -> bool:
+def differs(held: HeldFile | None, file: LocalFile) -> bool:
     """Whether a file of the bank is not what a commit holds under its name."""
     if held is None or held.size != file.size:
         return True
@@ -112,7 +112,7 @@ def git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def upload(repository: str, branch: str, change: Change, progress: ProgressCallback) -> list[Any]:
+def upload(repository: str, branch: str, change: RepositoryChange, progress: ProgressCallback) -> list[Any]:
     """Bring all large files of a change to the Hub, which shows none of them before the commit; the operations that it will be made of.
 
     What was uploaded before, by this command or another, is not uploaded again.
@@ -142,7 +142,7 @@ def upload(repository: str, branch: str, change: Change, progress: ProgressCallb
     return operations + [CommitOperationDelete(name) for name in change.gone]
 
 
-def commit(repository: str, branch: str, parent: str, operations: Sequence[Any], change: Change, message: str) -> str:
+def commit(repository: str, branch: str, parent: str, operations: Sequence[Any], change: RepositoryChange, message: str) -> str:
     """Make the one commit, on ``parent`` and no other; its hash. Raises OvertakenError where the branch has moved.
 
     Where the answer is lost, what the branch holds says whether it was made.
@@ -163,7 +163,7 @@ def commit(repository: str, branch: str, parent: str, operations: Sequence[Any],
         raise failure from cause
 
 
-def wrong(now: Standing, change: Change) -> list[str]:
+def wrong(now: Standing, change: RepositoryChange) -> list[str]:
     """Names under which a commit does not hold what the change put there."""
     names = [file.name for file in change.files if differs(now.files.get(file.name), file)]
     for name, data in change.documents.items():
@@ -173,7 +173,7 @@ def wrong(now: Standing, change: Change) -> list[str]:
     return names + [name for name in change.gone if name in now.files]
 
 
-def check(repository: str, branch: str, made: str, change: Change) -> None:
+def check(repository: str, branch: str, made: str, change: RepositoryChange) -> None:
     """DamageError where the commit holds other bytes than were sent, by the ids that the Hub gives."""
     now = standing(repository, made)
     if now is None or (names := wrong(now, change)):
