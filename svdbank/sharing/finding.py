@@ -74,7 +74,7 @@ def find_banks(model: str | os.PathLike[str]) -> tuple[FoundBank, ...]:
         return ()
     repository, files = known
     listed = HfApi().list_models(filter=[TAG, f"base_model:{repository}"], cardData=True, limit=_ASKED)
-    found = [(info.last_modified, bank) for info in listed if (bank := _found(info, files)) is not None]
+    found = [(info.last_modified, bank) for info in listed if (bank := _listed_bank(info, files)) is not None]
     return tuple(bank for _, bank in sorted(found, key=lambda entry: str(entry[0]), reverse=True))
 
 
@@ -120,7 +120,7 @@ def _weight_files(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]] |
     return f"{named[1]}/{named[2]}", {name: identity for name, identity in ids.items() if identity is not None}
 
 
-def _found(info: Any, files: dict[str, str]) -> FoundBank | None:
+def _listed_bank(info: Any, files: dict[str, str]) -> FoundBank | None:
     """The bank that a listing's entry is of, where its card says that it is of these files."""
     card = _card(info)
     if card is None or not _is_of(card, files):
