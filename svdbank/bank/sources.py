@@ -17,8 +17,8 @@ from svdbank.core.hub_refusals import ATTEMPTS, explain, status_of, wait_before_
 from svdbank.core.places import InStore, OnHub
 from svdbank.core.specs import SourceFile
 
-#: Requests in flight: as many as the Hub's client keeps connections for.
-REQUESTS = 20
+#: Requests in flight. The Hub asks twice for a large file, itself and where it lies, so that a lookup of 210 files waits 14 times.
+REQUESTS = 32
 
 #: Bytes asked for ahead of the reader.
 AHEAD = 128 << 20
