@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @with_output
 def ls_command(output: Output) -> None:
     """List the banks in the cache (SVDBANK_HOME, else Hugging Face's assets cache): what they hold, how large they are, and when they were
-    last opened or built.
+    last opened or built. Of a bank that lies elsewhere, it shows what is kept of it on this disk, and of which address.
 
     \b
     Examples:
@@ -40,4 +40,6 @@ def _text(banks: list[BankSummary]) -> str:
 def _used(bank: BankSummary) -> str:
     days = int((time.time() - bank.last_used) // 86400)
     when = "today" if days < 1 else f"{days} day{'s' if days > 1 else ''} ago"
+    if bank.parts_of is not None:
+        return f"{when}, parts of {bank.parts_of}" + (f", pulled {bank.brought}" if bank.brought else "")
     return when if bank.complete or not bank.weights else f"unfinished, {when}"

@@ -32,6 +32,9 @@ def verify_command(bank: str, data: bool, model: str | None, sample: float | Non
     orthonormal, and that no smaller singular value was missed (one Cholesky factorisation a weight, no SVD). Use it, or a --sample of it,
     before you trust a bank that somebody else made.
 
+    Of an address (hf://org/name, s3://…) the files are checked that are there now; of a folder of parts, as `svdbank ls` shows it, what is
+    kept on this disk.
+
     Exit code 0 when sound, 4 when anything is damaged; then each file or weight is named.
 
     \b
@@ -40,6 +43,7 @@ def verify_command(bank: str, data: bool, model: str | None, sample: float | Non
       svdbank verify ./my-model.bank --data
       svdbank verify ./my-model.bank --source ./my-model
       svdbank verify ./my-model.bank --source ./my-model --sample 5%
+      svdbank verify hf://org/SmolLM2-135M-svdbank --source HuggingFaceTB/SmolLM2-135M --sample 5%
     """
     import svdbank
 
@@ -51,7 +55,8 @@ def verify_command(bank: str, data: bool, model: str | None, sample: float | Non
 
 def _text(report: VerifyReport) -> str:
     proven = f"files, and the bases of {report.proven} of {report.weights} weights against the model"
-    scope = {"structure": "files, sizes and metadata", "data": "every byte", "source": proven}[report.level]
+    kept = "what is kept on this disk"
+    scope = {"structure": "files, sizes and metadata", "data": "every byte", "source": proven, "parts": kept}[report.level]
     if report.sound:
         verdict = (
             _sampled(report)
@@ -61,8 +66,9 @@ def _text(report: VerifyReport) -> str:
             left = f"{len(report.unrecorded)} files belong to no published part (unfinished builds leave them)"
             verdict += f"\n{left}: {report.unrecorded[0]}, …"
         return verdict
+    next_command = [f"  → {report.next}"] if report.next else ["  → tell whoever published it"]
     lines = [*_sampled(report).splitlines(), *(f"damaged  {damage.file}: {damage.what}" for damage in report.damage)]
-    return "\n".join([*lines, f"DAMAGED: {len(report.damage)} of {report.files} files; checked {scope}", f"  → {report.next}"])
+    return "\n".join([*lines, f"DAMAGED: {len(report.damage)} of {report.files} files; checked {scope}", *next_command])
 
 
 def _sampled(report: VerifyReport) -> str:

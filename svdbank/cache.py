@@ -30,7 +30,7 @@ from svdbank.core.errors import (
     SvdbankError,
     WrongBaseError,
 )
-from svdbank.core.places import InStore, OnDisk, OnHub, far_bank, locate, refuse_empty
+from svdbank.core.places import InStore, OnDisk, OnHub, far_bank, locate, refuse_address, refuse_empty
 from svdbank.core.specs import BuildOptions, Plan, from_json
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def given_output(output: str | os.PathLike[str] | None) -> Path | None:
     if output is None:
         return None
     refuse_empty(output, "the bank's name", "leave -o out for a bank in the cache, or name a folder")
+    refuse_address(output)
     return disk.expanded(output)
 
 
@@ -117,7 +118,7 @@ def open(source: str | os.PathLike[str]) -> Bank:
     """
     refuse_empty(source, "the bank's name", "name a bank's folder or a model; svdbank ls shows the banks there are")
     far = far_bank(source)
-    if far is not None and not (isinstance(far, OnHub) and _is_base(far.repository)):
+    if far is not None and not is_base(far):
         if (copy := _pulled(far)) is None:
             return open_elsewhere(far)
         mark_used(copy)
@@ -187,9 +188,9 @@ def pulled_output(manifest: Manifest) -> Path:
     return home() / "banks" / f"{slug}-{manifest.base_digest[:12]}" / name
 
 
-def _is_base(repository: str) -> bool:
-    """True where a bank of this model is in the cache."""
-    return any(manifest.base.name == repository for _, manifest in _published(bank_folders()))
+def is_base(far: OnHub | InStore) -> bool:
+    """True for a repository that is a model whose bank is in the cache, and not a bank itself."""
+    return isinstance(far, OnHub) and any(manifest.base.name == far.repository for _, manifest in _published(bank_folders()))
 
 
 @overload

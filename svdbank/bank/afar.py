@@ -59,6 +59,23 @@ class Afar:
         """As recorded: the size that the place has is compared with each answer."""
         return len(self.manifest) if name == MANIFEST else self._record(name).size
 
+    def held(self) -> Iterator[tuple[str, int, list[str]]]:
+        """Of each file of which something is on this disk, its name, the bytes that are as recorded, and what is not. Asks nothing."""
+        for name, record in self.records.items():
+            if record.chunk_bytes:
+                spans = [_span(record, number) for number in range(len(record.chunks) + 1)]
+                found = [
+                    (number, data) for number, data in enumerate(self.parts.read(name, spans)) if data.count(0) != len(data)
+                ]
+                wrong = [f"chunk {number} on this disk" for number, data in found if not _is_recorded(record, number, data)]
+                size = sum(len(data) for _, data in found)
+            else:
+                before = len(self.parts.damaged)
+                size = len(self.parts.small(record) or b"")
+                wrong = ["not the bytes that were published; removed from this disk"] * (len(self.parts.damaged) - before)
+            if size or wrong:
+                yield name, size, wrong
+
     def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
         """Chunks, tables of chunks and small files, checked; any other part of a file of vectors as the place has it."""
         small: dict[str, FileRecord] = {}

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+from svdbank.bank.afar import Afar
+from svdbank.bank.direct import Direct
 from svdbank.bank.files import Files, Folder
-from svdbank.bank.index import check_vectors, data_files, read_recorded
+from svdbank.bank.index import check_vectors, data_files, read_manifest, read_recorded
 from svdbank.bank.layout import LOG, MANIFEST, FamilyIndex, FileRecord
 from svdbank.bank.reading import Bank
 from svdbank.bank.spectrum import rank_marks
 from svdbank.bank.zarr_metadata import checked_metadata
 from svdbank.core import disk
 from svdbank.core.basis import unresolved_ranks
-from svdbank.core.errors import DamageError
+from svdbank.core.errors import BankError, DamageError
 from svdbank.core.specs import Progress, ProgressCallback, Struct
 
 #: Bytes hashed at a time.
@@ -91,19 +93,46 @@ def family_info(bank: Bank, family: FamilyIndex) -> FamilyInfo:
 
 
 def examine(bank: Bank, *, data: bool = False, progress: ProgressCallback | None = None) -> Examination:
-    """Every recorded file's presence and size, and the bytes of all metadata; with ``data`` the bytes of every file."""
+    """Every recorded file's presence and size, and the bytes of all metadata; with ``data`` the bytes of every file. Of a bank elsewhere
+    as the place has them now."""
+    files = Direct(bank.files) if isinstance(bank.files, Afar) else bank.files
     damage: list[Damage] = []
     recorded = dict(_recorded(bank))
-    for done, (name, record) in enumerate(recorded.items()):
-        hashed = data or "/c/" not in name or record.chunk_bytes == 0
-        damage += _examine_file(bank, name, record, hashed=hashed)
-        if progress is not None and hashed:
-            progress(Progress("verify", done + 1, len(recorded), "files", name))
+    hashed = [name for name, record in recorded.items() if data or "/c/" not in name or record.chunk_bytes == 0]
+    for name in recorded.keys() - set(hashed):
+        damage += _examine_file(files, name, recorded[name], hashed=False)
+    for done, name in enumerate(files.in_batches(hashed) if isinstance(files, Direct) else hashed):
+        damage += _examine_file(files, name, recorded[name], hashed=True)
+        if progress is not None:
+            progress(Progress("verify", done + 1, len(hashed), "files", name))
+    if isinstance(files, Direct):
+        damage += _same_manifest(files, bank)
     if not damage:
         damage += _contradictions(bank)
-    unrecorded, irregular = _unrecorded(Folder(bank.path), set(recorded))
+    listed = files if isinstance(files, Direct) else Folder(bank.path)
+    unrecorded, irregular = _unrecorded(listed, set(recorded))
     nbytes = sum(record.size for record in recorded.values())
+    order = {name: place for place, name in enumerate(recorded)}
+    damage.sort(key=lambda one: order.get(one.file, -1))
     return Examination(len(recorded), nbytes, (*damage, *irregular), tuple(unrecorded))
+
+
+def examine_parts(bank: Bank) -> Examination:
+    """What is on this disk of a bank elsewhere: how many files and bytes are held, and what of them is not as recorded. Asks nothing."""
+    if not isinstance(bank.files, Afar):
+        raise BankError(f"{bank.place} is on this disk, whole")
+    held, damage = list(bank.files.held()), list[Damage]()
+    for name, _, wrong in held:
+        damage += [Damage(name, what) for what in wrong]
+    return Examination(len(held), sum(size for _, size, _ in held), tuple(damage), ())
+
+
+def _same_manifest(files: Direct, bank: Bank) -> Iterator[Damage]:
+    try:
+        if read_manifest(files).digest != bank.manifest.digest:
+            yield Damage(MANIFEST, "another one than when this bank was first opened: svdbank pull takes it")
+    except BankError as error:
+        yield Damage(MANIFEST, str(error).removeprefix(f"{files.place}/{MANIFEST}: "))
 
 
 def _contradictions(bank: Bank) -> Iterator[Damage]:
@@ -132,18 +161,18 @@ def _recorded(bank: Bank) -> Iterator[tuple[str, FileRecord]]:
         yield from data_files(family)
 
 
-def _examine_file(bank: Bank, name: str, record: FileRecord, *, hashed: bool) -> Iterator[Damage]:
+def _examine_file(files: Files, name: str, record: FileRecord, *, hashed: bool) -> Iterator[Damage]:
     disk.safe_join(Path(), name, error=DamageError)
     try:
-        size = bank.files.size(name)
+        size = files.size(name)
         if size != record.size:
             yield Damage(name, f"{size} bytes, recorded were {record.size}")
-        elif hashed and _sha256(bank.files, name, size) != record.sha256:
+        elif hashed and _sha256(files, name, size) != record.sha256:
             yield Damage(name, "not the bytes that were published")
     except FileNotFoundError:
         yield Damage(name, "missing")
     except DamageError as error:
-        yield Damage(name, str(error).removeprefix(f"{bank.files.place}/{name}: "))
+        yield Damage(name, str(error).removeprefix(f"{files.place}/{name}: "))
 
 
 def _sha256(files: Files, name: str, size: int) -> str:
@@ -153,7 +182,7 @@ def _sha256(files: Files, name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _unrecorded(folder: Folder, recorded: set[str]) -> tuple[list[str], list[Damage]]:
+def _unrecorded(folder: Folder | Direct, recorded: set[str]) -> tuple[list[str], list[Damage]]:
     """Files in a bank that nothing records, and links or other things that may not be there at all.
 
     No reader ever opens an unrecorded file; a build or extension under way leaves them. The manifest, the log and a README
@@ -162,7 +191,7 @@ def _unrecorded(folder: Folder, recorded: set[str]) -> tuple[list[str], list[Dam
     unrecorded: list[str] = []
     damage: list[Damage] = []
     for name, is_regular in folder.names():
-        if name in recorded or name in (MANIFEST, LOG, "README.md"):
+        if name in recorded or name in (MANIFEST, LOG, "README.md", "LICENSE", "NOTICE"):
             continue
         if is_regular:
             unrecorded.append(name)

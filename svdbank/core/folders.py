@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svdbank.core import disk
 from svdbank.core.errors import SvdbankError
-from svdbank.core.places import refuse_empty
+from svdbank.core.places import refuse_address, refuse_empty
 
 
 def output_folder(output: str | os.PathLike[str]) -> Path:
@@ -18,6 +18,7 @@ def output_folder(output: str | os.PathLike[str]) -> Path:
     What a run that was killed after its last step left beside it goes.
     """
     refuse_empty(output, "the output's name", "name a folder with -o")
+    refuse_address(output)
     path = disk.expanded(output).resolve()
     work = _work(path)
     if work.is_dir() and not work.is_symlink() and path.exists():

@@ -137,6 +137,12 @@ def refuse_empty(name: str | os.PathLike[str], what: str, hint: str) -> None:
         raise OptionError(f"{what} is empty", hint=hint)
 
 
+def refuse_address(name: str | os.PathLike[str]) -> None:
+    """OptionError for an address where a folder on this disk belongs: as a path it would be a folder called ``hf:``."""
+    if isinstance(name, str) and re.match(r"[a-z][a-z0-9+.-]*://", name):
+        raise OptionError(f"{name[:200]!r} is an address, and this needs a folder on this disk", hint="name a folder")
+
+
 def named_place(value: str) -> tuple[str | None, str]:
     """``NAME=PLACE`` as its parts. The name is None where there is only a place: a path that exists, or one with ``=`` further down."""
     name, sign, place = value.partition("=")

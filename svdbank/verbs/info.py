@@ -57,6 +57,7 @@ def info(source: str | os.PathLike[str]) -> BankInfo | UnfinishedInfo:
         return unfinished
     bank = cache.open(source)
     manifest = bank.manifest
+    bank.coordinates([family.spec.name for family in bank.index.families], "sigma")  # at once: they may lie far away
     families = tuple(family_info(bank, family) for family in bank.index.families)
     records = [weight for family in bank.index.families for weight in family.weights]
     return BankInfo(

@@ -19,7 +19,7 @@ from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
-from svdbank.core.places import refuse_empty
+from svdbank.core.places import refuse_address, refuse_empty
 from svdbank.core.specs import FamilySpec, Progress, ProgressCallback, Struct, ignore_progress
 from svdbank.solver.planning import choose_path, flops
 
@@ -79,6 +79,7 @@ def repair(
     Raises BankNotFoundError where there is no bank, WrongBaseError for a model of other weights, LockedError where somebody writes.
     """
     refuse_empty(bank, "the bank's name", "svdbank ls shows the banks there are")
+    refuse_address(bank)
     root, tell, begun = disk.expanded(bank), progress or ignore_progress, time.perf_counter()
     if not cache.is_bank(root) and not (root / "plan.json").exists() and not (root / "manifest.json").exists():
         raise BankNotFoundError(f"{root}: no bank here", hint="svdbank ls shows the banks there are")

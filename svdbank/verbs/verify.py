@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from shlex import quote
 
 import msgspec
 
 from svdbank import cache
+from svdbank.bank.afar import Afar
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.reading import Bank
-from svdbank.building.checking import Damage, examine, repair_command
+from svdbank.building.checking import Damage, examine, examine_parts, repair_command
 from svdbank.building.sampling import Sample, draw
 from svdbank.core.errors import DamageError, OptionError
+from svdbank.core.places import far_bank
 from svdbank.core.specs import ProgressCallback, Struct
 
 
@@ -56,11 +59,15 @@ def verify(
     if sample is not None and model is None:
         raise OptionError("a sample of the weights is measured against their model", hint="--source MODEL --sample 5%")
     level = "source" if model is not None else "data" if data else "structure"
+    far = far_bank(source)
     try:
-        bank = cache.open(source)
+        bank = cache.open(source) if far is None or cache.is_base(far) else cache.open_elsewhere(far)
     except DamageError as error:
         return _report(os.fspath(source), level, None, damage=(Damage(MANIFEST, str(error)),))
-    examined = examine(bank, data=data, progress=progress)
+    parts = far is None and isinstance(bank.files, Afar)
+    if parts and model is None:
+        level = "parts"
+    examined = examine_parts(bank) if parts else examine(bank, data=data, progress=progress)
     damage, proven, drawn = examined.damage, 0, None
     if model is not None and not damage:
         from svdbank.building.proving import prove
@@ -69,7 +76,13 @@ def verify(
         names = bank.names if drawn is None else drawn.names
         damage, proven = tuple(prove(bank, model, names, progress)), len(names)
     report = _report(
-        bank.place, level, bank, damage, files=examined.files, nbytes=examined.nbytes, unrecorded=examined.unrecorded
+        os.fspath(source) if parts else bank.place,
+        level,
+        bank,
+        damage,
+        files=examined.files,
+        nbytes=examined.nbytes,
+        unrecorded=examined.unrecorded,
     )
     return msgspec.structs.replace(report, proven=proven, sample=drawn)
 
@@ -93,5 +106,12 @@ def _report(
         damage=damage,
         unrecorded=unrecorded,
         sound=not damage,
-        next=repair_command(path) if damage else None,
+        next=_next(path, bank) if damage else None,
     )
+
+
+def _next(path: str, bank: Bank | None) -> str | None:
+    """The command that helps; nobody can repair what lies elsewhere."""
+    if bank is not None and isinstance(bank.files, Afar):
+        return f"svdbank rm {quote(path)}" if far_bank(path) is None else None
+    return repair_command(path) if far_bank(path) is None else None
