@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -108,11 +109,16 @@ def _afar(bank: Bank) -> Afar:
 
 
 def _left(bank: Bank, folder: Path, progress: ProgressCallback) -> Iterator[tuple[str, FileRecord]]:
-    """The files that are not in ``folder`` as they are recorded; what stands in their place there is removed."""
+    """The files that are not in ``folder`` as they are recorded; what else stands there is removed."""
     recorded = dict(bank.manifest.files)
     for family in bank.index.families:
         recorded |= family.metadata
         recorded.update(data_files(family))
+    for place, folders, names in os.walk(folder):
+        for entry in (*names, *folders):
+            path = Path(place, entry)
+            if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in recorded:
+                disk.unlink(path)
     for done, (name, record) in enumerate(recorded.items()):
         path = disk.safe_join(folder, name, error=DamageError)
         if path.is_symlink() or path.exists():
