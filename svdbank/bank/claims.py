@@ -88,6 +88,15 @@ class Claims:
         return mine
 
 
+def is_free(session: Session, shard: ShardSpec, now: float) -> bool:
+    """True where nobody who is alive at the time ``now`` of the file system has claimed a shard."""
+    try:
+        holder = session.claim_path(shard.family, shard.index).read_text()
+    except FileNotFoundError:
+        return True
+    return bool(holder) and not seen(session, holder, now).alive
+
+
 def session_over(root: Path) -> LockedError:
     """The error of a worker that others took for dead, or whose bank is gone."""
     return LockedError(

@@ -57,12 +57,22 @@ class Account:
 
         return heard
 
+    def came(self, worker: str) -> None:
+        """A worker has come."""
+        with self._changing:
+            self._alive.append(worker)
+
     def gone(self, worker: str) -> None:
         """A worker has ended."""
         with self._changing:
             self._waiting.discard(worker)
             if worker in self._alive:
                 self._alive.remove(worker)
+
+    @property
+    def done(self) -> int:
+        """Weights that are done, those that were before among them."""
+        return int(self._done[0])
 
     def show(self, item: str) -> None:
         """Say how far all are, unless that has been said."""

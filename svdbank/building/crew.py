@@ -24,9 +24,8 @@ from svdbank.building.joining import Workplace, work_through
 from svdbank.building.preparation import PreparedBuild
 from svdbank.building.request import BuildRequest
 from svdbank.building.shares import Share
-from svdbank.building.worker import Order, Said
-from svdbank.core import errors
-from svdbank.core.errors import SvdbankError, WorkerError
+from svdbank.building.worker import Order, Said, own_error
+from svdbank.core.errors import WorkerError
 from svdbank.core.specs import Progress, ProgressCallback, from_json
 
 #: Threads of libraries that are still up at the end have nothing to say.
@@ -152,7 +151,7 @@ class Crew:
     def _note(self, member: _Member, said: Said, account: Account) -> None:
         member.joined = True
         if said.error is not None:
-            raise _error(member.name, said)
+            raise own_error(member.name, said)
         if said.solved is not None:
             member.end = said
         elif said.progress is not None and said.progress.stage in SHARED_STAGES:
@@ -186,15 +185,6 @@ def _ended(code: int) -> str:
         return f"ended with code {code}"
     name = signal.Signals(-code).name if -code in {*signal.Signals} else str(-code)
     return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-
-
-def _error(worker: str, said: Said) -> SvdbankError:
-    """What a worker ended with, as it said it, of the same class where that is one of ours."""
-    kind = getattr(errors, said.error or "", None)
-    message = f"{worker}: {said.message}"
-    if isinstance(kind, type) and issubclass(kind, SvdbankError):
-        return kind(message, hint=said.hint)
-    return WorkerError(f"{worker}: {said.error}: {said.message}", hint=said.hint)
 
 
 def _name(number: int, device: str) -> str:
