@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     help="Work beside other processes and machines that see the bank's folder, first on part I of N. auto: as Slurm's array, an "
     "indexed Job (with N) or torchrun says. Whoever is done helps the others; the last publishes.",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Have Ray start the workers: local (a Ray of its own; so --ray alone), auto or HOST:PORT (a cluster that runs, whose machines "
+    "see the bank's folder and the model). One a GPU, or a group of --threads processors; as many as there is room for, or --workers.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop, as svdbank plan does.")
 @with_output
 def build_command(
@@ -38,6 +46,7 @@ def build_command(
     device: str,
     workers: int | None,
     shard: str | None,
+    ray: str | None,
     dry_run: bool,
     output: Output,
     **options: Unpack[BuildOptions],
@@ -58,6 +67,7 @@ def build_command(
       svdbank build ./my-model --device cuda:0,cuda:2
       svdbank build ./my-model -o /shared/my-model.bank --shard 1/4       on each of four machines, with its number
       svdbank build ./my-model -o /shared/my-model.bank --shard auto      in sbatch --array, or torchrun
+      svdbank build ./my-model -o /shared/my-model.bank --ray auto        on a machine of a Ray cluster
       svdbank build ./my-model --json | tail -1
     """
     import svdbank
@@ -77,6 +87,7 @@ def build_command(
             device=device,
             workers=workers,
             shard=shard,
+            ray=ray,
             progress=progress,
             on_report=reports.append,
             **options,

@@ -1,9 +1,10 @@
-"""The machines of a Ray cluster: the connection to it, what it has, and workers that it is asked to start. Ray is imported when it is used."""
+"""The machines of a Ray cluster: the connection to it, what it has, and workers that it is asked to start."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from svdbank.building.posting import Posting, PostedWorker
+from svdbank.building.posting import PostedWorker, Posting
 from svdbank.building.worker import Said, own_error
 from svdbank.core.errors import DeviceError, OptionError, WorkerError, missing_extra
 from svdbank.core.processors import available_cpus
@@ -100,7 +101,9 @@ class Cluster:
     def device(self, asked: str) -> str:
         """``cpu`` or ``cuda``, as asked for, or as there are GPUs. OptionError for what Ray cannot hand out, or does not have."""
         if asked not in ("auto", "cpu", "cuda"):
-            raise OptionError(f"--device {asked} with --ray: Ray hands the GPUs out", hint="--device cuda, --device cpu, or auto")
+            raise OptionError(
+                f"--device {asked} with --ray: Ray hands the GPUs out", hint="--device cuda, --device cpu, or auto"
+            )
         has_gpu = any(machine.gpus for machine in self.machines())
         if asked == "cuda" and not has_gpu:
             raise OptionError("--device cuda: no machine of this Ray cluster has a GPU", hint="--device cpu")
@@ -176,7 +179,7 @@ class Cluster:
         if self.address == "local":
             own = {"num_cpus": available_cpus(), "num_gpus": _gpus(), "object_store_memory": _STORE, "include_dashboard": False}
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level="ERROR", **own)
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except KeyboardInterrupt:
             ray.shutdown()
             raise

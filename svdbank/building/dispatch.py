@@ -173,7 +173,11 @@ class Dispatch:
     def _hire(self) -> None:
         """As many workers as are wanted, or as there is room for: those of machines that come later start then."""
         wanted = self._most or self._cluster.room(self._device, self._threads)
-        left = len(self._bundles) + len(self._elsewhere) + sum(len(bundle) for one in self._members for bundle in one.tasks.values())
+        left = (
+            len(self._bundles)
+            + len(self._elsewhere)
+            + sum(len(bundle) for one in self._members for bundle in one.tasks.values())
+        )
         while len(self._members) < min(wanted, left):
             self._hired += 1
             actor = self._cluster.started(self._posting, self._device, self._threads)
@@ -194,7 +198,7 @@ class Dispatch:
     def _wait(self) -> None:
         """Take in what has come within a moment."""
         ray = self._cluster.ray
-        refs = {}
+        refs: dict[Any, _Member] = {}
         for member in self._members:
             refs |= dict.fromkeys((*member.tasks, *([member.talk] if member.talk is not None else ())), member)
             if not member.joined:

@@ -57,9 +57,13 @@ def build_request(
     keep: bool | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    processors: int | None = None,
 ) -> BuildRequest:
-    """The request that these arguments of ``svdbank.plan`` and ``svdbank.build`` make; OptionError for one that cannot be meant."""
-    here = available_cpus()
+    """The request that these arguments of ``svdbank.plan`` and ``svdbank.build`` make; OptionError for one that cannot be meant.
+
+    ``processors`` is how many a worker may have, by default those of this process.
+    """
+    here = available_cpus() if processors is None else processors
     beside = max(_number(workers, "workers") or 1, len(device.split(",")))
     each = _number(threads, "threads") or max(1, here // beside)
     if each > here:

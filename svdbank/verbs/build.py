@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
-import torch
 
 from svdbank.bank.reading import Bank, open_bank
-from svdbank.building.crew import Crew
-from svdbank.building.devices import worker_devices, working_device
 from svdbank.building.execution import WorkReport
 from svdbank.building.fetching import Fetch, FetchReport, fetch_report
 from svdbank.building.joining import Workplace, finished, joined
-from svdbank.building.request import BuildRequest, build_request
-from svdbank.building.shares import Share, own_device, parse_share
+from svdbank.building.request import MOST_JOBS, build_request
+from svdbank.building.shares import parse_share
+from svdbank.building.teams import LocalTeam, RayTeam, Team
+from svdbank.core.errors import OptionError
+from svdbank.core.processors import available_cpus
 from svdbank.core.specs import ProgressCallback, Side, StoredDtype, Struct, ignore_progress, quantised_formats
 
 
@@ -65,6 +65,7 @@ def build(
     workers: int | None = None,
     threads: int | None = None,
     shard: str | None = None,
+    ray: str | None = None,
     progress: ProgressCallback | None = None,
     on_report: Callable[[BuildReport], None] | None = None,
 ) -> Bank:
@@ -101,6 +102,9 @@ def build(
         ``I/N``, or ``auto[/N]`` in a Slurm array, an indexed Job or under torchrun: work beside other processes, on any machines that
         see the bank's folder, beginning with part I of N. An order of preference and no bound; whoever is done helps, takes over what
         dead workers held and waits for the rest, and the bank is published once.
+    ray
+        ``local`` (a Ray of its own on this machine), ``auto`` or ``HOST:PORT`` (one that runs): workers are actors of Ray, a GPU each or
+        ``threads`` processors, as many as there is room for, or ``workers``. All machines must see the bank's folder and the model.
     progress, on_report
         Called with each step, and once with a summary.
 
@@ -132,17 +136,18 @@ def build(
         keep=keep,
         workers=workers,
         threads=threads,
+        processors=available_cpus() if ray is None else MOST_JOBS,
     )
-    share = None if shard is None else parse_share(shard, os.environ)
-    where = worker_devices(own_device(share, request.device), request.workers)
-    device_here = working_device(where[0])
-    tell, on_cpu = progress or ignore_progress, "cpu" in where
+    share, tell = None if shard is None else parse_share(shard, os.environ), progress or ignore_progress
+    if share is not None and ray is not None:
+        raise OptionError("--shard and --ray: Ray's workers share the work by themselves", hint="leave --shard out")
+    asked: Team = LocalTeam(request, share) if ray is None else RayTeam(ray, request, threads=threads, jobs=jobs)
     with (
-        Crew(where, request.threads) as crew,
-        joined(request, device=",".join(where), join=share is not None, on_cpu=on_cpu, progress=tell) as here,
+        asked as team,
+        joined(team.request, device=team.device, join=team.joins, on_cpu=team.on_cpu, progress=tell) as here,
     ):
         checkpoint, prepared = here.checkpoint, here.prepared
-        done = _worked(here, crew, share or Share(0, 1), request, device_here, tell)
+        done = _worked(here, team, tell)
         fetching = fetch_report(checkpoint, prepared.fetch, done.waited)
         finished(
             prepared,
@@ -163,7 +168,7 @@ def build(
         fallbacks=tuple(name for name in bank if bank[name].certificate.tried),
         quantised=quantised_formats(bank[name].dtype for name in bank),
         fetch=fetching,
-        device=",".join(where),
+        device=team.device,
         stages=done.stages,
         same_bytes=prepared.same_bytes,
         decided=prepared.plan.decided,
@@ -175,18 +180,11 @@ def build(
     return bank
 
 
-def _worked(
-    here: Workplace,
-    crew: Crew,
-    share: Share,
-    request: BuildRequest,
-    device: torch.device,
-    progress: ProgressCallback,
-) -> WorkReport:
-    """The work, by all workers of this machine, where there is something to do."""
+def _worked(here: Workplace, team: Team, progress: ProgressCallback) -> WorkReport:
+    """The work, by all workers, where there is something to do."""
     if here.prepared.session is None:
         return WorkReport(solved=0, elsewhere=(), stages={}, waited=0.0)
-    done, (nbytes, requests, retries) = crew.work(here, share, request, device=device, progress=progress)
+    done, (nbytes, requests, retries) = team.work(here, progress)
     if here.checkpoint.remote is not None:
         here.checkpoint.remote.traffic.add(nbytes=nbytes, requests=requests, retries=retries)
     return done
