@@ -58,8 +58,10 @@ class Account:
         return heard
 
     def came(self, worker: str) -> None:
-        """A worker has come."""
+        """A worker has come. Time counts from the first one on."""
         with self._changing:
+            if not self._alive and self._done[2] == self._before:
+                self._begun = time.monotonic()
             self._alive.append(worker)
 
     def gone(self, worker: str) -> None:

@@ -113,11 +113,20 @@ class Cluster:
         """How many workers there is room for: one a GPU, or one for each ``threads`` processors of a machine."""
         return sum(one.gpus if device == "cuda" else one.cpus // threads for one in self.machines())
 
+    def refuse_no_room(self, device: str, threads: int) -> None:
+        """OptionError where there is room for no worker."""
+        if self.room(device, threads) == 0:
+            most = max((machine.cpus for machine in self.machines()), default=0)
+            raise OptionError(
+                f"no machine of this Ray cluster has {threads} processors for a worker: the largest has {most}",
+                hint="fewer --threads where a build is begun; with --workers N it waits for machines that come",
+            )
+
     def threads(self, device: str, workers: int | None) -> int:
         """Threads of a worker where none were asked for: processors divided among the workers, as the smallest machine has them."""
         able = [one for one in self.machines() if one.cpus and (one.gpus or device == "cpu")]
         count = workers or (sum(one.gpus for one in able) if device == "cuda" else len(able))
-        return max(1, min([*(one.cpus for one in able), sum(one.cpus for one in able) // max(1, count)]))
+        return max(1, min((*(one.cpus for one in able), sum(one.cpus for one in able) // max(1, count)), default=1))
 
     def look_around(self, posting: Posting, device: str, threads: int) -> None:
         """Have each machine that may work look for the bank's folder and the model; raises, by its name, what the first says that does not
@@ -125,15 +134,15 @@ class Cluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         order = pickle.dumps(posting)
-        asked = {}
+        ray, asked = self.ray, {}
         for machine in self.machines():
             if machine.gpus if device == "cuda" else machine.cpus >= threads:
                 there = NodeAffinitySchedulingStrategy(machine.node, soft=False)
-                task = self.ray.remote(num_cpus=0, max_retries=RESTARTS, scheduling_strategy=there)(_looking(__version__))
+                task = ray.remote(num_cpus=0, max_retries=RESTARTS, scheduling_strategy=there)(_looking(__version__))
                 asked[task.remote(order)] = machine
         waiting = list(asked)
         while waiting:
-            ready, waiting = self.ray.wait(waiting, timeout=_ANSWER_WITHIN)
+            ready, waiting = ray.wait(waiting, timeout=_ANSWER_WITHIN)
             if not ready:
                 raise DeviceError(
                     f"{asked[waiting[0]].name} has not answered in {_ANSWER_WITHIN:.0f} s", hint="ray status shows how it is"
@@ -183,7 +192,8 @@ class Cluster:
         except KeyboardInterrupt:
             ray.shutdown()
             raise
-        except (ConnectionError, RuntimeError, ValueError, OSError) as cause:
+        except Exception as cause:  # a node that did not start in Ray's 30 s is a plain one
+            ray.shutdown()
             raise WorkerError(f"Ray at {self.address}: {cause}", hint=_connecting(self.address)) from cause
         finally:
             if before is not None:  # Ray's own ends the process at once

@@ -26,7 +26,7 @@ from svdbank.building.posting import OWN_RANGES, Posting
 from svdbank.building.request import BuildRequest
 from svdbank.building.shards import ShardWork, shard_works
 from svdbank.building.worker import Said, own_error
-from svdbank.core.errors import OptionError, WorkerError
+from svdbank.core.errors import WorkerError
 from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import Progress, ProgressCallback, ShardSpec
 
@@ -72,7 +72,8 @@ class Dispatch:
         self._cluster, self._prepared, self._session, self._lease = cluster, prepared, session, lease
         self._device = device
         self._most = request.workers
-        self._threads = max((shard.threads for shard in prepared.plan.shards), default=1)
+        #: Processors of a worker: as many as a large weight's solve takes, or as small ones that it solves at a time.
+        self._threads = max(request.threads, *(shard.threads for shard in prepared.plan.shards))
         own = msgspec.structs.replace(
             request,
             model=_everywhere(request.model),
@@ -127,9 +128,8 @@ class Dispatch:
         """
         begun = self._account.done
         self._account.show("")
-        room = self._cluster.room(self._device, self._threads)
-        if not room and self._most is None:
-            raise self._no_room()
+        if self._most is None:
+            self._cluster.refuse_no_room(self._device, self._threads)
         self._cluster.look_around(self._posting, self._device, self._threads)
         while not self._over and (self._bundles or self._elsewhere or any(member.tasks for member in self._members)):
             self._look()
@@ -250,6 +250,7 @@ class Dispatch:
 
     def _finish(self, member: _Member, bundle: tuple[ShardWork, ...], said: Said) -> None:
         now = time.monotonic()
+        self._account.of(member.name)(Progress("decompose", 0, 1, "weights"))  # it waits for no bytes
         if said.error == "LockedError" and current_session(self._prepared.root) == self._session:
             member.rests_until = now + _LOOK_AGAIN  # it was silent for longer than its lease, and joins again
         elif said.error is not None:
@@ -310,13 +311,6 @@ class Dispatch:
         if self._device == "cpu":
             return self._jobs if work.shard.threads == 1 else 1
         return max(1, planned_path(self._prepared.plan, work.family, "cuda").batch // work.family.weights_per_shard)
-
-    def _no_room(self) -> OptionError:
-        most = max((machine.cpus for machine in self._cluster.machines()), default=0)
-        return OptionError(
-            f"no machine of this Ray cluster has {self._threads} processors for a worker: the largest has {most}",
-            hint=f"--threads {most} where the build is begun, or --workers N: it then waits for machines that come",
-        )
 
 
 def _talk(actor: Any, *, stop: bool) -> Any:

@@ -89,6 +89,8 @@ class RayTeam:
         try:
             self._kind = self._cluster.device(self.request.device)
             threads = self._threads or self._cluster.threads(self._kind, self.request.workers)
+            if self.request.workers is None:
+                self._cluster.refuse_no_room(self._kind, threads)
         except BaseException as error:
             self._cluster.__exit__(type(error), error, error.__traceback__)
             raise
