@@ -222,11 +222,11 @@ def _looking(version: str) -> Any:
         import pickle
 
         try:
-            import svdbank
+            from svdbank.core.version import __version__ as theirs
         except ImportError as cause:
             return f"cannot import svdbank: {cause}"
-        if svdbank.__version__ != version:
-            return f"has svdbank {svdbank.__version__}, this is {version}"
+        if theirs != version:
+            return f"has svdbank {theirs}, this is {version}"
         from svdbank.building.posting import look
         from svdbank.building.worker import Said, last_words
 
