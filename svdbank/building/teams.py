@@ -20,7 +20,7 @@ from svdbank.core.errors import OptionError
 from svdbank.core.specs import ProgressCallback
 
 #: Of what workers fetched: bytes, requests, retries.
-Traffic = tuple[int, int, int]
+Fetched = tuple[int, int, int]
 
 
 class Team(Protocol):
@@ -39,7 +39,7 @@ class Team(Protocol):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
 
-    def work(self, here: Workplace, progress: ProgressCallback) -> tuple[WorkReport, Traffic]:
+    def work(self, here: Workplace, progress: ProgressCallback) -> tuple[WorkReport, Fetched]:
         """Have all that is left recorded; a report over all workers, and what those in other processes fetched."""
 
 
@@ -61,7 +61,7 @@ class LocalTeam:
     def __exit__(self, *error: object) -> None:
         self._crew.__exit__(*error)
 
-    def work(self, here: Workplace, progress: ProgressCallback) -> tuple[WorkReport, Traffic]:
+    def work(self, here: Workplace, progress: ProgressCallback) -> tuple[WorkReport, Fetched]:
         """As :meth:`Team.work`."""
         return self._crew.work(here, self._share, self.request, device=self._solver, progress=progress)
 
@@ -102,7 +102,7 @@ class RayTeam:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._cluster.__exit__(kind, value, trace)
 
-    def work(self, here: Workplace, progress: ProgressCallback) -> tuple[WorkReport, Traffic]:
+    def work(self, here: Workplace, progress: ProgressCallback) -> tuple[WorkReport, Fetched]:
         """As :meth:`Team.work`."""
         with Dispatch(self._cluster, here, self.request, self._kind, progress) as dispatch:
             return dispatch.run()
