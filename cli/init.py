@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
-from svdbank_cli.options import with_output
+from svdbank_cli.options import find_options, with_output
 from svdbank_cli.output import Output, table
 from svdbank_cli.parameters import CountType, LayersType, PatternType
 
@@ -28,6 +28,8 @@ class _Options(TypedDict):
     base_model: str | None
     task_type: str | None
     force: bool
+    pull: str | None
+    find: bool
 
 
 @click.command("init", short_help="Write a fresh PEFT adapter from a bank: MiCA, MiLoRA or PiSSA.")
@@ -79,6 +81,7 @@ class _Options(TypedDict):
 )
 @click.option("--task-type", metavar="TYPE", help="PEFT task type, e.g. CAUSAL_LM. [default: as the model's config.json says]")
 @click.option("--force", is_flag=True, help="Replace an adapter that is there.")
+@find_options
 @with_output
 def init_command(
     source: str,
@@ -104,6 +107,7 @@ def init_command(
       svdbank init ./my-model.bank -r 8 --alpha 16 --targets q_proj --targets v_proj -o adapter
       svdbank init HuggingFaceTB/SmolLM2-135M --params 2M -o adapter
       svdbank init HuggingFaceTB/SmolLM2-135M -r 16 --beside law --beside med -o code
+      svdbank init HuggingFaceTB/SmolLM2-135M -o adapter --pull org/SmolLM2-135M-svdbank
       svdbank init HuggingFaceTB/SmolLM2-135M --method milora -r 64 -o adapter --residual-out base-without
     """
     import svdbank

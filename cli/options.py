@@ -114,6 +114,31 @@ def build_options(command: Command) -> Command:
     return command
 
 
+def find_options(command: Command) -> Command:
+    """Add ``--pull`` and ``--no-find``: where a model's bank comes from when the cache has none; the command gets ``pull`` and ``find``."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, no_find: bool, **kwargs: Any) -> Any:
+        return command(*args, find=not no_find, **kwargs)
+
+    for option in reversed(
+        (
+            click.option(
+                "--pull",
+                metavar="ORG/NAME",
+                help="Bring this bank of MODEL from the Hub into the cache first; refused where it is of other weights.",
+            ),
+            click.option(
+                "--no-find",
+                is_flag=True,
+                help="Where MODEL has no bank in the cache, do not ask the Hub which could be pulled. [also off under HF_HUB_OFFLINE]",
+            ),
+        )
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
 def device_option(command: Command) -> Command:
     """Add ``--device``: where to compute."""
     return click.option(

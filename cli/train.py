@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdbank_cli.options import with_output
+from svdbank_cli.options import find_options, with_output
 from svdbank_cli.output import Output, duration, size
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 @click.option("--log-steps", type=int, metavar="N", help="Steps a point of the curve. [default: 10]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--force", is_flag=True, help="Replace an adapter, or an unfinished run of other options, that is there.")
+@find_options
 @with_output
 def train_command(
     model: str | None, adapter: str | None, config: str | None, build: bool, force: bool, output: Output, **options: Any
@@ -89,6 +90,7 @@ def train_command(
     Examples:
       svdbank train HuggingFaceTB/SmolLM2-135M -r 16 -o law --data licences.jsonl --build
       svdbank train HuggingFaceTB/SmolLM2-135M -o med --data notes/ --on-top-of law --retain licences.jsonl
+      svdbank train HuggingFaceTB/SmolLM2-135M -o law --data licences.jsonl --pull org/SmolLM2-135M-svdbank
       svdbank train --config law/training.toml --lr 1e-3 -o law-slow
       svdbank train HuggingFaceTB/SmolLM2-135M -o plain --data licences.jsonl --method lora --patience 3
     """

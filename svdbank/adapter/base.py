@@ -20,7 +20,7 @@ _CAUSAL = re.compile(r"(ForCausalLM|(?<!With)LMHeadModel)$")
 _TEXT_TO_TEXT = frozenset({"t5", "mt5", "umt5", "longt5", "bart", "mbart"})
 
 
-def is_bank(source: str | Path) -> bool:
+def is_bank(source: str | os.PathLike[str]) -> bool:
     """True for the folder of a bank."""
     place = locate(source)
     return isinstance(place, OnDisk) and (place.path / "manifest.json").is_file()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from svdbank.adapter.components import Kind
 from svdbank.adapter.experts import kind_in_peft, pattern_name, target_fields
+from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, InitialisationMethod
 from svdbank.adapter.settings import by_pattern
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import OptionError
@@ -69,3 +70,17 @@ def shape_fields(
 
 def _as_integer(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def checked_method(method: str, alpha: float | None, dropout: float, residual_out: object) -> InitialisationMethod:
+    """The method by its name; OptionError for one that is none, and for options that cannot be meant with it."""
+    if method.lower() not in METHODS:
+        raise OptionError(f"{method!r} is not a method of this version: {', '.join(METHODS)}", hint="--method mica")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise OptionError(f"alpha is a positive number, not {alpha}")
+    if not 0 <= dropout < 1:
+        raise OptionError(f"dropout is at least 0 and below 1, not {dropout}")
+    chosen = cast("InitialisationMethod", method.lower())
+    if residual_out is not None and chosen not in RESIDUAL_METHODS:
+        raise OptionError(f"{chosen} leaves the base as it is: there is no residual to write", hint="leave --residual-out out")
+    return chosen

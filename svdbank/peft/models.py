@@ -23,7 +23,13 @@ from svdbank.peft.snapshot import as_it_was
 
 
 def get_peft_model(
-    model: nn.Module, config: Any, *, bank: Bank | str | Path, adapter_name: str = "default", **options: Any
+    model: nn.Module,
+    config: Any,
+    *,
+    bank: Bank | str | Path,
+    find: bool = True,
+    adapter_name: str = "default",
+    **options: Any,
 ) -> Any:
     """``peft.get_peft_model`` with a lookup in ``bank`` instead of one SVD a weight; returns PEFT's own ``PeftModel``.
 
@@ -36,7 +42,7 @@ def get_peft_model(
         output is the same up to that one rounding, which :class:`Attachment` reports. The base then belongs to this adapter.
 
     in any capitalisation (PEFT's own code freezes MiCA's ``B`` only for the lower-case spelling, so it is normalised). ``options`` go to
-    PEFT. Factors are float32; with ``autocast_adapter_dtype=False`` they get the weight's dtype.
+    PEFT, ``find`` to :func:`use_bank`. Factors are float32; with ``autocast_adapter_dtype=False`` they get the weight's dtype.
 
     Raises :class:`WrongBaseError` when the model is not the bank's, :class:`BankError` for weights, ranks or sides the bank lacks,
     :class:`OptionError` for a config that takes nothing from a bank or a combination that has no meaning. The model is then as it was
@@ -49,7 +55,7 @@ def get_peft_model(
             hint=f"LoraConfig(init_lora_weights=…) with one of {', '.join(METHODS)}, or call peft.get_peft_model",
         )
     normalise(config)
-    with use_bank(bank):
+    with use_bank(bank, find=find):
         return peft.get_peft_model(model, config, adapter_name=adapter_name, **options)
 
 

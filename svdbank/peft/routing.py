@@ -17,26 +17,27 @@ from typing import Any
 
 from torch import nn
 
-from svdbank import cache
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, missing_extra
 from svdbank.peft.configuration import method_of
 from svdbank.peft.injection import FactorSource, inject
 from svdbank.peft.layers import slots, unwrapped
 from svdbank.peft.loading import check_loaded
+from svdbank.sharing.finding import opened
 
 
 @contextlib.contextmanager
-def use_bank(bank: Bank | str | Path) -> Iterator[Bank]:
+def use_bank(bank: Bank | str | Path, *, find: bool = True) -> Iterator[Bank]:
     """Inside this block, PEFT's initialisation looks its values up in ``bank``: for trainers that call PEFT themselves.
 
     Covers ``get_peft_model``, ``add_adapter``, ``PeftModel.from_pretrained``, ``load_adapter``, ``add_weighted_adapter`` and
     Transformers' ``model.add_adapter`` and ``model.load_adapter`` (which otherwise leaves ``B`` training), for configs with
     ``init_lora_weights`` "mica", "milora" or "pissa". Others are not touched. See the module's text for threads. Yields the opened bank.
+    ``find``: where a model has no bank in the cache, the error says which one on the Hub could be pulled, by one request.
     """
-    opened = cache.opened(bank)
-    with reroute(FactorSource(opened)):
-        yield opened
+    found = opened(bank, find=find)
+    with reroute(FactorSource(found)):
+        yield found
 
 
 _source: ContextVar[FactorSource | None] = ContextVar("svdbank_source", default=None)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svdbank.adapter.base import task_of
 from svdbank.bank.reading import Bank
@@ -20,6 +20,9 @@ from svdbank.core.errors import OptionError, WrongBaseError
 from svdbank.core.hub_refusals import explain
 from svdbank.core.places import OnHub, far_bank
 from svdbank.core.specs import ProgressCallback
+
+if TYPE_CHECKING:
+    from svdbank.checkpoint.source import Checkpoint
 
 #: Files that go with what is made of a model: its licence, notices, what it may be used for.
 _LEGAL = re.compile(r"(licen[cs]e|notice|copying|use[_-]?policy)([._-][\w.-]*)?", re.IGNORECASE)
@@ -65,8 +68,6 @@ def base_on_hub(bank: Bank, named: str | None, source: str | os.PathLike[str] | 
 
 def _compare(bank: Bank, snapshot: Snapshot, source: str | os.PathLike[str] | None, progress: ProgressCallback) -> None:
     """Nothing where the bank's weights are those of the commit, to the byte; WrongBaseError where they are not."""
-    from svdbank.building.base import same_bytes
-    from svdbank.checkpoint.naming.selection import decomposable
     from svdbank.checkpoint.source import open_checkpoint
 
     shown = f"{snapshot.repository}@{snapshot.commit[:12]}"
@@ -83,16 +84,27 @@ def _compare(bank: Bank, snapshot: Snapshot, source: str | os.PathLike[str] | No
                     raise WrongBaseError(
                         f"{path} is not {file.name} of {shown}: size or hash differ", hint="--base ORG/NAME@REVISION"
                     )
-        specs = {spec.name: spec for spec in decomposable(checkpoint, (".*",))[0]}
-        stored = [weight.name for family in bank.index.families for weight in family.weights]
-        lacking = [name for name in stored if name not in specs]
-        if lacking:
-            raise WrongBaseError(f"{bank.place} is not of {shown}, which has no {lacking[0]}", hint="--base ORG/NAME@REVISION")
-        if not same_bytes(checkpoint, bank, [specs[name] for name in stored], progress):
+        if not are_of(checkpoint, bank, progress):
             raise WrongBaseError(
                 f"{bank.place} is of the same values as {shown}, stored in another dtype: their files differ",
                 hint="name the repository that the weights came from",
             )
+
+
+def are_of(checkpoint: Checkpoint, bank: Bank, progress: ProgressCallback) -> bool:
+    """Whether a bank is of a checkpoint's bytes; False where only the values are the same. Reads all of its weights.
+
+    Raises WrongBaseError where they are neither.
+    """
+    from svdbank.building.base import same_bytes
+    from svdbank.checkpoint.naming.selection import decomposable
+
+    specs = {spec.name: spec for spec in decomposable(checkpoint, (".*",))[0]}
+    stored = [weight.name for family in bank.index.families for weight in family.weights]
+    lacking = [name for name in stored if name not in specs]
+    if lacking:
+        raise WrongBaseError(f"{bank.place} is not of {checkpoint.name}, which has no {lacking[0]}", hint="name its own base")
+    return same_bytes(checkpoint, bank, [specs[name] for name in stored], progress)
 
 
 def _id_of(path: Path, like: str) -> str:

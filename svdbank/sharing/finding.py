@@ -58,7 +58,7 @@ def with_found(missing: BankNotFoundError, model: str | os.PathLike[str]) -> Ban
     named = "; ".join(map(str, found[:_NAMED])) + (f" and {len(found) - _NAMED} more" if found[_NAMED:] else "")
     return BankNotFoundError(
         f"{missing}; on the Hub, of the same weight files as their cards say: {named}",
-        hint=f"svdbank pull {found[0].repository}, if you trust {found[0].owner}; or {missing.hint}",
+        hint=f"--pull {found[0].repository} brings it, if you trust {found[0].owner}; or {missing.hint}",
     )
 
 
@@ -78,16 +78,17 @@ def find_banks(model: str | os.PathLike[str]) -> tuple[FoundBank, ...]:
     return tuple(bank for _, bank in sorted(found, key=lambda entry: str(entry[0]), reverse=True))
 
 
-def check_named(model: str | os.PathLike[str], repository: str) -> None:
+def check_named(model: str | os.PathLike[str], repository: str) -> bool:
     """WrongBaseError where the card of ``repository``, ``org/name[@revision]``, says that its bank is not of the model's weight files.
 
-    OptionError where it is no bank by its card. A model of which the Hub's ids are not known is not compared here.
+    OptionError where it is no bank by its card. False where nothing was compared: the Hub's ids of the model are not known, or the bank
+    is not on the Hub.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     place = far_bank(repository) or far_bank(f"hf://{repository}")
-    if not isinstance(place, OnHub) or (known := _weight_files(model)) is None:
-        return
+    if constants.HF_HUB_OFFLINE or not isinstance(place, OnHub) or (known := _weight_files(model)) is None:
+        return False
     try:
         info = HfApi().model_info(place.repository, revision=place.revision)
     except Exception as cause:
@@ -100,6 +101,7 @@ def check_named(model: str | os.PathLike[str], repository: str) -> None:
             f"{place}: its card says that it is of other weight files than {os.fspath(model)}",
             hint="name the revision of the model that it is of: MODEL@REVISION",
         )
+    return True
 
 
 def _weight_files(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]] | None:

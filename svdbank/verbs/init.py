@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from svdbank.adapter.base import base_of, facts_of, is_bank, task_of
 from svdbank.adapter.components import Band
 from svdbank.adapter.folder import check_output
-from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS, InitialisationMethod, lora_scale
+from svdbank.adapter.methods import lora_scale
 from svdbank.adapter.model import Adapter
 from svdbank.adapter.settings import LoraSettings
 from svdbank.adapter.starting import Start, check_sides, starting_factors
 from svdbank.bank.reading import Bank
-from svdbank.cache import opened
 from svdbank.checkpoint.naming.targets import ALL_LINEAR
-from svdbank.core.errors import OptionError
 from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, Struct
 from svdbank.initialisation.allocation import adapters_of, allocate, stops
-from svdbank.initialisation.configuration import alphas_by_pattern, shape_fields
+from svdbank.initialisation.configuration import alphas_by_pattern, checked_method, shape_fields
 from svdbank.initialisation.residual import write_residual
 from svdbank.initialisation.selection import adaptable, selected
 from svdbank.initialisation.writing import in_config, notes_on, trainable_parameters, write_fresh
+from svdbank.sharing.finding import opened
+from svdbank.verbs.pull import pulled
 
 
 class InitReport(Struct, frozen=True):
@@ -88,6 +86,8 @@ def init(
     base_model: str | None = None,
     task_type: str | None = None,
     force: bool = False,
+    pull: str | None = None,
+    find: bool = True,
     progress: ProgressCallback | None = None,
 ) -> InitReport:
     """Write a fresh adapter as a PEFT folder; :func:`svdbank.adapter.reading.read_adapter` reads it back.
@@ -129,14 +129,17 @@ def init(
         As PEFT's; by default what the model's ``config.json`` plainly says, where it is on this machine.
     force
         Replace an adapter folder that is already at ``output``.
+    pull, find
+        A bank on the Hub, ``org/name``, to bring into the cache for the model first. Without one, and without a bank in the cache, the
+        error says which could be pulled, as the Hub knows by one request; ``find=False`` asks nothing.
 
     Raises :class:`OptionError` for targets that match nothing, options that cannot be meant, or an output in use; :class:`BankError`
     for a rank or side that the bank lacks; :class:`WrongBaseError` where the base to make a residual of is not the bank's.
     """
-    chosen = _checked(method, alpha, dropout, residual_out)
+    chosen = checked_method(method, alpha, dropout, residual_out)
     path = output_folder(output)
     check_output(path, force=force)
-    bank = opened(model_or_bank)
+    bank = opened(model_or_bank, find=find) if pull is None else pulled(model_or_bank, pull, progress)
     check_sides(bank, chosen)
     base, revision = base_of(model_or_bank, bank)
     about = facts_of([*([(base_model, None)] if base_model else []), (base, revision)])
@@ -185,16 +188,3 @@ def init(
         left_out=found.left_out,
         notes=(*notes_on(settings, chosen, floored, residual), *found.notes),
     )
-
-
-def _checked(method: str, alpha: float | None, dropout: float, residual_out: object) -> InitialisationMethod:
-    if method.lower() not in METHODS:
-        raise OptionError(f"{method!r} is not a method of this version: {', '.join(METHODS)}", hint="--method mica")
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise OptionError(f"alpha is a positive number, not {alpha}")
-    if not 0 <= dropout < 1:
-        raise OptionError(f"dropout is at least 0 and below 1, not {dropout}")
-    chosen = cast("InitialisationMethod", method.lower())
-    if residual_out is not None and chosen not in RESIDUAL_METHODS:
-        raise OptionError(f"{chosen} leaves the base as it is: there is no residual to write", hint="leave --residual-out out")
-    return chosen

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from svdbank import cache
+from svdbank.adapter.base import is_bank
 from svdbank.bank.afar import Afar
 from svdbank.bank.files import Folder
 from svdbank.bank.index import read_manifest
@@ -82,6 +83,25 @@ def pull(
     return _report(
         bank, files.parts.root, rank=kept, side=of, lacks=lacking(bank, kept, of), size=cache.allocated_in(files.parts.root)
     )
+
+
+def pulled(model: str | os.PathLike[str] | Bank, repository: str, progress: ProgressCallback | None) -> Bank:
+    """The bank that ``--pull REPOSITORY`` names for a model, brought into the cache whole. WrongBaseError where it is of other weights:
+    by the Hub's ids of their files before anything is fetched, or else by the weights themselves."""
+    from svdbank.sharing.finding import check_named
+
+    if isinstance(model, Bank) or is_bank(model) or far_bank(model) is not None:
+        shown = model.place if isinstance(model, Bank) else os.fspath(model)
+        raise OptionError(f"{shown} is a bank already", hint="leave --pull out, or name the model")
+    compared = check_named(model, repository)
+    bank = cache.open(pull(repository, progress=progress).path)
+    if not compared:
+        from svdbank.checkpoint import open_checkpoint
+        from svdbank.sharing.bases import are_of
+
+        with open_checkpoint(model) as checkpoint:
+            are_of(checkpoint, bank, progress or ignore_progress)
+    return bank
 
 
 def _address(source: str) -> OnHub | InStore:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from svdbank.building.stopwatch import Stopwatch
-from svdbank.core.errors import BankNotFoundError
+from svdbank.core.errors import BankNotFoundError, OptionError
 from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, ignore_progress
 from svdbank.lm.libraries import quiet_transformers
@@ -38,13 +38,16 @@ def train(
     config: str | Path | Mapping[str, Any] | None = None,
     build: bool = False,
     force: bool = False,
+    pull: str | None = None,
+    find: bool = True,
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> TrainReport:
     """Train an adapter on text and write it as a PEFT folder; ``options`` are those of :class:`TrainOptions`.
 
     ``config`` is a flat TOML file (or a mapping) of the same options; what is given here overrides it. With ``build``, a model without
-    a bank gets one in the cache first. With ``force``, an adapter in the output and an unfinished run of other options give way.
+    a bank gets one in the cache first; ``pull`` and ``find`` are as in :func:`svdbank.init`. With ``force``, an adapter in the output and
+    an unfinished run of other options give way.
 
     A run that was interrupted or killed goes on from its last whole checkpoint when it is called again: on the CPU in float32 it ends
     with the same weights, to the bit, as one that was never disturbed. Under ``accelerate launch`` or ``torchrun`` each process calls
@@ -61,7 +64,7 @@ def train(
         check_source(source)
     watch = Stopwatch()
     with watch.spending("opening"):
-        run = _prepare(chosen, build=build, force=force, tell=progress or ignore_progress)
+        run = _prepare(chosen, build=build, force=force, pull=pull, find=find, tell=progress or ignore_progress)
         run.watch = watch
         # torch and PEFT, which nothing above needs to refuse what cannot be meant.
         from svdbank.training.loop import train_adapter
@@ -78,7 +81,7 @@ def train(
         return train_adapter(run, data)
 
 
-def _prepare(options: TrainOptions, *, build: bool, force: bool, tell: ProgressCallback) -> Run:
+def _prepare(options: TrainOptions, *, build: bool, force: bool, pull: str | None, find: bool, tell: ProgressCallback) -> Run:
     """Everything that can be refused before a text is read."""
     from svdbank.adapter.fetching import located
     from svdbank.adapter.folder import check_output
@@ -96,22 +99,27 @@ def _prepare(options: TrainOptions, *, build: bool, force: bool, tell: ProgressC
         run.options = msgspec.structs.replace(options, on_top_of=pinned)
     if options.method != "lora":
         with arguments.main_process_first(desc="opening the bank"):
-            run.bank = _bank(run.options, build=build, tell=tell)
+            run.bank = _bank(run.options, build=build, pull=pull, find=find, tell=tell)
     return run
 
 
-def _bank(options: TrainOptions, *, build: bool, tell: ProgressCallback) -> Bank:
-    """The bank named, else the model's own, which ``build`` makes where there is none."""
-    from svdbank import cache
+def _bank(options: TrainOptions, *, build: bool, pull: str | None, find: bool, tell: ProgressCallback) -> Bank:
+    """The bank named, or pulled, else the model's own, which ``build`` makes where there is none."""
+    from svdbank.sharing.finding import opened
+    from svdbank.verbs.pull import pulled
 
+    if pull is not None:
+        if options.bank is not None:
+            raise OptionError(f"--bank {options.bank} and --pull {pull} name two banks", hint="leave one of them out")
+        return pulled(options.model, pull, tell)
     try:
-        return cache.open(options.bank or options.model)
+        return opened(options.bank or options.model, find=find and not build)
     except BankNotFoundError as missing:
         if options.bank is not None:
             raise
         if not build:
             raise BankNotFoundError(
-                str(missing), hint=f"svdbank build {options.model}, or add --build to have it built into the cache first"
+                str(missing), hint=f"{missing.hint}; or add --build to have it built into the cache first"
             ) from missing
     from svdbank.verbs.build import build as build_bank
 
