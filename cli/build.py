@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Worker processes: on a CPU as many as asked for, of several GPUs the first so many. [default: 1; every GPU of --device cuda]",
+    help="Workers here: on a CPU as many as asked for, in one process; of several GPUs the first so many, a process each. "
+    "[default: 1; every GPU of --device cuda]",
 )
 @click.option(
     "--shard",

@@ -11,6 +11,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,7 +20,10 @@ from svdbank.bank.leases import Lease, Seen, seen, workers
 from svdbank.bank.sessions import Session, current_session
 from svdbank.core import disk
 from svdbank.core.errors import LockedError
-from svdbank.core.specs import ShardSpec
+from svdbank.core.specs import Plan, ShardSpec
+
+#: Seconds in which a worker that has made a claim writes its name into it; one that is empty for longer is a dead worker's.
+_NAMING = 5.0
 
 
 class Claims:
@@ -70,10 +74,7 @@ class Claims:
             holder, made = path.read_text(), path.stat().st_mtime
         except FileNotFoundError:
             return True
-        now = self._lease.now()
-        if holder and seen(self._session, holder, now).alive:
-            return False
-        if not holder and now - made < 5.0:  # its worker is about to write its name
+        if _is_held(self._session, holder, made, self._lease.now()):
             return False
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{disk.TEMPORARY}")
         try:
@@ -88,13 +89,31 @@ class Claims:
         return mine
 
 
+def free_shards(session: Session, plan: Plan, shards: Iterable[ShardSpec], lease: Lease) -> set[ShardSpec]:
+    """Those of a plan's ``shards`` that nobody who is alive has claimed. LockedError where the session is over."""
+    free = {(shard.family, shard.index): shard for shard in shards}
+    try:
+        now = lease.now()
+    except FileNotFoundError as cause:
+        raise session_over(session.root) from cause
+    for key in session.claimed(plan) & free.keys():
+        if not is_free(session, free[key], now):
+            del free[key]
+    return {*free.values()}
+
+
 def is_free(session: Session, shard: ShardSpec, now: float) -> bool:
     """True where nobody who is alive at the time ``now`` of the file system has claimed a shard."""
+    path = session.claim_path(shard.family, shard.index)
     try:
-        holder = session.claim_path(shard.family, shard.index).read_text()
+        return not _is_held(session, path.read_text(), path.stat().st_mtime, now)
     except FileNotFoundError:
         return True
-    return bool(holder) and not seen(session, holder, now).alive
+
+
+def _is_held(session: Session, holder: str, made: float, now: float) -> bool:
+    """True where the worker that a claim names is alive, or is about to write its name: a claim is empty before."""
+    return seen(session, holder, now).alive if holder else now - made < _NAMING
 
 
 def session_over(root: Path) -> LockedError:

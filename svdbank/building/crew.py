@@ -1,4 +1,4 @@
-"""Several workers on this machine: a process each, one plan, one view of progress."""
+"""Several workers on this machine, a process for each device that was named: one plan, one view of progress."""
 
 from __future__ import annotations
 
@@ -99,8 +99,10 @@ class Crew:
         that over.
         """
         prepared, remote = here.prepared, here.checkpoint.remote
-        name = _name(1, self._first) if self._others else self._first
-        account = Account(prepared, [name, *(member.name for member in self._members)], progress)
+        here_too = [] if self._others or device.type != "cpu" else range(2, (request.workers or 1) + 1)
+        name = _name(1, self._first) if self._others or here_too else self._first
+        others = [*(member.name for member in self._members), *(_name(number, "cpu") for number in here_too)]
+        account = Account(prepared, [name, *others], progress)
         if prepared.fetch.way == "cache" and remote is not None and self._others:
             remote.download(lambda stage, done, total: progress(Progress(stage, done, total, "bytes")))
         if self._others:

@@ -57,8 +57,8 @@ def _cuda_is_available() -> bool:
 
 
 def worker_devices(names: str, workers: int | None) -> tuple[str, ...]:
-    """A device for each worker: of a list with commas each one named, also twice; of ``cuda``, and ``auto`` where there are several, every
-    GPU there is; of a CPU as many as ``workers``. OptionError for devices that are not here, or not so many."""
+    """A device for each process: of a list with commas each one named, also twice; of ``cuda``, and ``auto`` where there are several,
+    every GPU there is; one for all workers on a CPU. OptionError for devices that are not here, or not so many."""
     listed = [name.strip() for name in names.split(",")]
     if len(listed) > 1:
         if workers not in (None, len(listed)):
@@ -66,7 +66,7 @@ def worker_devices(names: str, workers: int | None) -> tuple[str, ...]:
         return tuple(str(named_device(name)) for name in listed)
     device = named_device(listed[0])
     if device.type == "cpu":
-        return ("cpu",) * (workers or 1)
+        return ("cpu",)
     import torch
 
     count = torch.cuda.device_count() if device.index is None else 1

@@ -17,7 +17,7 @@ from svdbank.bank.leases import Lease
 from svdbank.bank.sessions import Session, current_session
 from svdbank.bank.writing import BankWriter
 from svdbank.building.fetching import READ_AHEAD, READERS, Downloads, FetchPlan, fetched, files_of
-from svdbank.building.memory import DEVICE_AHEAD, WRITERS, give_back
+from svdbank.building.memory import DEVICE_AHEAD, WRITERS, give_back, shards_in_flight
 from svdbank.building.preparation import PreparedBuild
 from svdbank.building.reading import Loaded, Reader
 from svdbank.building.records import Solved, log, shard_record
@@ -54,13 +54,14 @@ def work(
     checkpoint: Checkpoint,
     device: torch.device,
     jobs: int,
+    beside: int = 1,
     progress: ProgressCallback,
     lease: Lease | None = None,
     fetch: FetchPlan | None = None,
     as_given: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> WorkReport:
-    """Solve and record ``shards`` of a prepared build, ``jobs`` small ones at a time on a CPU.
+    """Solve and record ``shards`` of a prepared build, on a CPU ``jobs`` small weights at a time, or ``beside`` large ones.
 
     Any number of processes may do so at once, of the same shards too: each shard is claimed by one of them, and what another has
     claimed or recorded is left out. What an interrupt or an error finds under way ends and is recorded. Under ``lease``, or one that is
@@ -75,7 +76,7 @@ def work(
     with contextlib.ExitStack() as stack:
         lease = lease or stack.enter_context(lease_of(session, str(device)))
         claims = stack.enter_context(Claims(session, lease))
-        worker = _Worker(prepared, claims, checkpoint, device, jobs, progress, fetch or prepared.fetch, tick)
+        worker = _Worker(prepared, claims, checkpoint, device, (jobs, beside), progress, fetch or prepared.fetch, tick)
         return worker.run(shards, as_given=as_given)
 
 
@@ -109,7 +110,7 @@ class _Worker:
         claims: Claims,
         checkpoint: Checkpoint,
         device: torch.device,
-        jobs: int,
+        at_once: tuple[int, int],
         progress: ProgressCallback,
         fetch: FetchPlan,
         tick: Callable[[], None],
@@ -120,7 +121,7 @@ class _Worker:
         self.claims = claims
         self.checkpoint = checkpoint
         self.device = device
-        self.jobs = jobs
+        self.small_at_once, self.large_at_once = at_once
         self.progress = progress
         self.kind = kind_of(device)
         if self.kind == "cpu":
@@ -192,19 +193,22 @@ class _Worker:
                     return
                 # One thread count at a time: two solves with different counts would fight over the processors.
                 while (batch := reader.next) is not None:
-                    with pinned_threads(batch.threads):
-                        at_once = self.jobs if batch.threads == 1 else 1
+                    at_once = self.small_at_once if batch.threads == 1 else self.large_at_once
+                    with pinned_threads(batch.threads), solver.at_once(at_once):
                         yield from self._solved(reader, solver, at_once=at_once, threads=batch.threads)
 
     def _solved(
         self, reader: Reader, solver: BatchSolver, *, at_once: int, threads: int | None
     ) -> Iterator[tuple[WeightSpec, ...]]:
-        """Solve batches, ``at_once`` at a time, while the next are read: those that follow with this thread count, or all (None)."""
+        """Solve batches, or on a CPU weights, ``at_once`` at a time, while the next are read: those that follow with this thread count,
+        or all (None).
+        """
         with ThreadPoolExecutor(at_once, "svdbank-solve") as solvers:
             running: set[Future[list[tuple[WeightSpec, ...]]]] = set()
             try:
                 while (batch := reader.next) is not None and threads in (None, batch.threads):
-                    while len(running) >= at_once:
+                    most = at_once if threads is None else shards_in_flight(at_once, len(batch.weights))
+                    while len(running) >= most:
                         finished, running = self._some_of(running)
                         for future in finished:
                             yield from future.result()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from svdbank.bank.claims import living, session_over
+from svdbank.bank.claims import free_shards, living, session_over
 from svdbank.bank.files import Folder
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import MANIFEST, plan_name
-from svdbank.bank.leases import Lease, seen
+from svdbank.bank.leases import Lease
 from svdbank.bank.sessions import Session, current_session
 from svdbank.building import shares
 from svdbank.building.execution import WorkReport, refuse_few_processors, work
@@ -33,10 +33,10 @@ from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import LockedError, SvdbankError, WrongBaseError
 from svdbank.core.places import OnHub, locate
-from svdbank.core.specs import Progress, ProgressCallback, ShardSpec, Sources
+from svdbank.core.specs import Plan, Progress, ProgressCallback, Sources
 
-#: Seconds after which one that waits for others looks again.
-_LOOK_AGAIN = 0.5
+#: Seconds after which one that waits for others looks again: at first, and at most.
+_LOOK_AGAIN, _LOOK_SELDOM = 0.02, 0.5
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,16 @@ def work_through(
     session = prepared.session
     if session is None or lease is None:
         return WorkReport(0, (), {}, 0.0)
-    files = {file.name: number for number, file in enumerate(checkpoint.files)}
+    places = {file.name: number for number, file in enumerate(checkpoint.files)}
     works = shard_works(prepared.plan, prepared.weights, prepared.plan.shards)
     by_file = checkpoint.remote is not None and prepared.fetch.way == "shards"
+    parts = shares.divided(works, share.count, places, by_file=by_file) if share.count > 1 else [works]
+    turns = [parts[(share.index + number) % share.count] for number in range(share.count)]
+    beside = (request.workers or 1) if device.type == "cpu" else 1
     total = len(prepared.weights)
-    done = WorkReport(0, (), {}, 0.0)
+    done, pause = WorkReport(0, (), {}, 0.0), _LOOK_AGAIN
 
-    def round_of(chosen: list[ShardWork], *, first: bool) -> WorkReport:
-        todo = _left(session, chosen)
+    def round_of(todo: list[ShardWork], *, first: bool) -> WorkReport:
         fetch = None
         if not first or share.count > 1:
             options = request.fetch if first else FetchOptions(fetch="ranges", disk_budget=None, keep=None)
@@ -139,7 +141,8 @@ def work_through(
             [one.shard for one in todo],
             checkpoint=checkpoint,
             device=device,
-            jobs=request.jobs,
+            jobs=request.jobs * beside,
+            beside=beside,
             progress=progress,
             lease=lease,
             fetch=fetch,
@@ -148,24 +151,21 @@ def work_through(
         )
 
     try:
-        mine = shares.own(works, share, files, by_file=by_file) if share.count > 1 else works
-        done = _sum(done, round_of(mine, first=True))
-        others: list[ShardWork] = []
-        for number in range(1, share.count):
-            other = Share((share.index + number) % share.count, share.count)
-            others += reversed(shares.own(works, other, files, by_file=by_file))
-        while left := _left(session, works):
-            free = [one for one in left if _is_free(session, one.shard, lease)]
-            chosen = [one for one in others if one in free] or free
+        done = _sum(done, round_of(_left(prepared.plan, session, turns[0]), first=True))
+        others = [work for part in turns[1:] for work in reversed(part)]
+        while left := _left(prepared.plan, session, works):
+            free = free_shards(session, prepared.plan, [one.shard for one in left], lease)
+            chosen = [one for one in others if one.shard in free] or [one for one in left if one.shard in free]
             if chosen:
                 done = _sum(done, round_of(chosen, first=False))
-                others = []
+                others, pause = [], _LOOK_AGAIN
             else:
                 missing = sum(len(one.weights) for one in left)
                 others_at = f"{len(left)} shards are with other workers"
                 progress(Progress("wait for other workers", total - missing, total, "weights", others_at))
                 tick()
-                time.sleep(_LOOK_AGAIN)
+                time.sleep(pause)
+                pause = min(1.2 * pause, _LOOK_SELDOM)
             if current_session(prepared.root) != session:
                 raise session_over(prepared.root)
     except LockedError:
@@ -189,17 +189,9 @@ def is_published(prepared: PreparedBuild) -> bool:
     return (root / MANIFEST).exists() and plan_name(prepared.generation) in read_manifest(Folder(root)).plans
 
 
-def _left(session: Session, works: list[ShardWork]) -> list[ShardWork]:
-    return [one for one in works if not session.record_path(one.shard.family, one.shard.index).exists()]
-
-
-def _is_free(session: Session, shard: ShardSpec, lease: Lease) -> bool:
-    """True where nobody who is alive has claimed a shard."""
-    try:
-        holder = session.claim_path(shard.family, shard.index).read_text()
-    except FileNotFoundError:
-        return True
-    return bool(holder) and not seen(session, holder, lease.now()).alive
+def _left(plan: Plan, session: Session, works: list[ShardWork]) -> list[ShardWork]:
+    recorded = session.recorded(plan)
+    return [one for one in works if (one.shard.family, one.shard.index) not in recorded]
 
 
 def _sum(one: WorkReport, other: WorkReport) -> WorkReport:

@@ -41,8 +41,13 @@ def peak_memory(plan: Plan, weights: dict[str, WeightSpec], jobs: int, kind: str
         vectors = 3 * family_bytes(family, plan.options) * len(members) // len(family.weights)  # float64 and its cast
         solve = solve_bytes(family, members[0], shard.path, 1, "cpu")
         at_once = jobs if shard.threads == 1 else 1
-        worst = max(worst, at_once * (solve + vectors + loaded) + 2 * loaded)
+        worst = max(worst, at_once * solve + shards_in_flight(at_once, len(members)) * (vectors + loaded) + 2 * loaded)
     return _RESIDENT + worst
+
+
+def shards_in_flight(at_once: int, weights: int) -> int:
+    """Shards of so many weights that a CPU has under way where ``at_once`` weights are solved: enough, also while one is written."""
+    return min(at_once, max(2, -(-2 * at_once // weights)))
 
 
 def device_memory(plan: Plan, weights: dict[str, WeightSpec], kind: str) -> int:

@@ -26,7 +26,7 @@ class BuildRequest(Struct, frozen=True):
     """What was asked for, checked as far as it can be without looking at the model.
 
     ``output`` is None for a bank in the cache; ``device`` is a name as it was given, or several with commas; each of ``workers`` (None:
-    one a device) solves a large weight with ``threads`` and ``jobs`` small ones at a time.
+    one a device; on a CPU they are threads of one process) solves a large weight with ``threads`` and ``jobs`` small ones at a time.
     """
 
     model: str | Path

@@ -109,11 +109,6 @@ def cost(work: ShardWork) -> float:
     return len(work.weights) * float(flops(family.out_features, family.in_features, family.rank, work.shard.path))
 
 
-def own(works: Sequence[ShardWork], share: Share, places: Mapping[str, int], *, by_file: bool) -> list[ShardWork]:
-    """The share's part of ``works``, see :func:`divided`."""
-    return divided(works, share.count, places, by_file=by_file)[share.index]
-
-
 def divided(works: Sequence[ShardWork], count: int, places: Mapping[str, int], *, by_file: bool) -> list[list[ShardWork]]:
     """``works`` in ``count`` parts: each a run of them in the order of their bytes, of about the cost of every other.
 

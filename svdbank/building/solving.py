@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,7 @@ from svdbank.core.errors import NotFiniteError, SolverError
 from svdbank.core.specs import BuildOptions, WeightSpec
 from svdbank.solver import batch_bases, minor_basis, on_own_stream
 from svdbank.solver.devices import give_back_device, kind_of
+from svdbank.solver.threads import pinned_threads
 
 #: Seconds after which one that waits for its turn looks whether memory has run out.
 _LET_GO = 0.1
@@ -38,19 +40,37 @@ class BatchSolver(Protocol):
 
 
 class CpuSolver:
-    """Solves one weight after another in the calling thread."""
+    """Solves weights in threads of its own, those of a shard beside each other: the last shard too keeps all of them at work."""
 
     def __init__(self, options: BuildOptions, watch: Stopwatch) -> None:
         self._options = options
         self._watch = watch
+        self._threads: ThreadPoolExecutor | None = None
+
+    @contextlib.contextmanager
+    def at_once(self, count: int) -> Iterator[None]:
+        """For the length of the block, ``count`` weights at a time."""
+        with ThreadPoolExecutor(count, "svdbank-cpu") as self._threads:
+            yield
 
     def solved(self, batch: Batch, loaded: Loaded) -> Iterator[tuple[WeightSpec, Basis, Tensor, str]]:
         """As :meth:`BatchSolver.solved`."""
-        while loaded:
-            weight, matrix, sha256 = loaded.pop(0)
-            with self._watch.spending("solve"):
-                basis = _solve(weight, matrix, batch, self._options, torch.device("cpu"))
-            yield weight, basis, matrix, sha256
+        assert self._threads is not None, "within at_once"
+        # Taken from the list when its turn comes, so that nothing holds a matrix that is solved.
+        solving = deque(self._threads.submit(self._one, batch, weight, matrix) for weight, matrix, _ in loaded)
+        try:
+            while solving:
+                basis = solving.popleft().result()
+                weight, matrix, sha256 = loaded.pop(0)
+                yield weight, basis, matrix, sha256
+                del basis, matrix
+        finally:
+            for left in solving:
+                left.cancel()
+
+    def _one(self, batch: Batch, weight: WeightSpec, matrix: Tensor) -> Basis:
+        with pinned_threads(batch.threads), self._watch.spending("solve"):
+            return _solve(weight, matrix, batch, self._options, torch.device("cpu"))
 
 
 class GpuSolver:

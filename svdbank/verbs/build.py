@@ -91,8 +91,9 @@ def build(
         ``auto`` (CUDA if there), ``cpu``, ``cuda`` (every GPU there is, a worker each), ``cuda:1`` …, or several with commas, a worker
         each, also the same twice.
     workers, threads, jobs
-        Worker processes on a CPU (1), threads of each for a large weight (the processors divided among them; fixed in the plan, since
-        bytes depend on it), and small weights that each solves at a time (as many as threads; changes no byte).
+        Workers on a CPU (1), beside each other in this process, threads of each for a large weight (the processors divided among
+        them; fixed in the plan, since bytes depend on it), and small weights that each solves at a time (as many as threads;
+        changes no byte).
     fetch, disk_budget, keep
         How weights on the Hub come here: ``cache`` (all of them into the Hugging Face cache first), ``shards`` (file by file, the
         next while this one is solved), ``ranges`` (only the bytes needed, nothing on disk), or ``auto``, by what fits; the most bytes

@@ -114,7 +114,7 @@ def test_a_killed_worker_costs_no_build(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_all_and_keeps_what_is_done(number: signal.Signals, model: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
-    with started(model, bank, "--workers", "2", "--threads", "1") as process:
+    with started(model, bank, "--device", "cpu,cpu", "--threads", "1") as process:
         assert process.stdout is not None
         deadline = time.monotonic() + 120
         while workers_at(bank) < 1 and time.monotonic() < deadline:

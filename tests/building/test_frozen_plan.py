@@ -23,7 +23,7 @@ from svdbank.building.freezing import frozen_plan
 from svdbank.building.joining import joined
 from svdbank.building.request import build_request
 from svdbank.building.shards import shard_works
-from svdbank.building.shares import Share, cost, own, parse_share
+from svdbank.building.shares import cost, divided, parse_share
 from svdbank.checkpoint import decomposable, open_checkpoint
 from svdbank.core.specs import Progress, ignore_progress
 from tests.building.small import tree, write_small_checkpoint
@@ -230,7 +230,8 @@ def test_shares_are_disjoint_whole_and_of_like_cost(count: int, minilm: Path, tm
         weights = {weight.name: weight for weight in decomposable(checkpoint)[0]}
         works = shard_works(plan, weights, plan.shards)
         places = {file.name: number for number, file in enumerate(checkpoint.files)}
-    parts = [own(works, Share(index, count), places, by_file=False) for index in range(count)]
+    parts = divided(works, count, places, by_file=False)
+    assert len(parts) == count
     assert {one.shard for part in parts for one in part} == {*plan.shards}
     assert sum(map(len, parts)) == len(plan.shards)
     costs = [sum(map(cost, part)) for part in parts]

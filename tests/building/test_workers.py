@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import svdbank
-from svdbank.bank.claims import Claims
+from svdbank.bank.claims import Claims, free_shards
 from svdbank.bank.leases import Lease
 from svdbank.bank.sessions import WORKERS
 from svdbank.building.execution import WorkReport, work
@@ -191,6 +191,20 @@ def test_a_silent_worker_loses_its_lease_and_its_claims(model: Path, tmp_path: P
             assert not other.take(shard)
             os.utime(session.folder / WORKERS / silent.name, (0, lease.now() - 61))
             assert other.take(shard)
+
+
+def test_a_claim_whose_worker_died_before_it_wrote_its_name_binds_nobody(model: Path, tmp_path: Path) -> None:
+    prepared = prepared_build(model, tmp_path / "bank")
+    session, (first, second, *_) = prepared.session, prepared.todo
+    assert session is not None
+    with Lease(session) as lease:
+        for shard, age in ((first, 3), (second, 60)):
+            path = session.claim_path(shard.family, shard.index)
+            path.touch()
+            os.utime(path, (0, lease.now() - age))
+        assert {first} == {*prepared.todo} - free_shards(session, prepared.plan, prepared.todo, lease)
+        with Claims(session, lease) as claims:
+            assert claims.take(second) and not claims.take(first), "its worker may be about to write its name"
 
 
 def test_an_interrupt_lets_every_claim_go(model: Path, tmp_path: Path) -> None:
