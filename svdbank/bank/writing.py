@@ -239,22 +239,27 @@ class BankWriter:
     def _fold(self, family: FamilySpec) -> FamilyIndex:
         """Write a family's coordinate arrays from its records and return its part of the index."""
         arrays = vector_arrays(family, self.plan.options.side)
-        coordinates = CoordinateColumns(family)
         weights: list[WeightRecord] = []
         files: dict[str, list[FileRecord]] = {array: [] for array in arrays}
-        for shard in (s for s in self.plan.shards if s.family == family.name):
-            record = self.session.read(family.name, shard.index)
-            names = family.weights[shard.start : shard.stop]
-            if record is None or tuple(weight.name for weight in record.weights) != names:
-                raise BankError(
-                    f"{self.root}: the records of {family.name} are not those of its plan", hint="delete the bank, build again"
-                )
-            coordinates.add(record)
-            weights += record.weights
-            for array in arrays:
-                files[array].append(record.files[array])
+        with CoordinateColumns(family, self.root / family.name) as coordinates:
+            for shard in (s for s in self.plan.shards if s.family == family.name):
+                record = self.session.read(family.name, shard.index)
+                names = family.weights[shard.start : shard.stop]
+                if record is None or tuple(weight.name for weight in record.weights) != names:
+                    raise BankError(
+                        f"{self.root}: the records of {family.name} are not those of its plan",
+                        hint="delete the bank, build again",
+                    )
+                coordinates.add(record)
+                weights += record.weights
+                for array in arrays:
+                    files[array].append(record.files[array])
+                del record  # its samples, one by one, are the most that a publish holds
+        for name, (shape, dims, chunk) in coordinates.wide().items():
+            self._coordinate(family, name, shape, np.dtype(np.float64), dims)
+            self._store.written[f"{family.name}/{name}/c/0/0"] = chunk
         for name, (values, dims) in coordinates.arrays().items():
-            self._coordinate(family, name, values, dims)
+            self._coordinate(family, name, values.shape, values.dtype, dims)[...] = values
         begun = (f"{family.name}/zarr.json", *(f"{family.name}/{array}/zarr.json" for array in arrays))
         metadata = {key: file_record(read_regular(self.root / key)) for key in begun}
         metadata |= {key: file for key, file in self._store.written.items() if key.startswith(f"{family.name}/")}
@@ -293,23 +298,24 @@ class BankWriter:
             config={"write_empty_chunks": True},
         )
 
-    def _coordinate(self, family: FamilySpec, name: str, values: NDArray[Any], dims: tuple[str, ...]) -> None:
+    def _coordinate(
+        self, family: FamilySpec, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], dims: tuple[str, ...]
+    ) -> zarr.Array[Any]:
         path = f"{family.name}/{name}"
         self._written_anew(f"{path}/zarr.json")
-        array = zarr.create_array(
+        return zarr.create_array(
             self._store,
             name=path,
-            shape=values.shape,
-            dtype=values.dtype,
-            chunks=values.shape,
-            fill_value=np.nan if values.dtype.kind == "f" else 0,
+            shape=shape,
+            dtype=dtype,
+            chunks=shape,
+            fill_value=np.nan if dtype.kind == "f" else 0,
             filters=None,
             compressors=[Crc32cCodec()],
             dimension_names=dims,
             zarr_format=3,
             config={"write_empty_chunks": True},
         )
-        array[...] = values
 
     def _written_anew(self, key: str) -> None:
         """A metadata file left by a run that was stopped gives way: its content follows from the plan."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ class _Worker:
         recorded: list[tuple[WeightSpec, ...]] = []
         with pinned_threads(batch.threads if self.kind == "cpu" else 1):
             for weight, basis, matrix, sha256 in solver.solved(batch, loaded):
-                solved.append(Solved(weight, basis, sha256, taken(matrix)))
+                solved.append(Solved(weight, basis, sha256, array("d", taken(matrix))))
                 del matrix
         for one in batch.works:
             count = len(one.weights)

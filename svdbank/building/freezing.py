@@ -39,13 +39,18 @@ class Frozen:
     sources: Sources | None
 
 
-def frozen_plan(root: Path) -> Frozen | None:
-    """What an unfinished build or extension at ``root`` has frozen; None where there is none. BankError where it cannot be read."""
+def plan_under_way(root: Path) -> tuple[int, Plan] | None:
+    """Generation and plan of an unfinished build or extension at ``root``; None where there is none. BankError where it cannot be read."""
     generation = len(read_manifest(Folder(root)).plans) if (root / MANIFEST).exists() else 0
     path = root / plan_name(generation)
-    if not path.exists():
+    return (generation, read_plan(path)) if path.exists() else None
+
+
+def frozen_plan(root: Path) -> Frozen | None:
+    """What an unfinished build or extension at ``root`` has frozen; None where there is none. BankError where it cannot be read."""
+    if (found := plan_under_way(root)) is None:
         return None
-    plan = read_plan(path)
+    generation, plan = found
     where = root / plan.sources
     if not plan.sources or "/" in plan.sources or not where.exists():
         return Frozen(generation, plan, None)

@@ -22,7 +22,7 @@ class Solved:
     weight: WeightSpec
     basis: Basis
     sha256: str
-    probe: tuple[float, ...]
+    probe: Sequence[float]
 
 
 def shard_record(work: ShardWork, solved: Sequence[Solved]) -> ShardRecord:
@@ -46,7 +46,7 @@ def shard_record(work: ShardWork, solved: Sequence[Solved]) -> ShardRecord:
         files={},
         sigma=tuple(tuple(one.basis.minor.sigma.tolist()) for one in solved),
         principal_sigma=tuple(tuple(one.basis.principal.sigma.tolist()) for one in solved if one.basis.principal is not None),
-        probe=tuple(one.probe for one in solved),
+        probe=tuple(tuple(one.probe) for one in solved),
     )
 
 

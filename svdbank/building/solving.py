@@ -70,7 +70,8 @@ class CpuSolver:
 
     def _one(self, batch: Batch, weight: WeightSpec, matrix: Tensor) -> Basis:
         with pinned_threads(batch.threads), self._watch.spending("solve"):
-            return _solve(weight, matrix, batch, self._options, torch.device("cpu"))
+            basis = _solve(weight, matrix, batch, self._options, torch.device("cpu"))
+            return brought_home(basis, STORED_TORCH[self._options.dtype])
 
 
 class GpuSolver:

@@ -9,7 +9,7 @@ from pathlib import Path
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.leases import workers
 from svdbank.bank.sessions import Session, current_session
-from svdbank.building.freezing import Frozen, frozen_plan
+from svdbank.building.freezing import plan_under_way
 from svdbank.core.places import OnDisk, locate, refuse_empty
 from svdbank.core.specs import Plan, Struct
 
@@ -59,12 +59,12 @@ def unfinished_info(source: str | os.PathLike[str]) -> UnfinishedInfo | None:
     if not isinstance(place, OnDisk) or not (place.path / "plan.json").is_file():
         return None
     root = place.path
-    frozen = frozen_plan(root)
-    return None if frozen is None else _info(root, frozen)
+    found = plan_under_way(root)
+    return None if found is None else _info(root, found[1])
 
 
-def _info(root: Path, frozen: Frozen) -> UnfinishedInfo:
-    plan, session = frozen.plan, current_session(root)
+def _info(root: Path, plan: Plan) -> UnfinishedInfo:
+    session = current_session(root)
     recorded = session.recorded(plan) if session is not None else set()
     holders, alive = ({}, ()) if session is None else _who(session, plan)
     families = {family.name: family for family in plan.families}

@@ -9,7 +9,7 @@ from svdbank.bank.files import Folder
 from svdbank.bank.index import read_manifest
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.reading import Bank, open_bank
-from svdbank.building.freezing import frozen_plan
+from svdbank.building.freezing import plan_under_way
 from svdbank.building.publication import publish as publish_records
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError
@@ -46,9 +46,10 @@ def publish(
         )
     with disk.locked(root, waiting=lambda who: tell(Progress("wait for the bank's lock", 0, 1, "locks", who))):
         before = read_manifest(Folder(root)).weights if (root / MANIFEST).exists() else 0
-        frozen = frozen_plan(root)
-        if frozen is not None:
-            publish_records(root, frozen.plan, frozen.generation, progress=tell)
+        found = plan_under_way(root)
+        if found is not None:
+            generation, plan = found
+            publish_records(root, plan, generation, progress=tell)
         bank = open_bank(root)
     if on_report is not None:
         on_report(PublishReport(str(root), len(bank), len(bank) - before, bank.manifest.nbytes))
