@@ -111,7 +111,7 @@ def plan_fetch(
     where what was asked for does not fit.
     """
     remote = checkpoint.remote
-    sizes = {name: file.source.size for name, file in remote.files.items()} if remote is not None else {}
+    sizes = {name: file.source.size for name, file in remote.files.items() if file.copy is None} if remote is not None else {}
     needed = {name: sizes[name] for weight in weights for name in files_of(weight) if name in sizes}
     if remote is None or not needed:
         return FetchPlan(way="local", files=0, nbytes=0, disk_bytes=0, keep=True, checked=False)

@@ -133,7 +133,11 @@ def work_through(
     def round_of(todo: list[ShardWork], *, first: bool) -> WorkReport:
         fetch = None
         if not first or share.count > 1:
-            options = request.fetch if first else FetchOptions(fetch="ranges", disk_budget=None, keep=None)
+            # Whoever helps takes few shards of a file: whole files come only where all workers find them.
+            shared = request.fetch.fetch == "shards" and request.fetch.keep
+            options = request.fetch if first or shared else FetchOptions(fetch="ranges", disk_budget=None, keep=None)
+            if not first and checkpoint.remote is not None:
+                checkpoint.remote.look_again()
             weights = [weight for one in todo for weight in one.weights]
             fetch = plan_fetch(checkpoint, weights, options, root=prepared.root, bank_bytes=0)
         return work(

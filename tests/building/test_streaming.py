@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,37 @@ def test_a_second_build_and_a_readme_commit_fetch_no_weights(
     asked = len(hub.ranges)
     assert builder("build", repo, tmp_path / "bank")["reused"] == 3 * LAYERS
     assert {said for _, said in hub.ranges[asked:]} == {"bytes=0-65535"}
+
+
+@pytest.mark.parametrize("banks", ["a bank each", "one bank"])
+def test_two_processes_fetch_no_byte_twice(
+    banks: str, hub: LocalHub, repo: str, model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """With one Hugging Face cache: whoever comes second to a file waits for it, also one that helps with another's share."""
+    hub.faults.append(Fault("slow", repo, times=1000, seconds=0.1))  # so that they meet
+    two = [Builder(hub, tmp_path) for _ in range(2)]
+    options: dict[str, object] = {"fetch": "shards", "keep": True}
+    places = [tmp_path / "bank", tmp_path / ("bank" if banks == "one bank" else "other")]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            calls = [
+                pool.submit(
+                    builder, "build", repo, place, **options, **({"shard": f"{number}/2"} if banks == "one bank" else {})
+                )
+                for number, (builder, place) in enumerate(zip(two, places, strict=True), 1)
+            ]
+            reports = [call.result() for call in calls]
+    finally:
+        hub.faults.clear()
+        for builder in two:
+            builder.close()
+    assert not any("error" in report for report in reports), reports
+    assert all(content(place) == expected for place in places)
+    # On opening, the header's guess: 64 KiB of each file. All else is asked for once.
+    asked = [(path, said) for path, said in hub.ranges if repo in path and said != "bytes=0-65535"]
+    assert len(asked) == len({*asked}) and {path.rpartition("/")[2] for path, _ in asked} == {
+        path.name for path in model.glob("*.safetensors")
+    }
 
 
 def test_what_cannot_be_meant_is_said_before_any_request(builder: Builder, hub: LocalHub, tmp_path: Path) -> None:

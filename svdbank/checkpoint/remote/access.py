@@ -41,12 +41,22 @@ class Remote:
         """Bring all files into the Hugging Face cache, as the Hub client does it, and read them there from now on."""
         paths = download(self._snapshot, progress)
         for file in self.files.values():
-            descriptor = open_regular(paths[file.name])
-            try:
-                file.copy = WeightFile(file.name, paths[file.name], State.of(descriptor))
-            finally:
-                os.close(descriptor)
+            self._read_here(file, paths[file.name])
             self.traffic.add(nbytes=file.source.size)
+
+    def look_again(self) -> None:
+        """Read from the cache what has come there since, by whomever. No read may be under way."""
+        for file in self.files.values():
+            blob = self.folder / file.source.identity
+            if file.copy is None and file.source.identity and blob.is_file() and not blob.is_symlink():
+                self._read_here(file, blob)
+
+    def _read_here(self, file: RemoteFile, path: Path) -> None:
+        descriptor = open_regular(path)
+        try:
+            file.copy = WeightFile(file.name, path, State.of(descriptor))
+        finally:
+            os.close(descriptor)
 
     def shards(self, uses: Sequence[frozenset[str]], *, budget: int | None, keep: bool) -> Shards:
         """Download file by file ahead of the reads to come; see :class:`~svdbank.checkpoint.remote.shards.Shards`."""

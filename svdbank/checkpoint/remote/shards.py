@@ -178,10 +178,10 @@ class Shards:
         )
 
     def _download(self, file: SourceFile) -> _Copy:
-        copy = self._from_another(file) if self._keep and file.identity else None
-        if copy is not None:
+        shared = self._keep and file.identity
+        copy = self._own_or_another(file) if shared else _Copy.open(self._folder, file)
+        if copy.is_whole:
             return copy
-        copy = _Copy.open(self._folder, file)
         try:
             for last in (False, True):
                 digest = _hasher(file)
@@ -210,20 +210,20 @@ class Shards:
         copy.finish()
         return copy
 
-    def _from_another(self, file: SourceFile) -> _Copy | None:
-        """A file that another process has brought here meanwhile, or is about to: it is waited for, and no byte comes twice."""
+    def _own_or_another(self, file: SourceFile) -> _Copy:
+        """A file to be downloaded by us alone, or whole where another process has brought it: one that is at it is waited for."""
         whole, growing = self._folder / file.identity, self._folder / f"{file.identity}{SUFFIX}"
         while True:
-            if whole.is_file():
+            descriptor = None if whole.is_file() else _lock(growing, create=True)
+            if whole.is_file():  # also where that was so between the two looks
+                if descriptor is not None:
+                    disk.unlink(growing)
+                    os.close(descriptor)
                 copy = _Copy(whole, os.open(whole, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), file)
                 copy.finish()
                 return copy
-            descriptor = _lock(growing, create=False)
-            if descriptor is not None or not growing.exists():
-                if descriptor is not None:
-                    os.close(descriptor)
-                if not whole.is_file():
-                    return None
+            if descriptor is not None:
+                return _Copy(growing, descriptor, file)
             with self._condition:
                 if self._stopped:
                     raise CheckpointError(f"{self._repository.name}: {file.name}: downloading was given up")
@@ -272,6 +272,11 @@ class _Copy:
             descriptor = _lock(path, create=True)
             assert descriptor is not None
         return cls(path, descriptor, source)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can be read."""
+        return self._file is not None
 
     @property
     def file(self) -> WeightFile:
