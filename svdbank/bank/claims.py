@@ -35,7 +35,8 @@ class Claims:
     def __init__(self, session: Session, lease: Lease) -> None:
         self._session = session
         self._lease = lease
-        self._held: set[ShardSpec] = set()
+        #: Whether each of them has our name in it. Noted before it is made: an interrupt may fall between any two steps.
+        self._held: dict[ShardSpec, bool] = {}
         self._changing = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -48,25 +49,32 @@ class Claims:
     def take(self, shard: ShardSpec) -> bool:
         """Claim a shard, also one that a dead worker holds; False where a living one has it. LockedError where the session is over."""
         path = self._session.claim_path(shard.family, shard.index)
+        self._note(shard, named=False)
         try:
             taken = disk.create_mark(path, self._lease.name.encode()) or (
                 self._freed(path) and disk.create_mark(path, self._lease.name.encode())
             )
         except FileNotFoundError as cause:
             raise session_over(self._session.root) from cause
-        if taken:
-            with self._changing:
-                self._held.add(shard)
+        self._note(shard, named=True if taken else None)
         return taken
 
     def release(self, shard: ShardSpec) -> None:
         """Let a claimed shard go; from any thread. Nothing where another has taken it meanwhile."""
-        with self._changing:
-            self._held.discard(shard)
+        named = self._held.get(shard, True)
         path = self._session.claim_path(shard.family, shard.index)
         with contextlib.suppress(FileNotFoundError):
-            if path.read_text() == self._lease.name:
+            holder = path.read_text()
+            if holder == self._lease.name or not (named or holder):
                 disk.remove_mark(path)
+        self._note(shard, named=None)
+
+    def _note(self, shard: ShardSpec, *, named: bool | None) -> None:
+        with self._changing:
+            if named is None:
+                self._held.pop(shard, None)
+            else:
+                self._held[shard] = named
 
     def _freed(self, path: Path) -> bool:
         """Take a dead worker's claim away; False where its worker is alive or another one is at the same."""

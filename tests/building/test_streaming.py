@@ -409,15 +409,13 @@ def test_two_processes_fetch_no_byte_twice(
     """With one Hugging Face cache: whoever comes second to a file waits for it, also one that helps with another's share."""
     hub.faults.append(Fault("slow", repo, times=1000, seconds=0.1))  # so that they meet
     two = [Builder(hub, tmp_path) for _ in range(2)]
-    options: dict[str, object] = {"fetch": "shards", "keep": True}
     places = [tmp_path / "bank", tmp_path / ("bank" if banks == "one bank" else "other")]
+    shares: list[dict[str, str]] = [{"shard": "1/2"}, {"shard": "2/2"}] if banks == "one bank" else [{}, {}]
     try:
         with ThreadPoolExecutor(2) as pool:
             calls = [
-                pool.submit(
-                    builder, "build", repo, place, **options, **({"shard": f"{number}/2"} if banks == "one bank" else {})
-                )
-                for number, (builder, place) in enumerate(zip(two, places, strict=True), 1)
+                pool.submit(builder, "build", repo, place, fetch="shards", keep=True, **share)
+                for builder, place, share in zip(two, places, shares, strict=True)
             ]
             reports = [call.result() for call in calls]
     finally:

@@ -207,6 +207,27 @@ def test_a_claim_whose_worker_died_before_it_wrote_its_name_binds_nobody(model: 
             assert claims.take(second) and not claims.take(first), "its worker may be about to write its name"
 
 
+@pytest.mark.parametrize("step", ["made", "named", "told"])
+def test_an_interrupt_while_a_shard_is_claimed_leaves_no_claim(
+    step: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepared_build(model, tmp_path / "bank")
+    assert prepared.session is not None
+    create = disk.create_mark
+
+    def interrupted(path: Path, data: bytes) -> bool:
+        create(path, b"" if step == "made" else data)
+        raise KeyboardInterrupt
+
+    with Lease(prepared.session) as lease, pytest.raises(KeyboardInterrupt), Claims(prepared.session, lease) as claims:
+        if step == "told":
+            claims.take(prepared.todo[0])
+            raise KeyboardInterrupt
+        monkeypatch.setattr(disk, "create_mark", interrupted)
+        claims.take(prepared.todo[0])
+    assert not claims_of(tmp_path / "bank")
+
+
 def test_an_interrupt_lets_every_claim_go(model: Path, tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.stage == "decompose" and progress.done >= 2:
