@@ -2,9 +2,9 @@
 
     python -m benchmarks.workers [--only smollm2,experts,empty,many] [--repeat N] [--weights N] [--folder FOLDER]
 
-- ``smollm2`` (210 weights) and ``experts`` (512 of 768×2048): one worker of one thread, two workers of one thread each, and one process as
-  ``svdbank build`` runs by default, in turns, so that a busy moment meets all of them; medians over the rounds, of whole processes and of
-  the work without start-up (from the first line of progress to the end).
+- ``smollm2`` (210 weights) and ``experts`` (512 of 768×2048): one worker of one thread, two workers of one thread each (threads of one
+  process), one process as ``svdbank build`` runs by default, and two processes of one thread each, in turns, so that a busy moment meets
+  all of them; medians over the rounds, of whole processes and of the work without start-up (from the first line of progress to the end).
 - ``empty``: solves that return at once. What is left is reading, hashing, claiming, writing, recording and publishing, by engine.
 - ``many``: ``--weights`` tiny experts (200,000). Seconds and memory of plan, build, publish, open and one lookup; files and bytes.
 
@@ -36,6 +36,7 @@ ENGINES = {
     "one worker, one thread": ("--threads", "1", "--jobs", "1", "--workers", "1"),
     "two workers, one thread each": ("--threads", "1", "--workers", "2"),
     "one process, as by default": (),
+    "two processes, one thread each": ("--threads", "1", "--device", "cpu,cpu"),
 }
 _EMPTY = "import benchmarks.workers as own; own.empty_solves(); "
 
@@ -98,11 +99,14 @@ def compared(what: str, model: Path, place: Path, repeat: int, goals: list[Goal]
             whole, work = taken[engine][-1]
             print(f"{what:14} {engine:30} {whole:7.2f} s, {work:7.2f} s of work", flush=True)
     medians = {engine: tuple(median(column) for column in zip(*times, strict=True)) for engine, times in taken.items()}
-    one, two, default = (medians[engine] for engine in ENGINES)
+    one, two, default, processes = (medians[engine] for engine in ENGINES)
     for at, kind in enumerate(("whole run", "without start-up")):
         ours = f"{two[at]:.2f} s"
         goals.append(Goal(f"{what}: two workers, {kind}", ours, f"one of one thread {one[at]:.2f} s", one[at] / two[at], 1.8))
         goals.append(Goal(f"{what}: two workers, {kind}", ours, f"one process {default[at]:.2f} s", default[at] / two[at], 1.0))
+        goals.append(
+            Goal(f"{what}: two workers, {kind}", ours, f"two processes {processes[at]:.2f} s", processes[at] / two[at], 1.0)
+        )
     return {"seconds": taken, "medians": medians}
 
 

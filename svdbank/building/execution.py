@@ -214,8 +214,8 @@ class _Worker:
                         for future in finished:
                             yield from future.result()
                     begun = time.perf_counter()
-                    while pending := reader.pending():
-                        either: set[Future[Any]] = {*pending, *running}
+                    while (pending := reader.pending()) is not None:
+                        either: set[Future[Any]] = {pending, *running}
                         wait(either, timeout=_SHOW_EVERY, return_when=FIRST_COMPLETED)
                         del either, pending  # they hold what was read
                         self.tick()

@@ -49,9 +49,9 @@ class Reader:
         """The batch that :meth:`take` gives; None at the end."""
         return self._ahead[0][0] if self._ahead else None
 
-    def pending(self) -> set[_Loading]:
-        """The reads that :meth:`take` would wait for."""
-        return {read for read in self._ahead[0][1] if not read.done()}
+    def pending(self) -> _Loading | None:
+        """The last of the reads that :meth:`take` would wait for; None where it would not. A shard may have tens of thousands."""
+        return next((read for read in reversed(self._ahead[0][1]) if not read.done()), None)
 
     def take(self) -> Loaded:
         """The weights of the next batch, once they are read; raises what a read raised."""
