@@ -23,6 +23,7 @@ from torch import Tensor
 
 from svdbank.core.specs import Progress
 from svdbank.lm.blocks import first
+from svdbank.training.best import FORWARDS, SHARE
 from svdbank.training.generators import generators_kept
 from svdbank.training.report import Calibration
 from svdbank.training.run import Run
@@ -37,8 +38,11 @@ RISE = 0.05
 #: of twenty for one model, agree (docs/training.md). The directions of PiSSA are steep at the start above all.
 OVER = {"mica": 1.5, "milora": 1.0, "pissa": 2.5, "lora": 1.2}
 
-#: Tokens set aside at least.
-TOKENS = 512
+#: Tokens set aside at least, and of a step's blocks at least where the run is too short for all of them.
+TOKENS, FEWEST = 512, 256
+
+#: Forward passes over the blocks set aside that the search makes as a rule.
+PASSES = 5
 
 #: Where the search begins, between which rates it stays, and how many pairs of forward passes it makes at most.
 BEGIN, LEAST, MOST, PAIRS = 2e-3, 1e-8, 10.0, 8
@@ -56,8 +60,7 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
     Every process computes on blocks of its own and all come to the same rate.
     """
     options, begun = run.options, time.perf_counter()
-    a_step = options.batch_size * options.accumulation
-    aside, groups = _blocks(training, a_step, run)
+    aside, groups = _blocks(training, run)
     factors = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     start = [factor.detach().clone() for factor in factors]
     was_training = trainer.model.training
@@ -150,15 +153,27 @@ def choose(method: str, bend: float | None, curve: tuple[tuple[float, float, flo
     return float(f"{rate:.3g}"), why
 
 
-def _blocks(training: Any, a_step: int, run: Run) -> tuple[list[Any], list[list[Any]]]:
+def blocks_of(steps: int, a_step: int, length: int, processes: int = 1) -> tuple[int, int]:
+    """Blocks set aside, over all processes, and a process's blocks of each step for the direction.
+
+    Those of a step are as many as the run has, ``a_step``, or fewer in a short run, so that all takes a tenth of the time of its
+    ``steps`` where :data:`FEWEST` tokens are enough for that.
+    """
+    aside = max(processes, -(-TOKENS // length))
+    passes = SHARE * steps * a_step * FORWARDS - PASSES * aside / processes
+    return aside, min(a_step, max(1, -(-FEWEST // length), int(passes / (STEPS * FORWARDS))))
+
+
+def _blocks(training: Any, run: Run) -> tuple[list[Any], list[list[Any]]]:
     """This process's blocks set aside, and its blocks of each step; all processes together have those that one would have.
 
     With too few blocks for all, steps share theirs.
     """
     processes, own = run.processes.num_processes, run.processes.process_index
+    steps = run.steps(len(training) if hasattr(training, "select") else 0)
     if hasattr(training, "select"):
         training = training.shuffle(seed=run.options.seed + 1)
-    aside = max(run.options.batch_size * processes, -(-TOKENS // run.length))
+    aside, a_step = blocks_of(steps, run.options.batch_size * run.options.accumulation, run.length, processes)
     rows = list(first(training, aside + STEPS * a_step * processes))
     aside = max(1, min(aside, len(rows) // 2))
     rest = rows[aside:] or rows
