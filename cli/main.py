@@ -93,6 +93,10 @@ def main() -> NoReturn:
     SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if sys.argv[1:2] in (["train"], ["eval"]):
+        from svdbank.lm.libraries import spare_bitsandbytes
+
+        spare_bitsandbytes()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from logging import ERROR, getLogger
@@ -33,6 +34,21 @@ def import_peft() -> Any:
     except ImportError as cause:
         raise missing_extra("peft", "peft") from cause
     return peft
+
+
+def spare_bitsandbytes() -> None:
+    """For a process that is ours alone, before PEFT is imported: PEFT imports bitsandbytes too, a second, whether a base needs it or not.
+
+    Until :func:`allow_bitsandbytes` it looks as if it were not installed.
+    """
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("bitsandbytes", None)
+
+
+def allow_bitsandbytes() -> None:
+    """Take :func:`spare_bitsandbytes` back, before PEFT is imported."""
+    if "bitsandbytes" in sys.modules and sys.modules["bitsandbytes"] is None:
+        del sys.modules["bitsandbytes"]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from svdbank.core.errors import CheckpointError, MissingExtraError, OptionError
 from svdbank.core.places import OnDisk, OnHub, locate, refusal, refuse_empty
-from svdbank.lm.libraries import first_line, import_transformers, quiet_transformers
+from svdbank.lm.libraries import allow_bitsandbytes, first_line, import_transformers, quiet_transformers
 from svdbank.lm.marks import marks_of
 from svdbank.lm.memory import out_of_memory
 
@@ -73,6 +73,8 @@ def open_model(model: str) -> CausalModel:
                 f"{model}: no model configuration to be read: {first_line(cause)}",
                 hint="name a folder with config.json, or org/name[@revision]; HF_TOKEN for a private or gated model",
             ) from cause
+        if getattr(config, "quantization_config", None) is not None:
+            allow_bitsandbytes()
         automatic = _automatic(transformers, config, model)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
@@ -172,6 +174,7 @@ def check_quantiser(load_in: LoadIn | None) -> None:
     """Refuse ``load_in`` where bitsandbytes is missing, before any work."""
     if load_in is None:
         return
+    allow_bitsandbytes()
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as cause:

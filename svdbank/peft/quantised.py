@@ -34,7 +34,7 @@ def keep_gradients(root: nn.Module) -> None:
 
 def _layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
     """The 4-bit layers. Asking costs no import where bitsandbytes is not in use."""
-    if "bitsandbytes" not in sys.modules:
+    if sys.modules.get("bitsandbytes") is None:
         return
     from bitsandbytes.nn import Linear4bit
 

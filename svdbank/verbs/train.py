@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from svdbank.building.stopwatch import Stopwatch
+from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, OptionError
 from svdbank.core.folders import output_folder
 from svdbank.core.specs import ProgressCallback, ignore_progress
@@ -67,6 +68,7 @@ def train(
         run = _prepare(chosen, build=build, force=force, pull=pull, find=find, tell=progress or ignore_progress)
         run.watch = watch
         # torch and PEFT, which nothing above needs to refuse what cannot be meant.
+        from svdbank.training.ending import TrainingError
         from svdbank.training.loop import train_adapter
         from svdbank.training.rehearsal import rehearse
 
@@ -78,7 +80,13 @@ def train(
                 rehearse(run.options, run.model, run.bank)
             checkpoints.begin(run.folder, run.record(data.digest), force=force)
         run.processes.wait_for_everyone()
-        return train_adapter(run, data)
+        try:
+            return train_adapter(run, data)
+        except Exception as error:
+            # A run that made no checkpoint, or came to nothing, leaves nothing to go on from.
+            if run.is_main and (isinstance(error, TrainingError) or checkpoints.last_whole(run.folder) is None):
+                disk.remove_tree(run.folder)
+            raise
 
 
 def _prepare(options: TrainOptions, *, build: bool, force: bool, pull: str | None, find: bool, tell: ProgressCallback) -> Run:

@@ -17,8 +17,12 @@ from tests.structure.source import ROOT
 #: Packages of models and trainers, which cost seconds.
 TRAINING = ("transformers", "peft", "accelerate", "datasets", "matplotlib")
 
-#: A command's arguments (BANK stands for a bank's folder, MODEL for a model's, PLANNED for one that is not there, LAW and MED for
-#: adapters of the bank's base), and the packages that it must answer without on a machine without a GPU.
+#: The shortest run of ``train``, and of ``eval``.
+SHORT = ["-o", "TRAINED", "--data", "TEXT", "--length", "32", "--batch-size", "1"]
+
+#: A command's arguments (BANK stands for a bank's folder, MODEL for a model's, LM for one that predicts tokens, TEXT for a text,
+#: PLANNED and TRAINED for folders that are not there, LAW and MED for adapters of the bank's base), and the packages that it must
+#: answer without on a machine without a GPU.
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "help": (["--help"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "ls": (["ls"], ("torch", "zarr", "numpy", *TRAINING)),
@@ -28,14 +32,22 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "verify --data": (["verify", "BANK", "--data"], ("torch", "zarr", "numpy", "huggingface_hub", *TRAINING)),
     "plan": (["plan", "MODEL", "-o", "PLANNED"], ("torch", "zarr", "huggingface_hub", *TRAINING)),
     "compare": (["compare", "LAW", "MED"], ("zarr", "huggingface_hub", "scipy", *TRAINING)),
+    "train": (
+        ["train", "LM", *SHORT, "--steps", "1", "--method", "lora", "--lr", "1e-3", "--held-out", "0"],
+        ("bitsandbytes", "matplotlib"),
+    ),
+    "eval": (["eval", "LM", *SHORT[2:]], ("bitsandbytes", "peft", "matplotlib")),
 }
 
 _PROBE = """
 import json, sys
-from svdbank_cli.main import run
-code = run(sys.argv[2:])
-open(sys.argv[1], "w").write(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
-sys.exit(code)
+from svdbank_cli.main import main
+place = sys.argv.pop(1)
+try:
+    main()
+finally:
+    loaded = {name.partition(".")[0] for name, module in sys.modules.items() if module is not None}
+    open(place, "w").write(json.dumps(sorted(loaded)))
 """
 
 
@@ -50,7 +62,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_loads_only_what_it_uses(name: str, home: Path, minilm: Path, tmp_path: Path) -> None:
+def test_a_command_loads_only_what_it_uses(
+    name: str, home: Path, minilm: Path, small: Path, legal: Path, tmp_path: Path
+) -> None:
     arguments, absent = COMMANDS[name]
     places = {
         "BANK": home / "banks" / "model-0" / "r18-both-float32",
@@ -58,6 +72,9 @@ def test_a_command_loads_only_what_it_uses(name: str, home: Path, minilm: Path, 
         "MED": home / "med",
         "MODEL": minilm,
         "PLANNED": tmp_path / "planned",
+        "TRAINED": tmp_path / "trained",
+        "LM": small,
+        "TEXT": legal,
     }
     command = [sys.executable, "-c", _PROBE, str(tmp_path / "loaded"), *(str(places.get(a, a)) for a in arguments)]
     environment = os.environ | {"SVDBANK_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}

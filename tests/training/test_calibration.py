@@ -12,7 +12,22 @@ import pytest
 import svdbank
 from svdbank.bank.reading import Bank
 from svdbank.core.specs import Progress
-from svdbank.training.calibration import CAUTION, MOST, NO_NUMBER, OVER, PAIRS, RISE, choose, find_bend
+from svdbank.training.best import FORWARDS, SHARE
+from svdbank.training.calibration import (
+    CAUTION,
+    FEWEST,
+    MOST,
+    NO_NUMBER,
+    OVER,
+    PAIRS,
+    PASSES,
+    RISE,
+    STEPS,
+    TOKENS,
+    blocks_of,
+    choose,
+    find_bend,
+)
 from svdbank.training.options import read_config
 from tests.lm.models import rewritten
 
@@ -62,19 +77,41 @@ def test_steps_that_harm_other_blocks_get_a_tenth_of_the_rate_and_say_so() -> No
     assert bad == pytest.approx(CAUTION * good) and "raise the loss of other blocks" in why
 
 
+@pytest.mark.parametrize("steps", [5, 40, 1000])
+@pytest.mark.parametrize("a_step", [1, 4, 64])
+@pytest.mark.parametrize("length", [32, 128, 1024])
+def test_a_calibration_costs_a_tenth_of_the_run_or_what_so_few_tokens_cost(steps: int, a_step: int, length: int) -> None:
+    aside, own = blocks_of(steps, a_step, length)
+    assert aside * length >= TOKENS > (aside - 1) * length and 1 <= own <= a_step
+    passes = STEPS * own * FORWARDS + PASSES * aside
+    fewest = min(a_step, -(-FEWEST // length))
+    assert passes <= max(SHARE * steps * a_step * FORWARDS, STEPS * fewest * FORWARDS + PASSES * aside)
+    assert own == a_step or passes + STEPS * FORWARDS > SHARE * steps * a_step * FORWARDS  # no fewer than that asks for
+
+
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("method", ["mica", "lora"])
+@pytest.mark.parametrize("case", ["mica", "lora, accumulated", "milora, streamed", "on top", "4bit"])
 def test_a_rate_found_and_the_same_rate_given_train_the_same_weights(
-    method: str, small: Path, small_bank: Bank, legal: Path, tmp_path: Path, device: str
+    case: str, small: Path, small_bank: Bank, legal: Path, tmp_path: Path, device: str
 ) -> None:
     """So finding it left the factors, the generators and the order of the blocks as they were."""
     stages: list[str] = []
+    options: dict[str, Any] = {
+        "mica": {},
+        "lora, accumulated": {"method": "lora", "accumulation": 2},
+        "milora, streamed": {"method": "milora", "streaming": True},
+        "on top": {"on_top_of": str(tmp_path / "beneath")},
+        "4bit": {"load_in": "4bit"},
+    }[case]
+    if case == "on top":
+        train(small, tmp_path / "beneath", legal, learning_rate=1e-2, steps=1, keep="last")
 
     def listen(progress: Progress) -> None:
         stages.append(progress.stage)
 
-    found = train(small, tmp_path / "found", legal, method=method, dropout=0.1, progress=listen)
-    given = train(small, tmp_path / "given", legal, method=method, dropout=0.1, learning_rate=found.learning_rate)
+    options |= {"dropout": 0.1, "keep": "last"}
+    found = train(small, tmp_path / "found", legal, **options, progress=listen)
+    given = train(small, tmp_path / "given", legal, **options, learning_rate=found.learning_rate)
     assert "finding a rate" in stages
     assert found.calibration is not None and found.calibration.rate == found.learning_rate
     assert given.calibration is None and given.calibration_share == 0 < found.calibration_share
@@ -85,6 +122,17 @@ def test_a_rate_found_and_the_same_rate_given_train_the_same_weights(
     assert read_config(tmp_path / "found" / "training.toml")["learning_rate"] == found.learning_rate
     recorded = json.loads((tmp_path / "found" / "training.json").read_bytes())
     assert recorded["calibration"]["why"] == found.calibration.why and len(recorded["calibration"]["curve"]) >= 1
+
+
+@pytest.mark.usefixtures("device")
+def test_a_step_of_accumulated_batches_has_the_rate_of_the_same_step_at_once(
+    small: Path, small_bank: Bank, legal: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"steps": 1, "held_out": 0, "dropout": 0.0}
+    at_once = train(small, tmp_path / "one", legal, batch_size=4, accumulation=1, **options)
+    in_parts = train(small, tmp_path / "two", legal, batch_size=2, accumulation=2, **options)
+    # The same blocks, added up in another order.
+    assert in_parts.learning_rate == pytest.approx(at_once.learning_rate, rel=2e-2)
 
 
 @pytest.mark.usefixtures("device")

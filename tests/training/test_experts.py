@@ -73,6 +73,20 @@ def test_experts_train(method: str, moe: Path, moe_bank: Bank, legal: Path, tmp_
     assert scores[1].loss < scores[0].loss
 
 
+@pytest.mark.usefixtures("device")
+def test_a_rate_is_found_for_experts_and_finding_it_changes_nothing(
+    moe: Path, moe_bank: Bank, legal: Path, tmp_path: Path, device: str
+) -> None:
+    options: dict[str, Any] = {"data": str(legal), "rank": 4, "length": 32, "batch_size": 2, "steps": 2, "held_out": 0}
+    options |= {"dropout": 0.0, "dtype": "float32"}
+    found = svdbank.train(moe, output=tmp_path / "found", **options)
+    svdbank.train(moe, output=tmp_path / "given", learning_rate=found.learning_rate, **options)
+    assert found.calibration is not None and found.calibration.bend is not None
+    if device == "cpu":  # sums of a GPU may come in any order
+        one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("found", "given"))
+        assert one.read_bytes() == other.read_bytes()
+
+
 def test_dropout_on_experts_is_an_error_before_the_work(moe: Path, moe_bank: Bank, legal: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="dropout") as caught:
         svdbank.train(moe, output=tmp_path / "law", data=str(legal), rank=4, length=32, steps=1, held_out=0.2)

@@ -182,7 +182,8 @@ def test_a_loss_that_is_no_number_is_said_and_nothing_is_written(
     with pytest.raises(TrainingError, match="not a number") as caught:
         train(small, tmp_path / "nan", legal, learning_rate=1e30, schedule="constant", progress=listen)
     assert "--learning-rate" in (caught.value.hint or "") and any("no number" in note for note in notes)
-    assert not (tmp_path / "nan").exists()
+    # Nothing is left that a run with the lower rate would be told to go on from.
+    assert not (tmp_path / "nan").exists() and not (tmp_path / "nan.checkpoints").exists()
 
 
 def test_progress_tells_loss_rate_speed_and_time_left(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import svdbank
@@ -361,6 +363,16 @@ def test_an_output_in_use_a_missing_bank_and_a_missing_tokenizer_are_said_first(
     assert "svdbank build" in caught.value.hint and "--build" in caught.value.hint
     with pytest.raises(OptionError, match="does not predict next tokens"):
         train(minilm, tmp_path / "adapter", legal)
+
+
+def test_a_run_refused_before_its_first_checkpoint_leaves_nothing(small: Path, legal: Path, tmp_path: Path) -> None:
+    torn = Path(shutil.copytree(small, tmp_path / "torn"))
+    tensors = load_file(torn / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, torn / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        train(torn, tmp_path / "adapter", legal, method="lora")
+    assert list(tmp_path.iterdir()) == [torn]
 
 
 def test_memory_that_runs_out_says_what_to_lower(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
