@@ -47,8 +47,9 @@ def spare_bitsandbytes() -> None:
 
 def allow_bitsandbytes() -> None:
     """Take :func:`spare_bitsandbytes` back, before PEFT is imported."""
-    if "bitsandbytes" in sys.modules and sys.modules["bitsandbytes"] is None:
-        del sys.modules["bitsandbytes"]
+    modules: dict[str, Any] = sys.modules
+    if modules.get("bitsandbytes", ...) is None:
+        del modules["bitsandbytes"]
 
 
 @contextlib.contextmanager
