@@ -109,7 +109,7 @@ def test_a_rate_found_and_the_same_rate_given_train_the_same_weights(
     def listen(progress: Progress) -> None:
         stages.append(progress.stage)
 
-    options |= {"dropout": 0.1, "keep": "last"}
+    options |= {"dropout": 0.1, "keep": "last", "steps": 2, "held_out_blocks": 1}
     found = train(small, tmp_path / "found", legal, **options, progress=listen)
     given = train(small, tmp_path / "given", legal, **options, learning_rate=found.learning_rate)
     assert "finding a rate" in stages
