@@ -38,6 +38,7 @@ VERBS = (
     "fuse",
     "extract",
     "export",
+    "report",
     "env",
     "demo",
 )

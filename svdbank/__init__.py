@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.pull import pull as pull
     from svdbank.verbs.push import push as push
     from svdbank.verbs.repair import repair as repair
+    from svdbank.verbs.report import report as report
     from svdbank.verbs.rm import rm as rm
     from svdbank.verbs.stack import stack as stack
     from svdbank.verbs.train import train as train
@@ -89,6 +90,7 @@ _LAZY = {
     "push": "svdbank.verbs.push",
     "read_adapter": "svdbank.adapter.reading",
     "repair": "svdbank.verbs.repair",
+    "report": "svdbank.verbs.report",
     "rm": "svdbank.verbs.rm",
     "stack": "svdbank.verbs.stack",
     "train": "svdbank.verbs.train",

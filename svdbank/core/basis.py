@@ -18,6 +18,11 @@ EPSILON = 2.0**-52
 #: Where ``100 ε σ_max / (σ_{r+1} − σ_r)`` exceeds this, the data do not define the rank-r subspace to 1e-6, whoever computes it.
 UNRESOLVED = 1e-6
 
+#: Largest residual let through, relative to σ_max. Backward-stable solves lie below 1e-12; the rest is room for κ near 1e7.
+RESIDUAL_LIMIT = 1e-10
+#: Largest entry of UᵀU − I let through. Householder factors reach about 1e-14; a lost vector shows as 1.
+ORTHOGONALITY_LIMIT = 1e-11
+
 
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Numbers that prove a basis, all measured in float64 before the cast to storage.

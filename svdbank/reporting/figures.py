@@ -19,7 +19,7 @@ def check_image(path: Path) -> None:
         raise OptionError(f"{path}: an image ends in {' or '.join(_SUFFIXES)}")
     if not path.expanduser().resolve().parent.is_dir():
         raise OptionError(f"{path}: its folder does not exist")
-    _matplotlib()
+    load_matplotlib()
 
 
 def draw_heat_map(
@@ -29,7 +29,7 @@ def draw_heat_map(
 
     ``across`` says what the columns are, ``colour`` what the values are. The same values give the same bytes.
     """
-    matplotlib = _matplotlib()
+    matplotlib = load_matplotlib()
     from matplotlib.figure import Figure
 
     size = max((abs(value) for row in values for value in row if value == value), default=0.0) or 1.0
@@ -51,7 +51,8 @@ def draw_heat_map(
     disk.write_bytes(path.expanduser().resolve(), buffer.getvalue())
 
 
-def _matplotlib() -> Any:
+def load_matplotlib() -> Any:
+    """matplotlib, or the error that names the command which installs it."""
     try:
         import matplotlib
     except ImportError as cause:

@@ -9,16 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdbank.core.basis import EPSILON, UNRESOLVED
+from svdbank.core.basis import EPSILON, ORTHOGONALITY_LIMIT, RESIDUAL_LIMIT, UNRESOLVED
 from svdbank.solver.cholesky import factorise
 from svdbank.solver.contract import Block, Candidate
 from svdbank.solver.ritz import refined
 from svdbank.solver.weight import Weight
 
-#: Largest residual let through, relative to σ_max. Backward-stable solves lie below 1e-12; the rest is room for κ near 1e7.
-RESIDUAL_LIMIT = 1e-10
-#: Largest entry of UᵀU − I let through. Householder factors reach about 1e-14; a lost vector shows as 1.
-ORTHOGONALITY_LIMIT = 1e-11
 #: Residual, relative to σ_max, that is good enough not to be corrected, and how often a worse one is.
 GOOD_RESIDUAL = 5e-13
 REFINEMENTS = 2

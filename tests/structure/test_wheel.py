@@ -30,7 +30,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_every_file_of_the_tree(wheel: zipfile.ZipFile) -> None:
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "svdbank").rglob("*.py")} | {"svdbank/py.typed"}
+    patterns = ("*.py", "*.jinja", "*.css")
+    expected = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in (ROOT / "svdbank").rglob(pattern)}
+    expected |= {"svdbank/py.typed"}
     expected |= {f"svdbank_cli/{path.relative_to(ROOT / 'cli').as_posix()}" for path in (ROOT / "cli").rglob("*.py")}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert expected <= held, f"not in the wheel: {sorted(expected - held)}"
