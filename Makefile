@@ -28,10 +28,15 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch $(VENV)/.data
 	$(PIP) install -q -e '.[dev]'
 	touch $@
 
+# The tests of reports open them in a browser. Nothing happens where one is found.
+$(VENV)/.chromium: tests/reporting/chromium.py | $(VENV)/.dev
+	$(BIN)/python -m tests.reporting.chromium --install
+	touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/svdbank demo
 
-test: check
+test: check $(VENV)/.chromium
 	$(BIN)/python -m pytest -m 'not soak' -n auto --maxprocesses 4 --dist worksteal
 
 soak: $(VENV)/.dev soak-versions soak-processors

@@ -62,7 +62,7 @@ def principal_end(bank: Bank, labels: dict[str, str]) -> Section:
     for family in families:
         lines = _curves(bank, family, principal=True)
         drawn = line_chart(lines, x="i-th largest", y="σᵢ / σ_max", log_x=True, log_y=True, legend=False)
-        figures.append(Figure(labels[family.spec.name], _says_of(family, lines), drawn, _curve_table(lines)))
+        figures.append(Figure(f"{labels[family.spec.name]}, the largest", _says_of(family, lines), drawn, _curve_table(lines)))
     return Section(
         "The principal end",
         ["The largest singular values, which PiSSA starts from, as shares of the largest."],

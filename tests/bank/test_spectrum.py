@@ -13,33 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import svdbank
 from svdbank.bank.spectrum import rank_marks
 from svdbank_cli.main import run
+from tests.building.small import write_made_checkpoint
 
 #: Singular values of weights that are made: 20 ordinary ones; two equal ones; one that is 0.
-SIGMA = {
-    0: [float(20 - i) for i in range(20)],
-    1: [*(float(20 - i) for i in range(16)), 3.0, 2.0, 2.0, 1.0],
-    2: [*(float(20 - i) for i in range(19)), 0.0],
-}
+SIGMA = [
+    [float(20 - i) for i in range(20)],
+    [*(float(20 - i) for i in range(16)), 3.0, 2.0, 2.0, 1.0],
+    [*(float(20 - i) for i in range(19)), 0.0],
+]
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> svdbank.Bank:
-    folder = tmp_path_factory.mktemp("spectrum") / "model"
-    folder.mkdir()
-    drawn = torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer, sigma in SIGMA.items():
-        left, right = (torch.linalg.qr(torch.randn(n, 20, generator=drawn, dtype=torch.float64))[0] for n in (24, 40))
-        tensors[f"encoder.layer.{layer}.attention.self.query.weight"] = (left * torch.tensor(sigma)) @ right.mT
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    # Of 24x40: 20 singular values that were made, and four that are 0.
-    return svdbank.build(folder, folder.parent / "bank", rank=8)
+    """Of 24x40: 20 singular values that were made, and four that are 0."""
+    folder = tmp_path_factory.mktemp("spectrum")
+    return svdbank.build(write_made_checkpoint(folder / "model", SIGMA), folder / "bank", rank=8)
 
 
 def test_the_table_says_what_numpy_finds(bank: svdbank.Bank) -> None:

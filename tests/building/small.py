@@ -25,6 +25,21 @@ def write_small_checkpoint(folder: Path, minilm: Path, *, layers: int = 2, out: 
     return folder
 
 
+def write_made_checkpoint(folder: Path, spectra: list[list[float]], *, out: int = 24, width: int = 40) -> Path:
+    """A float64 checkpoint with one ``out`` x ``width`` query weight a layer, of the singular values given; the rest of them are 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer, sigma in enumerate(spectra):
+        count = len(sigma)
+        left, right = (torch.linalg.qr(torch.randn(n, count, generator=drawn, dtype=torch.float64))[0] for n in (out, width))
+        weight = (left * torch.tensor(sigma, dtype=torch.float64)) @ right.mT
+        tensors[f"encoder.layer.{layer}.attention.self.query.weight"] = weight.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    return folder
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file that a bank promises to repeat: all but the log and the lock."""
     return {
