@@ -50,7 +50,9 @@ def opened(browser: Any, everything: WrittenReport) -> Iterator[tuple[Any, list[
 def test_it_renders_asks_for_nothing_and_says_nothing(opened: Any, everything: WrittenReport) -> None:
     page, asked, said = opened
     assert asked == [Path(everything.path).as_uri()] and said == []
-    drawn = page.evaluate("[...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect()).map(r => [r.width, r.height])")
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect()).map(r => [r.width, r.height])"
+    )
     assert len(drawn) == everything.figures and all(width > 250 and height > 60 for width, height in drawn)
     # Text of figures is text, in the page's colour.
     assert page.evaluate("document.querySelectorAll('figure > svg text').length") > 5 * everything.figures
@@ -67,7 +69,9 @@ def test_axe_finds_nothing_wrong(scheme: str, opened: Any) -> None:
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     rules = "document, {runOnly: ['color-contrast']}" if scheme == "dark" else ""
-    found = page.evaluate(f"axe.run({rules}).then(r => r.violations.map(v => [v.id, v.help, v.nodes.slice(0, 3).map(n => n.html)]))")
+    found = page.evaluate(
+        f"axe.run({rules}).then(r => r.violations.map(v => [v.id, v.help, v.nodes.slice(0, 3).map(n => n.html)]))"
+    )
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
     assert found == [], json.dumps(found, indent=1)[:3000]
 
@@ -78,7 +82,9 @@ def test_no_width_scrolls_sideways(width: int, opened: Any) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     # Letters of figures stay readable: 9 units of text and more, at the scale at which the figure is shown.
-    scales = page.evaluate("[...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect().width / s.viewBox.baseVal.width)")
+    scales = page.evaluate(
+        "[...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect().width / s.viewBox.baseVal.width)"
+    )
     assert min(scales) > 0.7
 
 
@@ -107,7 +113,9 @@ def test_print_is_light_and_whole(opened: Any) -> None:
 
 def _themes() -> list[dict[str, str]]:
     text = (ROOT / "svdbank" / "reporting" / "report.css").read_text(encoding="utf-8")
-    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\n\s*\}", text, re.S)[:2])
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\n\s*\}", text, re.S)[:2]
+    )
     return [light, dark]
 
 

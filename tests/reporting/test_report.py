@@ -140,7 +140,8 @@ def test_names_from_outside_are_text(everything: WrittenReport, page: Page) -> N
     assert not {name for name in page.attributes if name.startswith("on") or name == "src"}
     assert any(shown in cell for rows in page.tables.values() for row in rows for cell in row)
     text = render(
-        HOSTILE, [Chapter(HOSTILE, HOSTILE, HOSTILE, [Section(HOSTILE, [HOSTILE], [(HOSTILE, HOSTILE)], legend=[(HOSTILE, "s0")])])]
+        HOSTILE,
+        [Chapter(HOSTILE, HOSTILE, HOSTILE, [Section(HOSTILE, [HOSTILE], [(HOSTILE, HOSTILE)], legend=[(HOSTILE, "s0")])])],
     )
     assert not {"script", "img"} & Page(text).tags and "\x1b" not in text and "\u202e" not in text
     text.encode("utf-8")
@@ -215,7 +216,9 @@ def test_what_cannot_be_reported_on_is_refused_and_nothing_is_written(
     assert (tmp_path / "mine.html").read_text() == "<html>mine</html>" and not (tmp_path / "r.html").exists()
 
 
-def test_a_report_is_replaced_and_another_page_only_with_force(made_bank: svdbank.Bank, evaluation: Path, tmp_path: Path) -> None:
+def test_a_report_is_replaced_and_another_page_only_with_force(
+    made_bank: svdbank.Bank, evaluation: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "r.html"
     place.write_text("mine")
     with pytest.raises(OptionError):
