@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from svdbank.adapter.components import InBank
 from svdbank.composition.relations import Pair
 from svdbank.reporting.document import Figure, Section, Table, brief, counted, visible
-from svdbank.reporting.drawing import Scale, heat_map, span_chart
+from svdbank.reporting.drawing import ColourScale, heat_map, span_chart
 from svdbank.reporting.families import layer_key
 from svdbank.reporting.measuring import MeasuredAdapter, ReadAdapter
 
@@ -29,7 +29,7 @@ def angles_and_conflict(read: Sequence[ReadAdapter], pairs: Sequence[Pair]) -> S
             [getattr(found[name][layer], field) if layer in found[name] else None for layer in layers] for name in names
         ]
         top = max((abs(value) for row in cells for value in row if value is not None), default=0.0) or 1e-6
-        scale = Scale(-top if diverging else 0.0, top, field + " of ΔW", diverging)
+        scale = ColourScale(-top if diverging else 0.0, top, field + " of ΔW", diverging)
         drawn = heat_map([brief(name, 24) for name in names], layers, cells, scale, across="layer", apart=True)
         table = Table(
             ("layer", *names),

@@ -12,7 +12,7 @@ from svdbank.bank.reading import Bank
 from svdbank.bank.spectrum import Spectrum, WeightSpectrum
 from svdbank.core.basis import ORTHOGONALITY_LIMIT, RESIDUAL_LIMIT, unresolved_ranks
 from svdbank.reporting.document import Figure, Section, Table, brief, counted, sci, shortened
-from svdbank.reporting.drawing import Scale, bar_chart, heat_map
+from svdbank.reporting.drawing import ColourScale, bar_chart, heat_map
 from svdbank.reporting.families import largest_families
 
 
@@ -118,7 +118,7 @@ def undefined_ranks(bank: Bank, rows: Spectrum, labels: dict[str, str]) -> Secti
         [brief(name) for name, _, _ in shares],
         [str(edge) for edge in edges],
         cells,
-        Scale(0.0, top, "share of the family's weights"),
+        ColourScale(0.0, top, "share of the family's weights"),
         across="rank" if width == 1 else f"rank, in steps of {width}",
     )
     by_rank = Table(

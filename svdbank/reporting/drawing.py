@@ -45,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourScale:
     """Values ``low`` to ``high`` on a ramp of colours; ``diverging`` ones have their middle between. ``label`` says what they are."""
 
     low: float
@@ -121,7 +121,7 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     values: Sequence[Sequence[float | None]],
-    scale: Scale,
+    scale: ColourScale,
     *,
     across: str,
     apart: bool = False,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from svdbank.composition.angles import layer_of
 from svdbank.reporting.document import Figure, Section, Table, brief, sci, shortened, visible
-from svdbank.reporting.drawing import SERIES, Line, Scale, heat_map, line_chart
+from svdbank.reporting.drawing import SERIES, ColourScale, Line, heat_map, line_chart
 from svdbank.reporting.families import layer_key
 from svdbank.reporting.measuring import DRAWN, MeasuredAdapter, role_of
 
@@ -57,7 +57,7 @@ def _byrole_of(measured: Sequence[MeasuredAdapter]) -> list[Figure]:
         [brief(role, 20) for role in roles],
         [brief(name, 14 if len(names) < 5 else 5) for name in names],
         cells,
-        Scale(0.0, top, "‖ΔW‖"),
+        ColourScale(0.0, top, "‖ΔW‖"),
         across="adapter",
     )
     table = Table(
@@ -110,6 +110,6 @@ def _drift_map(found: MeasuredAdapter, values: Mapping[str, float | None], what:
     top = max((value for row in cells for value in row if value is not None), default=0.0)
     if not top:
         return []
-    drawn = heat_map([brief(role, 20) for role in roles], layers, cells, Scale(0.0, top, what), across="layer")
+    drawn = heat_map([brief(role, 20) for role in roles], layers, cells, ColourScale(0.0, top, what), across="layer")
     table = Table(("layer", *roles), [(layer, *(sci(row[place]) for row in cells)) for place, layer in enumerate(layers)])
     return [Figure(f"Drift of {visible(found.name)}", f"{what}; of several experts the largest.", drawn, table)]

@@ -10,7 +10,7 @@ from svdbank.bank.layout import FamilyIndex
 from svdbank.bank.reading import Bank
 from svdbank.bank.spectrum import rank_marks
 from svdbank.reporting.document import Figure, Section, Table, brief, counted, sci
-from svdbank.reporting.drawing import LEVELS, Line, Scale, heat_map, line_chart
+from svdbank.reporting.drawing import LEVELS, ColourScale, Line, heat_map, line_chart
 from svdbank.reporting.families import largest_families, layer_key, shape_of
 
 #: Lines in a figure.
@@ -120,7 +120,7 @@ def _condition_map(bank: Bank, families: Sequence[FamilyIndex], labels: dict[str
             by_layer.setdefault(str(weight.layer), []).append(max(share, _FLOOR))
         found.append([median(by_layer[layer]) if layer in by_layer else None for layer in layers])
     known = [math.log10(value) for row in found for value in row if value is not None]
-    scale = Scale(min(known), max(known), "log₁₀ of σ_min / σ_max")
+    scale = ColourScale(min(known), max(known), "log₁₀ of σ_min / σ_max")
     names = [brief(labels[family.spec.name]) for family in families]
     logs = [[None if value is None else math.log10(value) for value in row] for row in found]
     drawn = heat_map(names, layers, logs, scale, across="layer")
