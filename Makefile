@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo test soak soak-versions soak-processors check bench docs clean
+.PHONY: demo test soak soak-versions soak-processors check bench docs wheel release-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,12 +54,26 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_architectures.py --check
+	$(BIN)/python docs/generate_api.py --check
+	$(BIN)/python docs/draw_diagrams.py --check
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
+# The site, into site/. A broken link or anchor ends it; that every page has a place in it is a test.
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_api.py
+	$(BIN)/python docs/draw_diagrams.py
+	$(BIN)/python -m pytest -q tests/docs/test_site.py
+	$(BIN)/zensical build --clean --strict
+
+wheel: $(VENV)/.dev
+	rm -rf build dist
+	$(BIN)/python -m build
+
+release-check: wheel
+	$(BIN)/python -m tests.release dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist site .cache *.egg-info src/*.egg-info

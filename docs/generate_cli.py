@@ -31,6 +31,7 @@ What all commands share:
   meant (`rm` wants the folder).
 - Every option can come from the environment as `SVDBANK_<VERB>_<OPTION>`, e.g. `SVDBANK_BUILD_RANK=64`.
 - An error says what is wrong, where, and what to run next. `SVDBANK_DEBUG=1` adds the traceback.
+- `python -m svdbank` is `svdbank` of that Python.
 
 | variable | meaning |
 | --- | --- |
@@ -46,11 +47,21 @@ What all commands share:
 | 0 | done |
 | 1 | error |
 | 2 | an option or argument that cannot be meant |
+| 3 | partly done |
 | 4 | damage found |
+| 5 | done, but worse than before |
 | 10 | no such bank |
 | 11 | another process is writing there |
 | 12 | the bank or adapter belongs to other weights |
 | 130 | interrupted; what was finished is kept |
+
+## Shell completion
+
+Commands, options and their choices complete themselves once the shell has read what svdbank prints for it:
+
+- bash 4.4 or newer, in `~/.bashrc`: `eval "$(_SVDBANK_COMPLETE=bash_source svdbank)"`
+- zsh, in `~/.zshrc` after `compinit`: `eval "$(_SVDBANK_COMPLETE=zsh_source svdbank)"`
+- fish, in `~/.config/fish/completions/svdbank.fish`: `_SVDBANK_COMPLETE=fish_source svdbank | source`
 """
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import Runner, blocks_of, check_output, commands_of
+from tests.docs.blocks import Runner, blocks_of, check_output, commands_alone, commands_of
+from tests.lm.models import write_jsonl
 from tests.structure.source import ROOT
 
 PAGES = [
@@ -22,20 +23,44 @@ PAGES = [
 #: Pages that show a first build; the others find the bank in the cache.
 FROM_NOTHING = {"README.md", "quickstart.md"}
 
+#: The pages' language model is two layers of SmolLM2, and what the pages train is trained this long.
+SHORT = {"SVDBANK_TRAIN_STEPS": "2", "SVDBANK_TRAIN_LENGTH": "32", "SVDBANK_TRAIN_BATCH_SIZE": "1"}
+MODELS = ("sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M")
+
 
 @pytest.fixture(scope="module")
-def built(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with the bank of the pages' model, built once."""
+def built(minilm: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the banks of the pages' models, built once."""
     import svdbank
 
     folder = tmp_path_factory.mktemp("docs")
-    link = folder / "sentence-transformers" / "all-MiniLM-L6-v2"
-    link.parent.mkdir()
-    link.symlink_to(minilm)
+    furnish(folder, minilm, small)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SVDBANK_HOME", str(folder / "home"))
-        svdbank.build(link)
+        for name in MODELS:
+            svdbank.build(folder / name)
     return folder / "home"
+
+
+def furnish(folder: Path, *models: Path) -> None:
+    """What the pages find where they run: the models under the names they have on the Hub."""
+    for name, model in zip(MODELS, models, strict=True):
+        (folder / name).parent.mkdir()
+        (folder / name).symlink_to(model)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory, own_texts_cache: None) -> Path:
+    """Licences under the names that pages give to a reader's own text."""
+    from svdbank.lm.packaged import licence_texts
+
+    folder, found = tmp_path_factory.mktemp("texts"), [text[:500] for text in licence_texts()[:40]]
+    write_jsonl(folder / "licences.jsonl", found[:20])
+    write_jsonl(folder / "unseen-licences.jsonl", found[20:24])
+    (folder / "notes").mkdir()
+    for i, text in enumerate(found[24:]):
+        (folder / "notes" / f"{i}.txt").write_text(text)
+    return folder
 
 
 def with_code(page: Path) -> bool:
@@ -45,16 +70,18 @@ def with_code(page: Path) -> bool:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if with_code(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
-def test_every_block_runs(page: Path, built: Path, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2"
-    link.parent.mkdir()
-    link.symlink_to(minilm)
+def test_every_block_runs(
+    page: Path, built: Path, minilm: Path, small: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnish(tmp_path, minilm, small)
+    for text in texts.iterdir():
+        (tmp_path / text.name).symlink_to(text)
     home = tmp_path / ".home"
     if page.name not in FROM_NOTHING:
         shutil.copytree(built, home)
     monkeypatch.setenv("SVDBANK_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    runner = Runner(tmp_path, {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "120"})
+    runner = Runner(tmp_path, {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "120"} | SHORT)
     for block in blocks_of(page):
         runner.run(block)
 
@@ -100,6 +127,21 @@ def test_output_that_a_page_invents_is_noticed() -> None:
         check_output("here", "solved 3 weights\n", "reused 3 weights\n")
     with pytest.raises(AssertionError, match="not printed"):
         check_output("here", "one\ntwo\n", "one\nand a half\ntwo\n")
+
+
+def test_only_commands_of_svdbank_run_without_a_shell() -> None:
+    assert commands_alone("svdbank ls  # banks\nsvdbank rm \\\n 'a b'\n") == [["ls"], ["rm", "a b"]]
+    for script in ("svdbank ls | head", "ls\n", "svdbank ls; false", "x=1\nsvdbank rm $x", "svdbank eval * "):
+        assert commands_alone(script) == []
+
+
+def test_a_command_without_a_shell_must_end_as_the_page_says(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```bash\nsvdbank rm nothing\n```\n<!-- run: exit 10 -->\n```bash\nsvdbank rm nothing\n```\n")
+    wrong, right = blocks_of(page)
+    with pytest.raises(AssertionError, match="exit code 10"):
+        Runner(tmp_path, {}).run(wrong)
+    Runner(tmp_path, {}).run(right)
 
 
 def test_a_command_may_go_on_over_lines() -> None:

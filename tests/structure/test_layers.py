@@ -48,7 +48,7 @@ def height(name: str) -> tuple[int, int]:
 def test_the_table_names_every_room_and_no_other() -> None:
     rooms = [name for floor in FLOORS for name in floor]
     assert len(rooms) == len(set(rooms))
-    assert set(rooms) == {room(name) for name in modules()} - {""}
+    assert set(rooms) == {room(name) for name in modules()} - {"", "__main__"}
     assert {name for group in GROUPS for name in group} <= set(rooms)
 
 
@@ -109,7 +109,13 @@ def test_heavy_or_optional_packages_are_imported_where_they_are_used() -> None:
 
 
 def test_the_library_does_not_know_its_command_line() -> None:
-    wrong = [place for _, place, found in found_imports() if found.module.split(".")[0] in {"click", "svdbank_cli", "cli"}]
+    """But for the one file that ``python -m svdbank`` runs, and which nothing imports."""
+    strangers = {"click", "svdbank_cli", "cli"}
+    wrong = [
+        place
+        for mine, place, found in found_imports()
+        if found.module == "svdbank.__main__" or (found.module.split(".")[0] in strangers and mine != "svdbank.__main__")
+    ]
     assert not wrong, "\n".join(wrong)
 
 
