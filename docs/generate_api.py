@@ -153,7 +153,7 @@ def tidy(text: str) -> str:
 def markdown(text: str) -> str:
     """A numpydoc docstring as Markdown."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
-    text = re.sub(r"(?m)^>>> (?:.*\n?(?!\n))+.*", r"```pycon\n\g<0>\n```", text)
+    text = re.sub(r"(?m)^>>> (?:.*\n?(?!\n))+.*", r"```text\n\g<0>\n```", text)
     lines, out, item = text.splitlines(), [], False
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if re.fullmatch(r"-{3,}", line):
