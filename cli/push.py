@@ -23,9 +23,9 @@ class _Options(TypedDict):
     force: bool
 
 
-@click.command("push", short_help="Put a BANK on the Hub: verified, in one commit, with a card.")
+@click.command("push", short_help="Put a BANK on the Hub or in an object store, verified.")
 @click.argument("bank")
-@click.argument("to", metavar="ORG/NAME")
+@click.argument("to", metavar="PLACE")
 @click.option(
     "--base",
     metavar="ORG/NAME[@REVISION]",
@@ -46,18 +46,21 @@ class _Options(TypedDict):
 @click.option("--force", is_flag=True, help="Replace a bank of another base or other options, or put it beside other files.")
 @with_output
 def push_command(bank: str, to: str, output: Output, **options: Unpack[_Options]) -> None:
-    """Put BANK (a folder, or a model whose bank is in the cache) into the repository ORG/NAME[@BRANCH] of the Hugging Face Hub.
+    """Put BANK (a folder, or a model whose bank is in the cache) at PLACE: the repository org/name[@branch] of the Hugging Face Hub, or
+    s3://bucket/path, gs://bucket/path.
 
     Every byte is verified first. Files are uploaded, then one commit shows all of them: until then the repository is as it was, and the
     same command goes on after an interruption. A bank that is there already makes no commit. Its card says base, digests, families,
     certificates, sizes and the base's licence. Locks, logs and whatever else is in the folder stay here. The token is the Hub client's:
-    hf auth login, or HF_TOKEN.
+    hf auth login, or HF_TOKEN. In an object store there is no card and no commit: the manifest, which makes files a bank, is put last.
+    Credentials are obstore's (AWS_…, GOOGLE_…); it needs: pip install 'svdbank[s3]'.
 
     \b
     Examples:
       svdbank push HuggingFaceTB/SmolLM2-135M me/SmolLM2-135M-svdbank
       svdbank push ./my-model.bank me/my-model-svdbank --public
       svdbank push ./my-model.bank me/my-model-svdbank --base org/my-model --source ./my-model
+      svdbank push ./my-model.bank s3://bucket/banks/my-model
     """
     import svdbank
 
@@ -67,12 +70,12 @@ def push_command(bank: str, to: str, output: Output, **options: Unpack[_Options]
 
 
 def _text(report: PushReport) -> str:
-    seen = "private" if report.private else "public"
+    seen = {None: "there now", True: "private", False: "public"}[report.private]
     if not report.committed:
-        return f"nothing to do: {report.place} holds this bank already ({seen})"
-    made = "new repository, " if report.created else ""
+        return f"nothing to do: {report.place} holds this bank already"
+    made = "new, " if report.created else ""
     removed = f", {report.removed} of the bank before removed" if report.removed else ""
     return (
         f"{report.place}\n{made}{seen}: {report.files} files, {size(report.nbytes)}; {report.changed} new or changed, "
-        f"{size(report.changed_bytes)}{removed}\n{report.url}"
+        f"{size(report.changed_bytes)}{removed}" + (f"\n{report.url}" if report.url != report.place else "")
     )

@@ -56,7 +56,7 @@ def s3() -> Iterator[dict[str, str]]:
 def gcs(folder: Path) -> Iterator[dict[str, str]]:
     """Google Cloud Storage as its emulator has it, with a bucket; what the environment must say.
 
-    obstore speaks the XML interface, of which the emulator lacks HEAD, listings and two headers: these are added here.
+    obstore speaks the XML interface, of which the emulator lacks HEAD, DELETE, listings and two headers: these are added here.
     """
     import gcp_storage_emulator.server as emulator
 
@@ -92,7 +92,7 @@ def gcs(folder: Path) -> Iterator[dict[str, str]]:
             listed, _ = self.storage.get_file_list(BUCKET, query.get("prefix", [""])[0], None)[:2]
             entries = "".join(
                 f"<Contents><Key>{escape(one['name'])}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-                f'<ETag>"{one["md5Hash"]}"</ETag><Size>{one["size"]}</Size></Contents>'
+                f'<ETag>"{base64.b64decode(one["md5Hash"]).hex()}"</ETag><Size>{one["size"]}</Size></Contents>'
                 for one in listed
             )
             data = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
@@ -101,6 +101,14 @@ def gcs(folder: Path) -> Iterator[dict[str, str]]:
             self.end_headers()
             self.wfile.write(data)
             return None
+
+        def do_DELETE(self) -> None:  # noqa: N802
+            found = self._object() is not None
+            if found:
+                self.storage.delete_file(BUCKET, unquote(urlsplit(self.path).path).removeprefix(f"/{BUCKET}/"))
+            self.send_response(204 if found else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
     server._api._httpd = httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, server._storage))

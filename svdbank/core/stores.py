@@ -38,8 +38,9 @@ def open_store(address: str) -> Any:
 
 
 @contextmanager
-def explained(place: str, name: str) -> Iterator[None]:
-    """What a failure of a store means: FileNotFoundError stays one, everything else becomes a BankError that names the file."""
+def explained(place: str, name: str, *, doing: str = "read") -> Iterator[None]:
+    """What a failure of a store means: FileNotFoundError stays one, everything else becomes a BankError that names the file and says what
+    cannot be done with it."""
     try:
         yield
     except FileNotFoundError as cause:
@@ -62,7 +63,7 @@ def explained(place: str, name: str) -> Iterator[None]:
         if "status code: 416" in text or "UnexpectedRange" in text:
             raise DamageError(f"{place}/{name}: ends before the bytes that were asked for, or others are sent") from cause
         raise BankError(
-            f"{place}: {name} cannot be read: {_first_line(cause)}",
+            f"{place}: {name} cannot be {doing}: {_first_line(cause)}",
             hint="check the connection, the address and the store's endpoint",
         ) from cause
 

@@ -23,9 +23,14 @@ _BESIDE = re.compile(r"\.gitattributes|README\.md|(?:licen[cs]e|notice|copying|u
 _LARGEST = 64 << 20
 
 
+def is_of_a_bank(name: str) -> bool:
+    """Whether a file of this name is one that banks have."""
+    return _OURS.fullmatch(name) is not None
+
+
 def stale(held: Iterable[str], wanted: set[str]) -> Iterator[str]:
     """Names that a bank before had and this one has not."""
-    return (name for name in sorted(held) if _OURS.fullmatch(name) and name not in wanted)
+    return (name for name in sorted(held) if is_of_a_bank(name) and name not in wanted)
 
 
 def replaced(repository: str, before: Standing, bank: Bank, *, force: bool) -> None:
@@ -50,6 +55,17 @@ def replaced(repository: str, before: Standing, bank: Bank, *, force: bool) -> N
             f"{there.options.dtype}",
             hint="another name; or --force to replace it (its commits stay)",
         )
+
+
+def refuse_visibility(repository: str, private: bool, public: bool) -> None:
+    """OptionError where those who see the repository are others than are meant: push changes that for nobody."""
+    if private and public:
+        raise OptionError(
+            f"{repository} is there and private, which push does not change",
+            hint="leave --public out, or make it public in its settings on the Hub",
+        )
+    if not private and not public:
+        raise OptionError(f"{repository} is there and public", hint="--public, if everybody may have the bank")
 
 
 def _manifest(repository: str, before: Standing) -> Manifest | None:

@@ -14,13 +14,14 @@ from svdbank.building.checking import examine, repair_command
 from svdbank.building.space import refuse_many_files
 from svdbank.core import disk
 from svdbank.core.errors import DamageError, OptionError
-from svdbank.core.places import OnHub, far_bank, refuse_empty
+from svdbank.core.places import InStore, OnHub, far_bank, refuse_empty
 from svdbank.core.specs import ProgressCallback, Struct, ignore_progress
 from svdbank.sharing import repository as hub
 from svdbank.sharing.bases import base_on_hub
 from svdbank.sharing.contents import change_of
+from svdbank.sharing.copying import copy_into
 from svdbank.sharing.inventory import count_files, folder_of, inventory
-from svdbank.sharing.replacing import replaced
+from svdbank.sharing.replacing import refuse_visibility, replaced
 from svdbank.verbs.info import sizes_by_rank
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -29,21 +30,21 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class PushReport(Struct, frozen=True):
     """Where the bank is now, and what that took.
 
-    ``place`` is what :func:`svdbank.open` takes, with the commit; ``committed`` is False where the repository held this bank already, to
-    the byte. ``changed`` files of ``changed_bytes`` differ from the commit before, ``removed`` were of the bank before and not of this one.
-    ``private`` says whether others see it.
+    ``place`` is what :func:`svdbank.open` takes, with the commit; ``committed`` is False where this bank was there already, to the byte.
+    ``changed`` files of ``changed_bytes`` were not there before, ``removed`` were of the bank before and not of this one. ``private`` says
+    whether others see it; None in a store, where push does not know.
     """
 
     place: str
     url: str
     digest: str
     base: str
-    base_commit: str
+    base_commit: str | None
     files: int
     nbytes: int
     committed: bool
     created: bool
-    private: bool
+    private: bool | None
     changed: int
     changed_bytes: int
     removed: int
@@ -63,12 +64,14 @@ def push(
     """Put a bank into a repository of the Hub: every byte is verified, large files are uploaded, then one commit shows all of it.
 
     Until that commit the repository is as it was, and a push that was stopped goes on with what it had not yet uploaded. A repository that
-    is not there is made, private unless ``public``; its card says what the bank is of and how exact.
+    is not there is made, private unless ``public``; its card says what the bank is of and how exact. Into an object store the files are
+    copied, and the manifest, which makes them a bank, last.
 
     Parameters
     ----------
     bank, to
-        A bank on this disk (or the model whose bank is in the cache); ``org/name``, with ``@branch`` for another branch than main.
+        A bank on this disk (or the model whose bank is in the cache); ``org/name``, with ``@branch`` for another branch than main, or
+        ``s3://bucket/path``, ``gs://bucket/path``.
     base, source
         For a bank that was built from a folder: its base on the Hub, ``org/name[@revision]``, and that folder, unless the base is in the
         Hub's cache. The weights are compared by their hashes, the files by the Hub's ids.
@@ -86,6 +89,10 @@ def push(
     opened = bank if isinstance(bank, Bank) else cache.open(bank)
     root = folder_of(opened)
     refuse_many_files(count_files(opened), opened.place)
+    if isinstance(place, InStore):
+        if base or source or public or expose_closed_base:
+            raise OptionError(f"{place.address} is no repository of the Hub", hint="leave --base, --source and --public out")
+        return _into_store(place, opened, root, force, tell)
     branch = place.revision or "main"
     with hub.quiet(), _locked(root):
         found = base_on_hub(opened, base, source, tell)
@@ -96,7 +103,7 @@ def push(
             )
         before = hub.standing(place.repository, branch)
         if before is not None:
-            _refuse_visibility(place.repository, before.private, public)
+            refuse_visibility(place.repository, before.private, public)
             replaced(place.repository, before, opened, force=force)
         _refuse_unsound(opened, tell)
         files, sizes = inventory(opened), [(one.rank, one.left, one.both) for one in sizes_by_rank(opened)]
@@ -133,24 +140,36 @@ def push(
     )
 
 
-def _destination(to: str) -> OnHub:
+def _into_store(place: InStore, bank: Bank, root: Path, force: bool, progress: ProgressCallback) -> PushReport:
+    with _locked(root):
+        _refuse_unsound(bank, progress)
+        files = inventory(bank)
+        copied = copy_into(place, bank, files, force=force, progress=progress)
+    return PushReport(
+        place=place.address,
+        url=place.address,
+        digest=bank.manifest.digest,
+        base=bank.manifest.base.name,
+        base_commit=bank.manifest.base.revision,
+        files=len(files),
+        nbytes=sum(file.size for file in files),
+        committed=bool(copied.sent or copied.removed),
+        created=copied.created,
+        private=None,
+        changed=copied.sent,
+        changed_bytes=copied.nbytes,
+        removed=copied.removed,
+    )
+
+
+def _destination(to: str) -> OnHub | InStore:
     refuse_empty(to, "where to push", "name a repository: org/name")
     place = far_bank(to) or far_bank(f"hf://{to}")
-    if not isinstance(place, OnHub):
-        raise OptionError(f"{to!r} is no repository of the Hub", hint="write org/name")
-    if place.revision is not None and _COMMIT.fullmatch(place.revision):
+    if place is None or (isinstance(place, InStore) and not place.has_listing):
+        raise OptionError(f"{to!r} is nothing to push to", hint="write org/name, s3://bucket/path or gs://bucket/path")
+    if isinstance(place, OnHub) and place.revision is not None and _COMMIT.fullmatch(place.revision):
         raise OptionError(f"{to!r} names a commit; commits do not change", hint="name a branch, or leave it out for main")
     return place
-
-
-def _refuse_visibility(repository: str, private: bool, public: bool) -> None:
-    if private and public:
-        raise OptionError(
-            f"{repository} is there and private, which push does not change",
-            hint="leave --public out, or make it public in its settings on the Hub",
-        )
-    if not private and not public:
-        raise OptionError(f"{repository} is there and public", hint="--public, if everybody may have the bank")
 
 
 def _refuse_unsound(bank: Bank, progress: ProgressCallback) -> None:
