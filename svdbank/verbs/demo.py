@@ -5,40 +5,19 @@ The model and the texts ship inside packages of PyPI, which are opened as data a
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import time
-from collections.abc import Sequence
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
 
 from svdbank import cache
-from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
+from svdbank.adapter.settings import TRAINING_FIGURES
+from svdbank.core import disk
+from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress, to_json
 from svdbank.lm.libraries import quiet_transformers
-from svdbank.lm.measuring import summed_losses
 from svdbank.lm.packaged import libraries, licence_texts, smollm2_folder
-from svdbank.lm.scores import standard_error
-from svdbank.lm.windows import Window, token_windows
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-#: One licence text in so many is held out for measuring.
-_HELD_OUT = 10
-
-
-class DemoSettings(Struct, frozen=True, kw_only=True):
-    """What the demo trains, fixed so that its figures repeat. ``rate`` is AdamW's learning rate after a warm-up of a tenth."""
-
-    bank_rank: int = 128
-    rank: int = 16
-    steps: int = 30
-    batch: int = 2
-    length: int = 128
-    rate: float = 2e-3
-    held_out_windows: int = 12
-    seed: int = 0
+from svdbank.reporting.figures import load_matplotlib
+from svdbank.reporting.page import checked_place, load_template
+from svdbank.reporting.training import LossChange, Training
+from svdbank.training.demonstration import DemoSettings, demo_windows, mean_loss, train_demo
 
 
 class DemoReport(Struct, frozen=True):
@@ -46,6 +25,7 @@ class DemoReport(Struct, frozen=True):
 
     ``build_seconds`` is of a build in this run; ``weights_reused`` tells how many weights an earlier demo had left in the bank.
     ``peft_seconds`` is PEFT's own ``"mica"`` initialisation, ``attach_seconds`` the bank's; ``svd_free_load_seconds`` loads the folder.
+    ``report`` is an HTML file about the bank and the trained adapter.
     """
 
     model: str
@@ -68,6 +48,7 @@ class DemoReport(Struct, frozen=True):
     loss_after: float
     loss_after_error: float
     losses: tuple[float, ...]
+    report: str
 
     @property
     def speedup(self) -> float:
@@ -81,10 +62,11 @@ def demo(
     settings: DemoSettings | None = None,
     progress: ProgressCallback | None = None,
 ) -> DemoReport:
-    """SmolLM2-135M → bank → MiCA adapter → PEFT → training on licence texts; returns every figure. Minutes on two cores.
+    """SmolLM2-135M → bank → MiCA adapter → PEFT → training on licence texts → report; returns every figure. Minutes on two cores.
 
-    ``output`` holds the bank and the adapters, by default ``demo`` in svdbank's own folder; the adapters of an earlier run there are
-    replaced. Deterministic up to rounding and time. Raises :class:`MissingExtraError` with the pip command where a package is missing.
+    ``output`` holds the bank, the adapters and the report. By default the bank is in the cache, where ``train`` and ``ls`` find it, and
+    the rest in ``demo`` in svdbank's own folder; what an earlier run left there is replaced. Deterministic up to rounding and time.
+    Raises :class:`MissingExtraError` with the pip command where a package is missing.
     """
     chosen = settings or DemoSettings()
     tell = progress or ignore_progress
@@ -92,13 +74,21 @@ def demo(
     from svdbank.peft import get_peft_model, load_adapter
     from svdbank.verbs.build import BuildReport, build
     from svdbank.verbs.init import init
+    from svdbank.verbs.report import report
 
-    root = cache.given_output(output) or cache.home() / "demo"
+    load_matplotlib()
+    load_template()
+    given = cache.given_output(output)
+    root = given or cache.home() / "demo"
+    page = root / "report.html"
+    if root.is_dir():
+        checked_place(page)
     texts = licence_texts()
     folder = smollm2_folder(progress=progress)
     reports: list[BuildReport] = []
     begun = time.perf_counter()
-    bank = build(folder, root / "bank", rank=chosen.bank_rank, progress=progress, on_report=reports.append)
+    place = None if given is None else root / "bank"
+    bank = build(folder, place, rank=chosen.bank_rank, progress=progress, on_report=reports.append)
     built = time.perf_counter() - begun
     fresh, trained = root / "adapter-fresh", root / "adapter-trained"
     init(bank, rank=chosen.rank, output=fresh, base_model=str(folder), task_type="CAUSAL_LM", force=True)
@@ -122,13 +112,36 @@ def demo(
     tuned = load_adapter(model, fresh, bank=bank)
     load_seconds = time.perf_counter() - begun
 
-    training, held_out = _windows(texts, tokenizer, chosen)
-    before = _evaluate(tuned, held_out, tell, "held-out loss before")
+    training, held_out = demo_windows(texts, tokenizer, chosen)
+    before = mean_loss(tuned, held_out, tell, "held-out loss before")
     begun = time.perf_counter()
-    losses = _train(tuned, training, chosen, tell)
+    losses = train_demo(tuned, training, chosen, tell)
     training_seconds = time.perf_counter() - begun
-    after = _evaluate(tuned, held_out, tell, "held-out loss after")
+    after = mean_loss(tuned, held_out, tell, "held-out loss after")
     tuned.save_pretrained(str(trained))
+    trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    tokens = chosen.steps * chosen.batch * chosen.length
+    figures = Training(
+        model=str(folder),
+        method="mica",
+        steps=chosen.steps,
+        tokens=tokens,
+        seconds=training_seconds,
+        trainable_parameters=trainable,
+        learning_rate=chosen.rate,
+        kept_step=chosen.steps,
+        curve=[(step, loss) for step, loss in enumerate(losses, 1)],
+        held_out=LossChange(
+            "licence texts",
+            before=before[0],
+            before_error=before[1],
+            after=after[0],
+            after_error=after[1],
+            change=after[0] - before[0],
+        ),
+    )
+    disk.write_bytes(trained / TRAINING_FIGURES, to_json(figures, indent=2))
+    report([bank.path, f"licences={trained}"], page, title="svdbank demo", progress=progress)
     return DemoReport(
         model=str(folder),
         bank=bank.place,
@@ -137,63 +150,18 @@ def demo(
         weights=len(bank),
         weights_reused=reports[0].reused,
         bank_bytes=bank.manifest.nbytes,
-        trainable_parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        trainable_parameters=trainable,
         build_seconds=built,
         peft_seconds=peft_seconds,
         attach_seconds=attach_seconds,
         svd_free_load_seconds=load_seconds,
         training_seconds=training_seconds,
         steps=chosen.steps,
-        tokens=chosen.steps * chosen.batch * chosen.length,
+        tokens=tokens,
         loss_before=before[0],
         loss_before_error=before[1],
         loss_after=after[0],
         loss_after_error=after[1],
         losses=tuple(losses),
+        report=str(page),
     )
-
-
-def _windows(texts: Sequence[str], tokenizer: Any, settings: DemoSettings) -> tuple[Tensor, Tensor]:
-    """Token windows (n, length) for training and for measuring, from different licences, drawn by the seed."""
-    shuffled = list(texts)
-    random.Random(settings.seed).shuffle(shuffled)
-    held_out = [text for i, text in enumerate(shuffled) if i % _HELD_OUT == 0]
-    training = [text for i, text in enumerate(shuffled) if i % _HELD_OUT]
-    return (
-        token_windows(training, tokenizer, count=settings.steps * settings.batch, length=settings.length),
-        token_windows(held_out, tokenizer, count=settings.held_out_windows, length=settings.length),
-    )
-
-
-def _evaluate(model: nn.Module, held_out: Tensor, tell: ProgressCallback, stage: str) -> tuple[float, float]:
-    """Mean loss a token over windows and its standard error."""
-    model.eval()
-    losses = []
-    for i, tokens in enumerate(held_out.tolist()):
-        losses.append(summed_losses(model, [Window(tokens, ends=True)])[0] / (len(tokens) - 1))
-        tell(Progress(stage, i + 1, len(held_out), "window"))
-    return fmean(losses), standard_error(losses)
-
-
-def _train(model: nn.Module, windows: Tensor, settings: DemoSettings, tell: ProgressCallback) -> list[float]:
-    """Plain AdamW on what requires a gradient, linear warm-up over a tenth of the steps and cosine decay; returns the losses."""
-    import torch
-
-    model.train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=settings.rate, weight_decay=0.01)
-
-    def rate(step: int) -> float:
-        warm = max(1, settings.steps // 10)
-        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    losses = []
-    for step, batch in enumerate(windows.split(settings.batch)):  # type: ignore[no-untyped-call]
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-        tell(Progress("training", step + 1, settings.steps, "step", f"loss {losses[-1]:.3f}"))
-    return losses

@@ -14,7 +14,7 @@ from svdbank.reporting.banks import bank_chapter
 from svdbank.reporting.builds import build_chapter
 from svdbank.reporting.document import Chapter
 from svdbank.reporting.figures import load_matplotlib
-from svdbank.reporting.page import MARK, load_template, render
+from svdbank.reporting.page import checked_place, load_template, render
 from svdbank.reporting.sources import NamedSources, opened_sources, read_adapters
 from svdbank.reporting.training import evaluation_chapter
 
@@ -70,7 +70,7 @@ def report(
         raise OptionError(
             "nothing was named to report on", hint="name a bank, an adapter's folder, or a model with a cached bank"
         )
-    place = _checked(output, force=force)
+    place = checked_place(output, force=force)
     load_matplotlib()
     load_template()
     tell = progress or ignore_progress
@@ -126,21 +126,3 @@ def _title(found: NamedSources, chapters: Sequence[Chapter]) -> str:
         (len(found.evaluations), "evaluation"),
     ]
     return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts if count)
-
-
-def _checked(output: str | os.PathLike[str], *, force: bool) -> Path:
-    """Where the file goes; refused where it cannot, or where something else than a report stands."""
-    path = disk.expanded(output)
-    if not os.fspath(output).strip() or path.suffix.lower() not in (".html", ".htm"):
-        raise OptionError(f"{os.fspath(output)!r}: a report's file ends in .html", hint="-o report.html")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"{path}: its folder does not exist", hint="make it, or choose another place with -o")
-    if path.is_dir():
-        raise OptionError(f"{path} is a folder", hint="choose another place with -o")
-    if path.exists() and not force:
-        with path.open("rb") as file:
-            if MARK.encode() not in file.read(4096):
-                raise OptionError(
-                    f"{path} is there and is no report of svdbank", hint="--force replaces it, or choose another -o"
-                )
-    return path.absolute()

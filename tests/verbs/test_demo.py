@@ -23,11 +23,12 @@ from tests.peft.models import smollm2_cache
 @pytest.mark.usefixtures("single_thread")  # for PEFT's SVDs of small matrices
 def test_the_whole_way_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     smollm2_folder(smollm2_cache())
-    monkeypatch.setenv("SVDBANK_HOME", str(smollm2_cache().parent))
+    (tmp_path / "models").symlink_to(smollm2_cache())
+    monkeypatch.setenv("SVDBANK_HOME", str(tmp_path))
     steps: list[Progress] = []
     settings = DemoSettings(bank_rank=16, rank=8, steps=4, length=32, held_out_windows=4)
     capfd.readouterr()
-    report = demo(tmp_path / "demo", settings=settings, progress=steps.append)
+    report = demo(settings=settings, progress=steps.append)
     out, _ = capfd.readouterr()
     assert out == ""
     assert report.weights == 210 and report.weights_reused == 0 and report.steps == 4 and len(report.losses) == 4
@@ -44,6 +45,10 @@ def test_the_whole_way_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     stages = {step.stage for step in steps}
     assert {"training", "held-out loss before", "held-out loss after"} <= stages
     assert all(0 <= step.done <= step.total for step in steps)
+    (listed,) = svdbank.ls()
+    assert listed.path == report.bank and svdbank.open(report.model).path == bank.path
+    page = Path(report.report).read_text(encoding="utf-8")
+    assert "Loss of licences" in page and "The minor end of the spectrum" in page and len(page.encode()) < 2_000_000
 
 
 def test_the_model_folder_is_an_ordinary_one(tmp_path: Path) -> None:
