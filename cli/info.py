@@ -28,7 +28,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 @click.option("--missing", is_flag=True, help="Of an unfinished build: only what is left, a shard a line, for a retry.")
 @with_output
 def info_command(bank: str, weights: bool, as_csv: bool, missing: bool, output: Output) -> None:
-    """Describe a BANK: its folder, or the model whose cached bank is meant; of an unfinished build what is done and who is at it.
+    """Describe a BANK: its folder, its address (hf://org/name, s3://…), or the model whose cached bank is meant; of an unfinished build
+    what is done and who is at it.
 
     \b
     Examples:

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     metavar="ADAPTER",
     help="Folder or org/name on the Hub that lies frozen beneath, in its own band. Repeatable.",
 )
-@click.option("--bank", type=click.Path(), help="Bank folder. [default: the model's bank in the cache]")
+@click.option(
+    "--bank",
+    type=click.Path(),
+    help="Bank: its folder, or its address (hf://org/name). [default: the model's bank in the cache]",
+)
 @click.option("--build", is_flag=True, help="Build the bank into the cache first where there is none.")
 @click.option("--field", metavar="NAME", help="Column of text in tables. [default: text]")
 @click.option("--split", metavar="NAME", help="Split of a Hub dataset. [default: train]")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from math import ceil
 from typing import Final, Literal
 
@@ -16,6 +17,10 @@ FORMAT: Final = 1
 MANIFEST = "manifest.json"
 RECORDS = "records"
 LOG = "build.log.jsonl"
+
+#: Files at the top that belong to no digest: the card, and what goes with whatever is made of a model: its licence, notices, terms of use.
+CARD = "README.md"
+LEGAL = re.compile(r"(licen[cs]e|notice|copying|use[_-]?policy)([._-][\w.-]*)?", re.IGNORECASE)
 
 #: Singular triplets in one inner chunk: a rank-16 lookup reads one, a rank-1 lookup reads sixteen times too much of very little.
 RANK_CHUNK = 16

@@ -12,7 +12,7 @@ from svdbank.bank.afar import Afar
 from svdbank.bank.direct import Direct
 from svdbank.bank.files import Files, Folder
 from svdbank.bank.index import check_vectors, data_files, read_manifest, read_recorded
-from svdbank.bank.layout import LOG, MANIFEST, FamilyIndex, FileRecord
+from svdbank.bank.layout import CARD, LEGAL, LOG, MANIFEST, FamilyIndex, FileRecord
 from svdbank.bank.reading import Bank
 from svdbank.bank.spectrum import rank_marks
 from svdbank.bank.zarr_metadata import checked_metadata
@@ -191,7 +191,7 @@ def _unrecorded(folder: Folder | Direct, recorded: set[str]) -> tuple[list[str],
     unrecorded: list[str] = []
     damage: list[Damage] = []
     for name, is_regular in folder.names():
-        if name in recorded or name in (MANIFEST, LOG, "README.md", "LICENSE", "NOTICE"):
+        if name in recorded or name in (MANIFEST, LOG, CARD) or LEGAL.fullmatch(name):
             continue
         if is_regular:
             unrecorded.append(name)

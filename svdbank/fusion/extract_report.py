@@ -113,7 +113,7 @@ def report_of(
         kept=total[1] / total[0],
         minor=total[2] / total[0] if len(total) > 2 else None,
         minor_kept=total[3] / total[1] if len(total) > 2 else None,
-        bank=None if placed is None else str(placed.path),
+        bank=None if placed is None else placed.place,
         bank_rank=None if placed is None else max(placed[each.spec.name].rank for each in found),
         outside=tuple(outside),
         settings=tuple(settings),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdbank.adapter.base import task_of
+from svdbank.bank.layout import LEGAL
 from svdbank.bank.reading import Bank
 from svdbank.checkpoint.configuration import facts
 from svdbank.checkpoint.documents import parse_object
@@ -24,8 +24,7 @@ from svdbank.core.specs import ProgressCallback
 if TYPE_CHECKING:
     from svdbank.checkpoint.source import Checkpoint
 
-#: Files that go with what is made of a model: its licence, notices, what it may be used for.
-_LEGAL = re.compile(r"(licen[cs]e|notice|copying|use[_-]?policy)([._-][\w.-]*)?", re.IGNORECASE)
+#: Largest of the files that go with what is made of a model.
 _LARGEST_LEGAL = 1 << 20
 
 
@@ -124,7 +123,7 @@ def _described(snapshot: Snapshot) -> HubBase:
         info = HfApi().model_info(snapshot.repository, revision=snapshot.commit, files_metadata=True)
         documents = {}
         for file in info.siblings or []:
-            if _LEGAL.fullmatch(file.rfilename) and (file.size or 0) <= _LARGEST_LEGAL:
+            if LEGAL.fullmatch(file.rfilename) and (file.size or 0) <= _LARGEST_LEGAL:
                 path = Path(hf_hub_download(snapshot.repository, file.rfilename, revision=snapshot.commit))
                 documents[file.rfilename] = read_document(path.resolve(), _LARGEST_LEGAL)
     except Exception as cause:

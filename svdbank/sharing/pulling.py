@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Literal
 from svdbank.bank.afar import Afar
 from svdbank.bank.chunks import read_chunks
 from svdbank.bank.index import data_files, read_all_recorded
-from svdbank.bank.layout import MANIFEST, FileRecord
+from svdbank.bank.layout import CARD, LEGAL, MANIFEST, FileRecord
 from svdbank.bank.parts import Brought
 from svdbank.bank.reading import Bank, open_bank
 from svdbank.bank.sources import read_all
@@ -20,11 +19,9 @@ from svdbank.core import disk
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError
 from svdbank.core.specs import Progress, ProgressCallback, SourceFile
 
-#: What a copy keeps that belongs to no digest: the card, and the licence of the base with its notice.
-BESIDE = ("README.md", "LICENSE", "NOTICE")
-
-#: The largest of these.
-_BESIDE_BYTES = 16 << 20
+#: What a copy keeps that belongs to no digest, where a place has no listing; and the largest such file.
+_BESIDE = (CARD, *(f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".md", ".txt")))
+_BESIDE_BYTES = 4 << 20
 
 #: Small files of a family that its lookups read.
 _COORDINATES = ("sigma", "probe")
@@ -51,8 +48,8 @@ def pull_whole(bank: Bank, target: Path, progress: ProgressCallback) -> None:
                     hint="free some space, or name another disk with --into",
                 )
             _fetch(files, left, folder, progress)
-            for name in BESIDE:
-                with contextlib.suppress(FileNotFoundError):
+            for name, size in files.source.sizes(_BESIDE).items():
+                if (name == CARD or LEGAL.fullmatch(name)) and size <= _BESIDE_BYTES:
                     disk.write_bytes(folder / name, files.source.whole(name, _BESIDE_BYTES))
             disk.write_bytes(folder / MANIFEST, files.manifest)
             open_bank(folder)

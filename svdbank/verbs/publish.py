@@ -13,7 +13,7 @@ from svdbank.building.freezing import plan_under_way
 from svdbank.building.publication import publish as publish_records
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError
-from svdbank.core.places import refuse_empty
+from svdbank.core.places import refuse_address, refuse_empty
 from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
 
 
@@ -39,6 +39,7 @@ def publish(
     where something is; BankNotFoundError where no build has begun.
     """
     refuse_empty(path, "the bank's name", "svdbank ls shows the banks there are")
+    refuse_address(path)
     root, tell = disk.expanded(path), progress or ignore_progress
     if not (root / "plan.json").is_file():
         raise BankNotFoundError(

@@ -23,7 +23,7 @@ NAME = "hf://org/bank"
 
 @pytest.fixture
 def far(hub: LocalHub, near: svdbank.Bank, own_home: Path) -> LocalHub:
-    hub.commit("org/bank", {**tree(near.path), "README.md": b"a card", ".gitattributes": b""})
+    hub.commit("org/bank", {**tree(near.path), "README.md": b"a card", "LICENSE.md": b"yes", ".gitattributes": b""})
     return hub
 
 
@@ -40,7 +40,7 @@ def test_a_bank_pulled_whole_is_the_bank_and_serves_its_address_and_its_model_of
 ) -> None:
     seen: list[Progress] = []
     report = svdbank.pull(NAME, progress=seen.append)
-    assert {**tree(near.path), "README.md": b"a card"} == tree(Path(report.path))
+    assert {**tree(near.path), "README.md": b"a card", "LICENSE.md": b"yes"} == tree(Path(report.path))
     assert Path(report.path).is_relative_to(own_home / "banks") and report.lacks is None and report.side == "both"
     assert seen[-1].done == seen[-1].total and svdbank.verify(report.path, data=True).sound
     before = asked(far)
