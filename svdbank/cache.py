@@ -373,6 +373,22 @@ def _published(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
         yield folder, manifest
 
 
+def cached_banks(checkpoint: Checkpoint) -> list[Bank]:
+    """The finished banks in the cache of just these weight files, the richest first."""
+    found = sorted(_published(bank_folders(model_folder(checkpoint))), key=lambda entry: _richness(entry[1]), reverse=True)
+    return [open_bank(folder) for folder, _ in found]
+
+
+def banks_of_memory(config_digest: str) -> list[Bank]:
+    """The finished banks in the cache that were made of a loaded model's own weights, of this kind of model; the last made first."""
+    found = [
+        (last_used(folder), folder)
+        for folder, manifest in _published(bank_folders())
+        if manifest.base.revision is None and manifest.base.config_digest == config_digest
+    ]
+    return [open_bank(folder) for _, folder in sorted(found, reverse=True)]
+
+
 def _richness(manifest: Manifest) -> tuple[float, bool, int]:
     rank = manifest.options.rank
     return (float("inf") if rank == "all" else float(rank), manifest.options.side == "both", manifest.weights)

@@ -49,8 +49,18 @@ class Workplace:
 
 
 @contextlib.contextmanager
-def joined(request: BuildRequest, *, device: str, join: bool, on_cpu: bool, progress: ProgressCallback) -> Iterator[Workplace]:
+def joined(
+    request: BuildRequest,
+    *,
+    device: str,
+    join: bool,
+    on_cpu: bool,
+    progress: ProgressCallback,
+    opened: Checkpoint | None = None,
+) -> Iterator[Workplace]:
     """Prepare a build, or with ``join`` take a place beside those at it. The bank's lock is held for that alone; the lease stays.
+
+    The weights are those of the request's model, or of ``opened``, which stays open.
 
     Raises as :func:`svdbank.building.preparation.prepare`, and OptionError where the plan needs more processors than are here.
     """
@@ -59,10 +69,10 @@ def joined(request: BuildRequest, *, device: str, join: bool, on_cpu: bool, prog
         progress(Progress("wait for the bank's lock", 0, 1, "locks", who))
 
     with contextlib.ExitStack() as stack:
-        checkpoint = None
+        checkpoint = opened
         root = request.output
         if root is None:
-            checkpoint = stack.enter_context(open_checkpoint(request.model))
+            checkpoint = checkpoint or stack.enter_context(open_checkpoint(request.model))
             root = place(checkpoint, request)
         refuse_foreign_folder(root)
         with _nothing_left_of_a_refusal(root), disk.locked(root, waiting=waiting if join else None):

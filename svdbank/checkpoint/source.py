@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from svdbank.checkpoint.remote.access import Remote
     from svdbank.checkpoint.remote.files import RemoteFile
-    from svdbank.checkpoint.remote.hub import HubFile
+    from svdbank.checkpoint.remote.hub import HubFile, Snapshot
 
 
 #: Bytes fetched of a remote file at first, and for each of its tensors beside the name: most headers fit.
@@ -177,6 +177,24 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     if isinstance(place, Nowhere) and place.is_path:
         raise CheckpointError(f"{place.text}: no such file or folder", hint=_NAMES)
     raise refusal(place)
+
+
+def open_cached(model: str, commit: str | None) -> Checkpoint:
+    """As :func:`open_checkpoint`, of what is on this machine: of a Hub model ``commit``, or what its ``main`` was when it was last seen.
+
+    Asks no network. CheckpointError where that is not here whole.
+    """
+    place = locate(model, one_word=True)
+    if isinstance(place, OnDisk):
+        return open_local(place.path)
+    if not isinstance(place, OnHub):
+        raise refusal(place)
+    from svdbank.checkpoint.remote.hub import cached_snapshot
+
+    snapshot = cached_snapshot(place.repository, commit or place.revision)
+    if snapshot is None:
+        raise CheckpointError(f"{place}: not in the Hugging Face cache")
+    return _open_snapshot(snapshot, place.revision)
 
 
 def open_local(path: Path) -> Checkpoint:
@@ -326,11 +344,16 @@ def cache_key_of(files: Iterable[SourceFile]) -> str:
 
 
 def _open_hub(place: OnHub) -> Checkpoint:
-    from svdbank.checkpoint.remote.access import Remote
-    from svdbank.checkpoint.remote.hub import fetch_card, look_up
+    from svdbank.checkpoint.remote.hub import look_up
 
-    name, revision = place.repository, place.revision
-    snapshot = look_up(name, revision)
+    return _open_snapshot(look_up(place.repository, place.revision), place.revision)
+
+
+def _open_snapshot(snapshot: Snapshot, revision: str | None) -> Checkpoint:
+    from svdbank.checkpoint.remote.access import Remote
+    from svdbank.checkpoint.remote.hub import fetch_card
+
+    name = snapshot.repository
     where = f"{name}@{snapshot.commit[:12]}"
     remote = Remote(snapshot, revision) if any(file.path is None for file in snapshot.files) else None
     expected: Counter[str] = Counter()

@@ -18,6 +18,7 @@ from svdbank.checkpoint.naming.tree import multiplies
 from svdbank.core.errors import CheckpointError, OptionError, WrongBaseError, abridge
 from svdbank.core.probe import lies_in
 from svdbank.peft import quantised, residuals, sharding
+from svdbank.peft.automatic import Automatic
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.layers import Slot, slots
 from svdbank.peft.lookup import Attachment, Lookup, UnverifiedBaseWarning, look_up
@@ -28,12 +29,13 @@ from svdbank.peft.snapshot import RECORD, ModelState
 class FactorSource:
     """Where factors come from in one block. Without a bank they are left zero: saved ones will be loaded over them.
 
+    An ``Automatic`` bank is found or made when the layers of an adapter are known.
     ``saved`` are the factors of ``folder`` by layer, where one is being loaded: a targeted layer that is not among them would keep
     what it is given here. ``overwritten`` says that PEFT will put its own values in, whatever the method; ``frozen`` that it is MiCA
     whatever the folder's config says. ``exact`` names the adapters whose factors keep the digits they are given, on a narrower base too.
     """
 
-    bank: Bank | None
+    bank: Bank | Automatic | None
     saved: Mapping[str, Factors] | None = None
     folder: str = ""
     overwritten: bool = False
@@ -85,7 +87,7 @@ def check_reload(source: FactorSource, root: nn.Module, adapter_name: str) -> No
     """The checks of :func:`inject` for a MiCA folder that will be loaded over an adapter which is already there."""
     layers = slots(root, adapter_name)
     _check_saved(source, layers)
-    if source.bank is not None:
+    if isinstance(source.bank, Bank):
         targets = [target for layer in layers for target in layer.targets]
         found = look_up(source.bank, targets, prefix=getattr(root, "base_model_prefix", ""))
         _check_saved_bases(source, source.bank, layers, found)
@@ -132,12 +134,20 @@ def _fill(
     _check_saved(source, layers)
     groups = sharding.plan(root, layers)
     found: Lookup | None = None
+    bank: Bank | None = None
+    decomposed, spent = 0, dict[str, float]()
     if source.bank is not None and not source.overwritten:
         if method in RESIDUAL_METHODS:
             residuals.check(root, layers, method)
-        found = look_up(source.bank, targets, method=method, prefix=getattr(root, "base_model_prefix", ""))
+        if isinstance(source.bank, Automatic):
+            begun = time.perf_counter()
+            made = source.bank.bank(root, layers, method)
+            bank, decomposed, spent = made.bank, made.solved, {"find or decompose": time.perf_counter() - begun}
+        else:
+            bank = source.bank
+        found = look_up(bank, targets, method=method, prefix=getattr(root, "base_model_prefix", ""))
         if method == "mica":
-            _check_saved_bases(source, source.bank, layers, found)
+            _check_saved_bases(source, bank, layers, found)
     begun = time.perf_counter()
     assembled = _assembled(layers, found)
     rounding = 0.0
@@ -149,17 +159,17 @@ def _fill(
         sharding.apply(groups, layers, assembled)
         if found is not None and method in RESIDUAL_METHODS:
             rounding = residuals.subtract(targets, found.factors)
-    if found is None or source.bank is None:
+    if found is None or bank is None:
         return
-    seconds = {"surgery": surgery, **found.seconds, "copy": time.perf_counter() - begun}
+    seconds = {"surgery": surgery, **spent, **found.seconds, "copy": time.perf_counter() - begun}
     record = Attachment(
-        adapter_name, source.bank.place, found.names, found.unverified, seconds, method, rounding, found.floored
+        adapter_name, bank.place, found.names, found.unverified, seconds, method, rounding, found.floored, decomposed
     )
     root.__dict__.setdefault(RECORD, {})[adapter_name] = record
     if found.unverified:
         warnings.warn(
             f"{len(found.unverified)} of {len(found.names)} weights could not be read (meta device, quantised or sharded): only names "
-            f"and shapes were compared with {source.bank.place}",
+            f"and shapes were compared with {bank.place}",
             UnverifiedBaseWarning,
             stacklevel=2,
         )

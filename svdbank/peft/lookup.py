@@ -44,7 +44,8 @@ class Attachment(Struct, frozen=True):
     unverified
         Those whose values could not be compared with the bank's probe.
     seconds
-        Time by step: ``surgery`` (PEFT replacing modules), ``recognise``, ``read``, ``copy``.
+        Time by step: ``surgery`` (PEFT replacing modules), ``recognise``, ``read``, ``copy``; with ``bank="auto"`` also
+        ``find or decompose``.
     method
         ``mica``, ``milora`` or ``pissa``.
     rounding
@@ -52,6 +53,8 @@ class Attachment(Struct, frozen=True):
         weight, the largest of all weights; 0 for MiCA, which leaves the base alone.
     floored
         Singular values that were raised to the floor of :data:`svdbank.adapter.methods.SIGMA_FLOOR`, over all weights.
+    decomposed
+        Weights that ``bank="auto"`` had to decompose; 0 where a bank was there.
     """
 
     adapter: str
@@ -62,6 +65,7 @@ class Attachment(Struct, frozen=True):
     method: InitialisationMethod = "mica"
     rounding: float = 0.0
     floored: int = 0
+    decomposed: int = 0
 
     @property
     def state(self) -> Literal["verified", "unverified"]:
@@ -93,8 +97,8 @@ def look_up(bank: Bank, targets: Sequence[Target], *, method: InitialisationMeth
     begun = time.perf_counter()
     check_sides(bank, method)
     names = match(bank, targets, prefix=prefix)
-    _check_shapes(bank, names, targets)
-    _check_ranks(targets)
+    check_shapes(bank, names, targets)
+    check_ranks(targets)
     for name, target in zip(names, targets, strict=True):
         check_rank(bank, name, target.rank, method=method)
     unverified = recognise(bank, names, targets)
@@ -105,7 +109,7 @@ def look_up(bank: Bank, targets: Sequence[Target], *, method: InitialisationMeth
     return Lookup(names, factors, unverified, floored, {"recognise": recognised - begun, "read": done - recognised})
 
 
-def _check_ranks(targets: Sequence[Target]) -> None:
+def check_ranks(targets: Sequence[Target]) -> None:
     """Raise :class:`OptionError` for matrices with fewer directions than are asked for, with what leaves them out or suits them."""
     small = [target for target in targets if target.rank > min(target.out_features, target.in_features)]
     if not small:
@@ -166,7 +170,7 @@ def _find(bank: Bank, held: Mapping[str, Sequence[str]], target: Target, prefix:
     return of_module(bank, names, target)
 
 
-def _check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> None:
+def check_shapes(bank: Bank, names: Sequence[str], targets: Sequence[Target]) -> None:
     wrong = [
         f"{name}: ({target.out_features}, {target.in_features}) in the model, "
         f"({bank[name].out_features}, {bank[name].in_features}) in the bank"

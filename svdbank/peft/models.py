@@ -13,6 +13,8 @@ from svdbank.adapter.folder import AdapterFolder, read_folder
 from svdbank.adapter.methods import METHODS, RESIDUAL_METHODS
 from svdbank.bank.reading import Bank
 from svdbank.core.errors import BankError, CheckpointError, OptionError, WrongBaseError, missing_extra
+from svdbank.core.specs import ProgressCallback
+from svdbank.peft.automatic import AUTO
 from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import FactorSource, attachments, check_reload
 from svdbank.peft.loading import as_peft_loads, check_known, check_rows, explained
@@ -28,10 +30,16 @@ def get_peft_model(
     *,
     bank: Bank | str | Path,
     find: bool = True,
+    rank: int | None = None,
+    progress: ProgressCallback | None = None,
     adapter_name: str = "default",
     **options: Any,
 ) -> Any:
     """``peft.get_peft_model`` with a lookup in ``bank`` instead of one SVD a weight; returns PEFT's own ``PeftModel``.
+
+    ``bank`` is a bank, its folder, or a model's name; ``"auto"`` is the model's own in the cache, and where there is none, one that is made
+    now, of the weights where they lie, at the rank of ``config`` or at ``rank``, which is at least that, and kept there. The log of
+    ``svdbank`` says so, ``progress`` is called with each step.
 
     ``config`` is a ``LoraConfig`` with ``init_lora_weights`` one of
 
@@ -55,7 +63,7 @@ def get_peft_model(
             hint=f"LoraConfig(init_lora_weights=…) with one of {', '.join(METHODS)}, or call peft.get_peft_model",
         )
     normalise(config)
-    with use_bank(bank, find=find):
+    with use_bank(bank, find=find, rank=rank, progress=progress):
         return peft.get_peft_model(model, config, adapter_name=adapter_name, **options)
 
 
@@ -80,6 +88,11 @@ def load_adapter(
     would be left out, and what :func:`get_peft_model` raises; the model is then as it was. A plain LoRA folder loads as in PEFT.
     """
     peft = _peft()
+    if bank == AUTO:
+        raise OptionError(
+            f"bank={AUTO!r} is for an adapter that begins: a saved one belongs to the bank it was made with",
+            hint="name that bank, or the model; without bank= a MiCA adapter loads unchecked",
+        )
     place, shown = located(folder)
     read = read_folder(place, any_kind=True)
     check_known(peft, read)

@@ -18,7 +18,9 @@ from typing import Any
 from torch import nn
 
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, missing_extra
+from svdbank.core.errors import BankError, OptionError, missing_extra
+from svdbank.core.specs import ProgressCallback, ignore_progress
+from svdbank.peft.automatic import AUTO, Automatic
 from svdbank.peft.configuration import method_of
 from svdbank.peft.injection import FactorSource, inject
 from svdbank.peft.layers import slots, unwrapped
@@ -27,14 +29,24 @@ from svdbank.sharing.finding import opened
 
 
 @contextlib.contextmanager
-def use_bank(bank: Bank | str | Path, *, find: bool = True) -> Iterator[Bank]:
+def use_bank(
+    bank: Bank | str | Path, *, find: bool = True, rank: int | None = None, progress: ProgressCallback | None = None
+) -> Iterator[Bank | None]:
     """Inside this block, PEFT's initialisation looks its values up in ``bank``: for trainers that call PEFT themselves.
 
     Covers ``get_peft_model``, ``add_adapter``, ``PeftModel.from_pretrained``, ``load_adapter``, ``add_weighted_adapter`` and
     Transformers' ``model.add_adapter`` and ``model.load_adapter`` (which otherwise leaves ``B`` training), for configs with
     ``init_lora_weights`` "mica", "milora" or "pissa". Others are not touched. See the module's text for threads. Yields the opened bank.
     ``find``: where a model has no bank in the cache, the error says which one on the Hub could be pulled, by one request.
+
+    ``"auto"``, ``rank`` and ``progress`` as in :func:`svdbank.peft.get_peft_model`; it yields None, since there is no bank before a model.
     """
+    if bank == AUTO:
+        with reroute(FactorSource(Automatic(rank, progress or ignore_progress))):
+            yield None
+        return
+    if rank is not None:
+        raise OptionError(f"rank={rank} is for bank={AUTO!r}: a bank that is there has its rank", hint="leave rank out")
     found = opened(bank, find=find)
     with reroute(FactorSource(found)):
         yield found

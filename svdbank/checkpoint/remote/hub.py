@@ -60,14 +60,14 @@ def look_up(repository: str, revision: str | None) -> Snapshot:
     """
     from huggingface_hub import HfApi
 
-    if revision is not None and _COMMIT.fullmatch(revision) and (cached := _from_cache(repository, revision)) is not None:
+    if revision is not None and _COMMIT.fullmatch(revision) and (cached := cached_snapshot(repository, revision)) is not None:
         return cached
     shown = f"{repository}@{revision}" if revision else repository
     try:
         info = _patiently(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True), repository, revision)
     except Exception as cause:
         unreachable = is_connection_error(cause) or status_of(cause) >= 500
-        if unreachable and (cached := _from_cache(repository, revision)) is not None:
+        if unreachable and (cached := cached_snapshot(repository, revision)) is not None:
             return cached
         raise explain(cause, shown) from cause
     commit = info.sha
@@ -144,7 +144,7 @@ def remember(repository: str, revision: str | None, commit: str) -> None:
         return
     reference = storage_folder(repository) / "refs" / (revision or "main")
     known = reference.read_text().strip() if reference.is_file() else None
-    if known == commit or (known is not None and _from_cache(repository, commit) is None):
+    if known == commit or (known is not None and cached_snapshot(repository, commit) is None):
         return
     # The client writes refs for a file that it is asked for by name. The build is done: that this fails is no reason to fail now.
     with contextlib.suppress(Exception):
@@ -160,7 +160,7 @@ def _patiently(call: Callable[[], Any], repository: str, revision: str | None) -
             wait = wait_before_retry(cause, failures)
             # A server that is busy may be waited for; one that is not there is told of soon.
             last = wait is None or failures == (ATTEMPTS if status_of(cause) else 3)
-            if last or (status_of(cause) != 429 and _from_cache(repository, revision) is not None):
+            if last or (status_of(cause) != 429 and cached_snapshot(repository, revision) is not None):
                 raise
             assert wait is not None
             time.sleep(wait)
@@ -237,7 +237,7 @@ def _remove_if_wrong(folder: Path, name: str, identity: str) -> bool:
     return True
 
 
-def _from_cache(repository: str, revision: str | None) -> Snapshot | None:
+def cached_snapshot(repository: str, revision: str | None) -> Snapshot | None:
     """The cached snapshot of a revision, if all of its files are there."""
     from huggingface_hub import try_to_load_from_cache
 
