@@ -374,9 +374,15 @@ def _published(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
 
 
 def cached_banks(checkpoint: Checkpoint) -> list[Bank]:
-    """The finished banks in the cache of just these weight files, the richest first."""
-    found = sorted(_published(bank_folders(model_folder(checkpoint))), key=lambda entry: _richness(entry[1]), reverse=True)
-    return [open_bank(folder) for folder, _ in found]
+    """The finished banks in the cache of just these weight files, or of this commit, the richest first."""
+    own = model_folder(checkpoint)
+    found = [
+        (folder, manifest)
+        for folder, manifest in _published(bank_folders())
+        if own in folder.parents
+        or (checkpoint.revision and (manifest.base.name, manifest.base.revision) == (checkpoint.name, checkpoint.revision))
+    ]
+    return [open_bank(folder) for folder, _ in sorted(found, key=lambda entry: _richness(entry[1]), reverse=True)]
 
 
 def banks_of_memory(config_digest: str) -> list[Bank]:

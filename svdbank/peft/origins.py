@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,9 @@ def kind_of_model(root: nn.Module) -> str:
 
 
 def name_of_model(root: nn.Module) -> str:
-    """What to call a model: as it was loaded, else its class."""
-    return str(getattr(getattr(root, "config", None), "_name_or_path", "") or type(root).__name__)
+    """What to call a model: as it was loaded, without the way to its folder, else its class."""
+    name = str(getattr(getattr(root, "config", None), "_name_or_path", "") or type(root).__name__)
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def origin(
