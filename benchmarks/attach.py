@@ -5,9 +5,13 @@ keys and values; synthetic weights, few tokens) and on SmolLM2-135M (210 weights
 On SmolLM2 also process against process, imports included: building a whole bank (rank 128, both sides) against a script that only runs
 PEFT's initialisation.
 
-    python -m benchmarks.attach [--repeat N] [--threads N] [--only half-billion|smollm2] [--skip-processes]
+    python -m benchmarks.attach [--repeat N] [--threads N] [--only half-billion|smollm2|auto] [--skip-processes]
     python -m benchmarks.attach --device cuda [--repeat N] [--layers N]
     python -m benchmarks.attach --device cpu --quick
+
+
+``--only auto`` is the first start without a bank anywhere: ``bank="auto"`` on SmolLM2 with an empty cache, and PEFT's own
+initialisation, in turns, ``--repeat`` times; in wall time and in processor time, which a busy machine leaves nearly as it is.
 
 With ``--device`` the model has an 8B's shapes instead, four layers of them, 28 weights in bfloat16, and lies on that device, where its
 bank is built too. Prints a table and, last, one line of JSON.
@@ -134,6 +138,68 @@ def on_smollm2(place: Path, *, repeat: int, with_processes: bool) -> dict[str, A
     return {"model": folder.name, "weights": len(bank), "library": calls, "build_seconds": None, "processes": both}
 
 
+def without_a_bank(*, repeat: int) -> dict[str, Any]:
+    """Wall and processor seconds of a first start and the next with ``bank="auto"``, and of PEFT's own start, in turns; medians."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from svdbank.lm.packaged import smollm2_folder
+    from svdbank.peft import attachment, get_peft_model
+
+    def config() -> Any:
+        return peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="mica", target_modules="all-linear")
+
+    folder = smollm2_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    home = os.environ.get("SVDBANK_HOME")
+    times: dict[str, list[tuple[float, float]]] = {"peft_mica": [], "auto_first": [], "auto_next": []}
+    decomposed = []
+    try:
+        for _ in range(repeat):
+            with tempfile.TemporaryDirectory() as empty:
+                os.environ["SVDBANK_HOME"] = empty
+                for name in times:
+                    begun = time.perf_counter(), time.process_time()
+                    if name == "peft_mica":
+                        wrapped = peft.get_peft_model(model, config())
+                    else:
+                        wrapped = get_peft_model(model, config(), bank="auto")
+                        decomposed.append(attachment(wrapped).decomposed)
+                    times[name].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+                    model = wrapped.unload()
+    finally:
+        if home is None:
+            del os.environ["SVDBANK_HOME"]
+        else:
+            os.environ["SVDBANK_HOME"] = home
+    wall, processor = ({name: median(pair[which] for pair in pairs) for name, pairs in times.items()} for which in (0, 1))
+    return {
+        "model": folder.name,
+        "decomposed": decomposed,
+        "wall_seconds": wall,
+        "processor_seconds": processor,
+        "first_over_peft": {
+            name: took["auto_first"] / took["peft_mica"] for name, took in (("wall", wall), ("processor", processor))
+        },
+    }
+
+
+def auto_table(figures: dict[str, Any]) -> str:
+    """Those figures for people."""
+    labels = {
+        "peft_mica": "PEFT mica",
+        "auto_first": 'bank="auto", nothing in the cache',
+        "auto_next": 'bank="auto", the next start',
+    }
+    lines = [f"{figures['model']}, no bank anywhere, rank {RANK}{'wall':>20}{'processor':>12}"]
+    for name, label in labels.items():
+        lines.append(f"{label:<50}{figures['wall_seconds'][name]:8.2f} s{figures['processor_seconds'][name]:10.2f} s")
+    ratio = figures["first_over_peft"]
+    lines.append(f"{'first start over PEFT':<50}{ratio['wall']:8.2f}  {ratio['processor']:10.2f}")
+    return "\n".join(lines)
+
+
 def measure(*, repeat: int = 5, only: str | None = None, with_processes: bool = True) -> dict[str, Any]:
     """All figures, with what they were measured on."""
     import peft
@@ -146,9 +212,11 @@ def measure(*, repeat: int = 5, only: str | None = None, with_processes: bool = 
             found.append(on_half_billion(Path(scratch), repeat=repeat))
         if only in (None, "smollm2"):
             found.append(on_smollm2(Path(scratch), repeat=repeat, with_processes=with_processes))
+    auto = without_a_bank(repeat=repeat) if only in (None, "auto") else None
     return {
         "rank": RANK,
         "models": found,
+        "auto": auto,
         "machine": {
             "cpu": platform.processor() or platform.machine(),
             "cpus": os.cpu_count(),
@@ -190,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="attachments to take the median of")
     parser.add_argument("--threads", type=int, help="OpenMP threads of everything; one is fairer to PEFT on a busy machine")
-    parser.add_argument("--only", choices=["half-billion", "smollm2"], help="one of the two models")
+    parser.add_argument("--only", choices=["half-billion", "smollm2", "auto"], help="one of the sections")
     parser.add_argument("--skip-processes", action="store_true", help="library calls only")
     on_device = parser.add_argument_group("a model of an 8B's shapes on a device")
     on_device.add_argument("--device", help="cuda, cuda:1, cpu …")
@@ -208,7 +276,10 @@ def main() -> None:
 
         sys.exit(attach_gpu.measure(options))
     figures = measure(repeat=options.repeat, only=options.only, with_processes=not options.skip_processes)
-    print("\n\n".join(table(model) for model in figures["models"]))
+    shown = [table(model) for model in figures["models"]]
+    if figures["auto"] is not None:
+        shown.append(auto_table(figures["auto"]))
+    print("\n\n".join(shown))
     print(json.dumps(figures))
 
 
