@@ -23,7 +23,7 @@ MEMORY = "memory"
 
 
 @dataclass(frozen=True)
-class Held:
+class InMemory:
     """A weight in memory: a matrix (out, in) on its device, and the sha256 hex of the bytes that it is known by."""
 
     matrix: Tensor
@@ -34,7 +34,7 @@ class Held:
 class LoadedCheckpoint(Checkpoint):
     """A checkpoint some of whose weights are read from memory, where they lie: those of ``held``, by name."""
 
-    held: Mapping[str, Held] = field(default_factory=dict, repr=False)
+    held: Mapping[str, InMemory] = field(default_factory=dict, repr=False)
 
     def read_hashed(self, spec: WeightSpec) -> tuple[Tensor, str]:
         """As :meth:`Checkpoint.read_hashed`; what is held stays on its device, in the dtype that the spec names."""
@@ -66,7 +66,7 @@ class LoadedWeight:
     expert: int | None = None
 
 
-def of_files(checkpoint: Checkpoint, held: Mapping[str, Held]) -> LoadedCheckpoint:
+def of_files(checkpoint: Checkpoint, held: Mapping[str, InMemory]) -> LoadedCheckpoint:
     """``checkpoint`` with the weights of ``held`` read from memory, which holds what the files do."""
     own = {one.name: getattr(checkpoint, one.name) for one in fields(Checkpoint)}
     return LoadedCheckpoint(**own, held=held)
@@ -78,7 +78,7 @@ def of_memory(name: str, about: str, weights: Iterable[LoadedWeight]) -> LoadedC
     ``name`` is for people, ``about`` says what kind of model it is.
     """
     found: list[tuple[Role, Parameter]] = []
-    held: dict[str, Held] = {}
+    held: dict[str, InMemory] = {}
     sources: dict[str, TensorSource] = {}
     whole = hashlib.sha256()
     position = 0
@@ -94,7 +94,7 @@ def of_memory(name: str, about: str, weights: Iterable[LoadedWeight]) -> LoadedC
         parameter = Parameter(f"{role.module}.weight" if weight.expert is None else role.module, (source,), weight.expert)
         found.append((role, parameter))
         own = parameter.name if weight.expert is None else f"{role.module}.{weight.expert}"
-        held[own] = Held(weight.matrix, sha256_of(stored))
+        held[own] = InMemory(weight.matrix, sha256_of(stored))
         whole.update(f"{own} {source.dtype} {source.shape} {held[own].sha256}\n".encode())
     file = SourceFile(MEMORY, position, whole.hexdigest())
     names = {source.name: source.name for source in sources.values()}

@@ -22,7 +22,7 @@ from svdbank.core.errors import OptionError, SvdbankError, abridge
 from svdbank.core.specs import ProgressCallback, ignore_progress
 from svdbank.peft.layers import Slot
 from svdbank.peft.lookup import check_ranks, check_shapes, match, recognise
-from svdbank.peft.origins import Origin, absence, files_of, kind_of_model, origin
+from svdbank.peft.origins import WeightOrigin, absence, files_of, kind_of_model, origin
 from svdbank.peft.targets import Target
 
 #: What a caller says instead of a bank.
@@ -64,7 +64,9 @@ class Automatic:
                 checkpoint.close()
 
 
-def make(of: Origin, rank: int, method: InitialisationMethod, progress: ProgressCallback, *, device: torch.device) -> Built:
+def make(
+    of: WeightOrigin, rank: int, method: InitialisationMethod, progress: ProgressCallback, *, device: torch.device
+) -> Built:
     """Decompose and keep; says so in the log, before and after. ``device`` solves what comes from files."""
     request = build_request(
         of.checkpoint.name,

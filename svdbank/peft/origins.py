@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from svdbank.adapter.naming import elsewhere
-from svdbank.checkpoint.loaded import Held, LoadedCheckpoint, LoadedWeight, of_files, of_memory
+from svdbank.checkpoint.loaded import InMemory, LoadedCheckpoint, LoadedWeight, of_files, of_memory
 from svdbank.checkpoint.naming.roles import Role
 from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import Checkpoint, open_cached
@@ -33,7 +33,7 @@ _AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightOrigin:
     """A source for the builder, and the modules of it that are to be decomposed; ``differs`` names a weight that is not as in the files."""
 
     checkpoint: LoadedCheckpoint
@@ -75,18 +75,18 @@ def name_of_model(root: nn.Module) -> str:
 
 def origin(
     root: nn.Module, layers: Sequence[Slot], checkpoint: Checkpoint | None, prefix: str, progress: ProgressCallback
-) -> Origin:
+) -> WeightOrigin:
     """Where the targets of ``layers``, all of them readable, come from. Reads and hashes every one."""
     targets = [target for layer in layers for target in layer.targets]
     differs = None
     if checkpoint is not None:
         found = _in_files(checkpoint, targets, prefix, progress)
-        if isinstance(found, Origin):
+        if isinstance(found, WeightOrigin):
             return found
         differs = found
     weights = list(_own(root, layers))
     own = of_memory(name_of_model(root), kind_of_model(root), weights)
-    return Origin(own, tuple(dict.fromkeys(weight.role.module for weight in weights)), differs)
+    return WeightOrigin(own, tuple(dict.fromkeys(weight.role.module for weight in weights)), differs)
 
 
 def with_loaded(checkpoint: Checkpoint, specs: Sequence[WeightSpec], root: nn.Module) -> LoadedCheckpoint:
@@ -105,13 +105,13 @@ def with_loaded(checkpoint: Checkpoint, specs: Sequence[WeightSpec], root: nn.Mo
         target = Target(spec.module, values, transposed, spec.out_features, spec.in_features, 1)
         if not is_readable(target):
             return None
-        held[spec.name] = Held(_matrix(target), "")
+        held[spec.name] = InMemory(_matrix(target), "")
         return _compared(checkpoint, (spec,), target)
 
-    held: dict[str, Held] = {}
+    held: dict[str, InMemory] = {}
     with ThreadPoolExecutor(min(_AT_ONCE, available_cpus()), "svdbank-compare") as pool:
         found = [one for one in pool.map(own, specs) if one is not None and one.exactly]
-    return of_files(checkpoint, {one.spec.name: Held(held[one.spec.name].matrix, one.sha256) for one in found})
+    return of_files(checkpoint, {one.spec.name: InMemory(held[one.spec.name].matrix, one.sha256) for one in found})
 
 
 def absence(target: Target) -> str | None:
@@ -132,7 +132,7 @@ def absence(target: Target) -> str | None:
 
 def _in_files(
     checkpoint: Checkpoint, targets: Sequence[Target], prefix: str, progress: ProgressCallback
-) -> Origin | str | None:
+) -> WeightOrigin | str | None:
     """The files with what memory holds of them; where a weight is not as in them, its label; None where nobody knows what they hold."""
     try:
         specs = decomposable(checkpoint, (".*",))[0]
@@ -145,7 +145,7 @@ def _in_files(
     def compared(target: Target) -> _Same | None:
         return _compared(checkpoint, _candidates(by_module, target, prefix), target)
 
-    held: dict[str, Held] = {}
+    held: dict[str, InMemory] = {}
     modules: dict[str, None] = {}
     with ThreadPoolExecutor(min(_AT_ONCE, available_cpus()), "svdbank-compare") as pool:
         for done, (target, same) in enumerate(zip(targets, pool.map(compared, targets), strict=True)):
@@ -154,9 +154,9 @@ def _in_files(
                 return target.label
             modules[same.spec.module] = None
             if same.exactly:
-                held[same.spec.name] = Held(_matrix(target), same.sha256)
+                held[same.spec.name] = InMemory(_matrix(target), same.sha256)
             progress(Progress("compare with the files", done + 1, len(targets), "weights", target.label))
-    return Origin(of_files(checkpoint, held), tuple(modules))
+    return WeightOrigin(of_files(checkpoint, held), tuple(modules))
 
 
 def _candidates(by_module: Mapping[str, Sequence[WeightSpec]], target: Target, prefix: str) -> Iterator[WeightSpec]:
