@@ -40,6 +40,13 @@ ENGINES = {
 }
 _EMPTY = "import benchmarks.workers as own; own.empty_solves(); "
 
+#: Two workers that Ray starts; where they run, Ray has them call the function that makes solves empty.
+_ON_RAY = ("--threads", "1", "--workers", "2", "--ray")
+_EMPTY_ON_RAY = (
+    "import functools, ray; "
+    "ray.init = functools.partial(ray.init, runtime_env={'worker_process_setup_hook': 'benchmarks.workers.empty_solves'}); "
+)
+
 
 def empty_solves() -> None:
     """Have this process solve each shape once and give that answer ever after."""
@@ -129,7 +136,7 @@ def timed_build(model: Path, bank: Path, *arguments: str) -> tuple[float, float]
 def empty(model: Path, count: int, place: Path, repeat: int, rank: int = 16) -> dict[str, float]:
     """Milliseconds a weight of each engine where solves take no time; start-up, and the one real solve of a process, apart."""
     found = {}
-    for engine in (*ENGINES, "two processes, --shard"):
+    for engine in (*ENGINES, "two processes, --shard", "two workers, --ray"):
         taken = []
         for _ in range(repeat):
             bank = place / "bank"
@@ -142,19 +149,23 @@ def empty(model: Path, count: int, place: Path, repeat: int, rank: int = 16) -> 
 
 def _empty_build(model: Path, bank: Path, rank: int, engine: str, count: int) -> float:
     """Seconds a weight, from the first record to the end."""
+    on_ray = engine == "two workers, --ray"
     program = (
-        _EMPTY + "import svdbank_cli.main as cli, svdbank.building.crew as crew; "
+        _EMPTY + (_EMPTY_ON_RAY if on_ray else "") + "import svdbank_cli.main as cli, svdbank.building.crew as crew; "
         f"crew._PROGRAM = {_EMPTY!r} + crew._PROGRAM; cli.main()"
     )
     command = [sys.executable, "-c", program, "build", str(model), "-o", str(bank), "--rank", str(rank), "--json"]
     shards = [("--shard", "1/2", "--threads", "1"), ("--shard", "2/2", "--threads", "1")]
-    runs = [(*command, *more) for more in ([ENGINES[engine]] if engine in ENGINES else shards)]
+    alone = _ON_RAY if on_ray else ENGINES.get(engine)
+    runs = [(*command, *more) for more in (shards if alone is None else [alone])]
     processes = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for run in runs]
     begun: tuple[float, int] | None = None
+    published = 0.0
     for process in processes:
         assert process.stdout is not None
         for line in process.stdout:
             step = json.loads(line)
+            published = time.perf_counter() if step.get("stage") == "publish" else published
             if begun is None and step.get("stage") == "decompose" and step["done"] > 0:
                 begun = time.perf_counter(), step["done"]
     for process in processes:
@@ -162,7 +173,8 @@ def _empty_build(model: Path, bank: Path, rank: int, engine: str, count: int) ->
             raise RuntimeError(f"a build with empty solves ended with {process.returncode}")
     if begun is None:
         raise RuntimeError("a build with empty solves told of no weight")
-    return (time.perf_counter() - begun[0]) / max(1, count - begun[1])
+    ended = published if on_ray else time.perf_counter()  # a Ray of its own takes seconds to stop, once
+    return (ended - begun[0]) / max(1, count - begun[1])
 
 
 #: A step of ``many`` in a process of its own: prints what it found, seconds and the peak of its memory.

@@ -75,6 +75,7 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self._ray is not None:
             self._ray.shutdown()
+            _let_print(True)
 
     @property
     def ray(self) -> Any:
@@ -198,9 +199,16 @@ class Cluster:
         finally:
             if before is not None:  # Ray's own ends the process at once
                 signal.signal(signal.SIGTERM, before)
-        with contextlib.suppress(AttributeError):  # it prints what raylets say to standard output
-            ray._private.worker._worker_logs_enabled = False
+        _let_print(False)
         return ray
+
+
+def _let_print(may: bool) -> None:
+    """Whether Ray prints, to standard output, what its machines say; it has no option for that."""
+    import ray
+
+    with contextlib.suppress(AttributeError):
+        ray._private.worker._worker_logs_enabled = may
 
 
 def _gpus() -> int:

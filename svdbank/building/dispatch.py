@@ -93,7 +93,8 @@ class Dispatch:
         self._elsewhere: list[ShardWork] = []
         self._members: list[_Member] = []
         self._hired = 0
-        self._refused = 0
+        #: Workers in a row that ended, or were refused, before they had joined.
+        self._unfit = 0
         self._ends: Counter[ShardSpec] = Counter()
         self._looked = self._counted = 0.0
         self._over = False
@@ -178,7 +179,7 @@ class Dispatch:
             + len(self._elsewhere)
             + sum(len(bundle) for one in self._members for bundle in one.tasks.values())
         )
-        while len(self._members) < min(wanted, left):
+        while len(self._members) < min(wanted, left) and self._unfit < _ENDS:
             self._hired += 1
             actor = self._cluster.started(self._posting, self._device, self._threads)
             self._members.append(_Member(f"worker {self._hired} ({self._device})", actor, actor.join.remote()))
@@ -236,6 +237,7 @@ class Dispatch:
     def _welcome(self, member: _Member, said: Said) -> None:
         if said.error is None:
             member.joined = True
+            self._unfit = 0
             member.name = f"{member.name[:-1]} on {said.host})"
             self._account.came(member.name)
             self._account.show("")
@@ -244,8 +246,8 @@ class Dispatch:
         self._progress(Progress("left out", 0, 1, "note", f"{member.name}: {said.message}"))
         self._members.remove(member)
         self._cluster.ray.kill(member.actor)
-        self._refused += 1
-        if self._refused > 2 * self._hired or not self._members:
+        self._unfit += 1
+        if not any(other.joined for other in self._members):
             raise own_error(member.name, said)
 
     def _finish(self, member: _Member, bundle: tuple[ShardWork, ...], said: Said) -> None:
@@ -258,8 +260,7 @@ class Dispatch:
                 return
             raise own_error(member.name, said)
         else:
-            recorded = [work for work in bundle if not self._is_left(work)]
-            if len(recorded) == len(bundle):
+            if said.solved == sum(len(work.weights) for work in bundle):  # nothing of it was with others
                 self._bundles.took(bundle, now - member.begun)
         member.begun = now
         self._elsewhere += [work for work in bundle if self._is_left(work)]
@@ -278,11 +279,16 @@ class Dispatch:
         at = next(iter(member.tasks.values()), ())
         self._elsewhere += [work for work in member.tasks.pop(ref, ()) if self._is_left(work)]
         member.rests_until = time.monotonic() + _LOOK_AGAIN
+        if ref == member.joining and not gone:
+            member.joining = member.actor.join.remote()
         if not gone or member not in self._members:
             return
         self._members.remove(member)
         self._account.gone(member.name)
         self._account.show(f"{member.name} is gone")
+        self._unfit += not member.joined
+        if self._unfit >= _ENDS and not self._members:
+            raise WorkerError("workers end before they have begun", hint="Ray's logs say why: /tmp/ray/session_latest/logs")
         if (first := next((work for work in at if self._is_left(work)), None)) is not None:
             self._ends[first.shard] += 1
             if self._ends[first.shard] >= _ENDS:
