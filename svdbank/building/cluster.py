@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from svdbank.building.posting import PostedWorker, Posting
-from svdbank.building.worker import Said, own_error
+from svdbank.building.posting import PostedWorker
+from svdbank.building.visit import Posting
+from svdbank.building.words import Said, own_error
 from svdbank.core.errors import DeviceError, OptionError, WorkerError, missing_extra
 from svdbank.core.processors import available_cpus
 from svdbank.core.version import __version__
@@ -235,8 +236,8 @@ def _looking(version: str) -> Any:
             return f"cannot import svdbank: {cause}"
         if theirs != version:
             return f"has svdbank {theirs}, this is {version}"
-        from svdbank.building.posting import look
-        from svdbank.building.worker import Said, last_words
+        from svdbank.building.visit import look
+        from svdbank.building.words import Said, last_words
 
         try:
             look(pickle.loads(order))

@@ -24,7 +24,8 @@ from svdbank.building.joining import Workplace, work_through
 from svdbank.building.preparation import PreparedBuild
 from svdbank.building.request import BuildRequest
 from svdbank.building.shares import Share
-from svdbank.building.worker import Order, Said, own_error
+from svdbank.building.words import Said, own_error
+from svdbank.building.worker import Order
 from svdbank.core.errors import WorkerError
 from svdbank.core.specs import Progress, ProgressCallback, from_json
 

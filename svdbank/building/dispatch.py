@@ -22,10 +22,10 @@ from svdbank.building.cluster import Cluster
 from svdbank.building.execution import WorkReport
 from svdbank.building.joining import Workplace, is_published
 from svdbank.building.planning import planned_path
-from svdbank.building.posting import OWN_RANGES, Posting
 from svdbank.building.request import BuildRequest
 from svdbank.building.shards import ShardWork, shard_works
-from svdbank.building.worker import Said, own_error
+from svdbank.building.visit import OWN_RANGES, Posting
+from svdbank.building.words import Said, own_error
 from svdbank.core.errors import WorkerError
 from svdbank.core.places import OnDisk, locate
 from svdbank.core.specs import Progress, ProgressCallback, ShardSpec

@@ -13,9 +13,9 @@ from svdbank.building.devices import worker_devices, working_device
 from svdbank.building.dispatch import Dispatch
 from svdbank.building.execution import WorkReport
 from svdbank.building.joining import Workplace
-from svdbank.building.posting import OWN_RANGES
 from svdbank.building.request import BuildRequest
 from svdbank.building.shares import Share, own_device
+from svdbank.building.visit import OWN_RANGES
 from svdbank.core.errors import OptionError
 from svdbank.core.specs import ProgressCallback
 

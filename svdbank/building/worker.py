@@ -7,19 +7,15 @@ import pickle
 import signal
 import sys
 import threading
-import traceback
 from dataclasses import dataclass
 from typing import Any, Never
-
-import msgspec
 
 from svdbank.building.devices import working_device
 from svdbank.building.joining import joined, work_through
 from svdbank.building.request import BuildRequest
 from svdbank.building.shares import Share
-from svdbank.core import errors
-from svdbank.core.errors import SvdbankError, WorkerError
-from svdbank.core.specs import Progress, Struct, to_json
+from svdbank.building.words import Said, last_words
+from svdbank.core.specs import Progress, to_json
 
 
 @dataclass(frozen=True)
@@ -29,20 +25,6 @@ class Order:
     request: BuildRequest
     share: Share
     device: str
-
-
-class Said(Struct, frozen=True):
-    """What a worker says: progress, at the end how it was (``solved`` weights …), or the error that it ended with; where it is."""
-
-    progress: Progress | None = None
-    solved: int | None = None
-    stages: dict[str, float] = msgspec.field(default_factory=dict)
-    waited: float = 0.0
-    traffic: tuple[int, int, int] = (0, 0, 0)
-    host: str = ""
-    error: str | None = None
-    message: str = ""
-    hint: str | None = None
 
 
 def main() -> int:
@@ -75,21 +57,6 @@ def main() -> int:
         say(last_words(error))
         return 1
     return 0
-
-
-def last_words(error: BaseException) -> Said:
-    """What a worker says that ends with an error."""
-    if os.environ.get("SVDBANK_DEBUG"):
-        traceback.print_exception(error)
-    return Said(error=type(error).__name__, message=str(error), hint=error.hint if isinstance(error, SvdbankError) else None)
-
-
-def own_error(worker: str, said: Said) -> SvdbankError:
-    """What a worker ended with, as it said it, of the same class where that is one of ours."""
-    kind = getattr(errors, said.error or "", None)
-    if isinstance(kind, type) and issubclass(kind, SvdbankError):
-        return kind(f"{worker}: {said.message}", hint=said.hint)
-    return WorkerError(f"{worker}: {said.error}: {said.message}", hint=said.hint)
 
 
 def _worked(order: Order, say: Any) -> Said:

@@ -61,7 +61,7 @@ def posting(here: Workplace, model: Path, bank: Path) -> Posting:
 def test_a_machine_must_see_the_folder_of_the_build_and_the_model(
     here: Workplace, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdbank.building.posting._SEEN_WITHIN", 0.0)
+    monkeypatch.setattr("svdbank.building.visit._SEEN_WITHIN", 0.0)
     bank = tmp_path / "bank"
     look(posting(here, model, bank))
     with pytest.raises(svdbank.BankError, match="is not here"):
