@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
-from svdbank_cli.options import with_output
+from svdbank_cli.options import report_option, with_output, write_page
 from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, .
 @click.option("--tasks", multiple=True, metavar="TASK", help="lm-eval tasks; needs pip install 'svdbank[eval]'. Repeatable.")
 @click.option("--task-limit", type=click.IntRange(min=1), metavar="N", help="Examples of a task. [default: all]")
 @click.option("--task-folder", type=click.Path(), help="Folder with task files of your own.")
+@report_option
 @with_output
 def eval_command(
-    model: str, adapters: dict[str, str], data: dict[str, str], output: Output, **options: Unpack[_Options]
+    model: str, adapters: dict[str, str], data: dict[str, str], page: str | None, output: Output, **options: Unpack[_Options]
 ) -> None:
     """Measure MODEL alone and with each adapter on each text: loss in nats a token, perplexity, standard errors.
 
@@ -74,6 +75,7 @@ def eval_command(
     Examples:
       svdbank eval HuggingFaceTB/SmolLM2-135M --adapter law=./law --adapter med=./med --data law=licences.jsonl --data notes.txt
       svdbank eval HuggingFaceTB/SmolLM2-135M --adapter both=./law,./med --data licences.jsonl --tokens 100000 --json
+      svdbank eval HuggingFaceTB/SmolLM2-135M --adapter law=./law --data licences.jsonl --report law.html
       svdbank eval HuggingFaceTB/SmolLM2-135M --adapter law=./law --tasks hellaswag --task-limit 100
     """
     import svdbank
@@ -83,6 +85,9 @@ def eval_command(
         report = svdbank.eval(model, data=data, adapters=stacks, progress=progress, **options)
     output.data(report, _text)
     output.notes(report.notes)
+    if page is not None:
+        folders = {folder: name for name, stack in stacks.items() for folder in stack if len(stack) == 1}
+        write_page([*(f"{name}={folder}" for folder, name in folders.items()), report], page, output)
 
 
 def _text(report: EvalReport) -> str:

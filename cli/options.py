@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import click
@@ -172,6 +172,35 @@ def composed_from(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def report_option(command: Command) -> Command:
+    """Add ``--report``; the command receives a ``page``, refused before any work where it cannot be written."""
+
+    def checked(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+        if value is not None:
+            from svdbank.reporting.figures import load_matplotlib
+            from svdbank.reporting.page import checked_place, load_template
+
+            checked_place(value)
+            load_matplotlib()
+            load_template()
+        return value
+
+    return click.option(
+        "--report",
+        "page",
+        metavar="FILE.html",
+        callback=checked,
+        help="Also write a report with pictures, as svdbank report does; needs pip install 'svdbank[report]'.",
+    )(command)
+
+
+def write_page(sources: Sequence[Any], page: str, output: Output) -> None:
+    """The report that ``--report`` asked for."""
+    import svdbank
+
+    output.say(f"report: {svdbank.report(sources, page)}")
 
 
 def fit_options(command: Command) -> Command:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdbank_cli.options import find_options, with_output
+from svdbank_cli.options import find_options, report_option, with_output, write_page
 from svdbank_cli.output import Output, duration, size
 
 if TYPE_CHECKING:
@@ -78,9 +78,17 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--force", is_flag=True, help="Replace an adapter, or an unfinished run of other options, that is there.")
 @find_options
+@report_option
 @with_output
 def train_command(
-    model: str | None, adapter: str | None, config: str | None, build: bool, force: bool, output: Output, **options: Any
+    model: str | None,
+    adapter: str | None,
+    config: str | None,
+    build: bool,
+    force: bool,
+    page: str | None,
+    output: Output,
+    **options: Any,
 ) -> int:
     """Train an adapter for MODEL on text and write it as a PEFT folder; measure held-out loss before and after.
 
@@ -109,6 +117,8 @@ def train_command(
         )
     if _is_main():
         output.data(report, _text)
+        if page is not None and report.kept != "nothing":
+            write_page([report.adapter], page, output)
     return WORSE if report.worse else 0
 
 

@@ -44,6 +44,7 @@ def _pairs(read: Sequence[ReadAdapter]) -> tuple[list[Pair], list[str]]:
 
 
 def _verdict(measured: Sequence[MeasuredAdapter], pairs: Sequence[Pair]) -> str:
+    pairs = [pair for pair in pairs if all(pair.all.norms)]
     if pairs:
         return "; ".join(pair.verdict for pair in pairs[:3]) + ("; …" if len(pairs) > 3 else "")
     one = max(measured, key=lambda found: found.norm)

@@ -88,7 +88,7 @@ def bands_in_use(measured: Sequence[MeasuredAdapter]) -> Section:
     drawn = span_chart([brief(name, 18) for name in names], spans, x="minor index")
     figure = Figure(
         "Directions that each adapter writes on",
-        "The darker, the more of its weights.",
+        "The stronger the colour, the more of its weights.",
         drawn,
         Table(("adapter", "band", "directions", "weights"), rows),
     )

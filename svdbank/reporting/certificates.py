@@ -125,7 +125,12 @@ def undefined_ranks(bank: Bank, rows: Spectrum, labels: dict[str, str]) -> Secti
         ("family", "rank", "weights"),
         [(name, str(rank), str(count)) for name, counts, _ in shares for rank, count in sorted(counts.items())],
     )
-    figure = Figure("Where boundaries are not defined", "Choose a rank in a pale cell.", drawn, shortened(by_rank))
+    figure = Figure(
+        "Where boundaries are not defined",
+        "At a share of 0, every weight has a subspace of its own.",
+        drawn,
+        shortened(by_rank),
+    )
     table = Table(
         ("weight", "ranks", "largest defined"),
         [(row.name, as_ranges(ranks[row.name]), str(row.resolved_rank)) for row in found if row.name in ranks],

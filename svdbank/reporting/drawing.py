@@ -206,11 +206,11 @@ def dot_chart(
 
 
 def span_chart(labels: Sequence[str], spans: Sequence[Sequence[tuple[int, int, float]]], *, x: str) -> str:
-    """Rows of spans (start, stop, weight from 0 to 1) on an axis of whole numbers; the heavier, the darker."""
+    """Rows of spans (start, stop, weight from 0 to 1) on an axis of whole numbers; the heavier, the stronger the colour."""
     with _drawn(0.9 + 0.28 * max(len(labels), 2)) as (figure, axes):
         for place, row in enumerate(spans):
             for start, stop, weight in row:
-                level = max(2, round(weight * (LEVELS - 1)))
+                level = 2 + round(weight * 4)
                 axes.barh(
                     place,
                     stop - start,

@@ -12,7 +12,7 @@ from svdbank.reporting.families import largest_families, shape_of
 
 def bytes_by_rank(bank: Bank, labels: dict[str, str]) -> Section:
     options = bank.manifest.options
-    ranks = [rank for rank in rank_marks(bank.rank) if rank >= min(8, bank.rank)]
+    ranks = [rank for rank in rank_marks(bank.rank) if rank >= 8 or bank.rank <= 16]
     sides = ["left"] if options.side == "left" else ["left", "both"]
     names = {"left": "MiCA (left)", "both": "MiLoRA (both sides)"}
     totals = {

@@ -128,4 +128,4 @@ def _condition_map(bank: Bank, families: Sequence[FamilyIndex], labels: dict[str
         ("layer", *(labels[family.spec.name] for family in families)),
         [(layer, *(sci(row[place]) for row in found)) for place, layer in enumerate(layers)],
     )
-    return [Figure("σ_min / σ_max by family and layer", "Pale cells are weights with nearly unused directions.", drawn, table)]
+    return [Figure("σ_min / σ_max by family and layer", "Where it is low, the base hardly uses some directions.", drawn, table)]

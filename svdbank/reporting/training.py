@@ -121,6 +121,11 @@ def read_evaluation(path: Path) -> Evaluation:
         ) from cause
 
 
+def evaluation_of(report: object) -> Evaluation:
+    """A report of ``svdbank.eval`` as what it prints."""
+    return msgspec.json.decode(msgspec.json.encode(report), type=Evaluation)
+
+
 def training_sections(runs: Sequence[tuple[str, Training]]) -> list[Section]:
     """Curves and losses of runs, by the adapter's name."""
     if not runs:

@@ -16,7 +16,7 @@ from svdbank.reporting.document import Chapter
 from svdbank.reporting.figures import load_matplotlib
 from svdbank.reporting.page import checked_place, load_template, render
 from svdbank.reporting.sources import NamedSources, opened_sources, read_adapters
-from svdbank.reporting.training import evaluation_chapter
+from svdbank.reporting.training import evaluation_chapter, evaluation_of
 
 #: A report is one file that people send to each other.
 _LARGEST = 2_000_000
@@ -38,7 +38,7 @@ class WrittenReport(Struct, frozen=True):
 
 
 def report(
-    sources: str | os.PathLike[str] | Sequence[str | Path],
+    sources: str | os.PathLike[str] | Sequence[str | Path | Struct],
     output: str | os.PathLike[str] = "report.html",
     *,
     bank: str | Path | None = None,
@@ -53,7 +53,7 @@ def report(
     ----------
     sources
         Folders of banks or adapters, models whose cached bank is meant, adapters on the Hub, and what ``svdbank eval --json`` printed, in
-        a file; adapters also as ``NAME=PLACE``. A stack counts as the domains in it.
+        a file, or what ``svdbank.eval`` returned; adapters also as ``NAME=PLACE``. A stack counts as the domains in it.
     output
         The file; its folder must exist. An earlier report is replaced, any other file only with ``force``.
     bank
@@ -74,7 +74,8 @@ def report(
     load_matplotlib()
     load_template()
     tell = progress or ignore_progress
-    found = opened_sources([os.fspath(one) for one in named])
+    found = opened_sources([os.fspath(one) for one in named if not isinstance(one, Struct)])
+    found.evaluations += [("evaluation", evaluation_of(one)) for one in named if isinstance(one, Struct)]
     together = read_adapters(found.adapters, found.banks, bank, base)
     parts = len(found.builds) + len(found.banks) + len(together) + len(found.evaluations)
     chapters: list[Chapter] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import svdbank
+from svdbank.adapter.settings import TRAINING_FIGURES
 from svdbank.core.errors import BankNotFoundError, MissingExtraError, OptionError
 from svdbank.lm.scores import Score
 from svdbank.reporting.certificates import as_ranges
@@ -191,6 +192,44 @@ def test_what_eval_prints_is_read_with_its_gaps(tmp_path: Path) -> None:
     path.write_bytes(msgspec.json.encode(EvalReport("org/model", 128, "float32", (score,), ())))
     (read,) = read_evaluation(path).scores
     assert (read.adapter, read.loss, read.error, read.over) == ("law", 2.5, None, "windows")
+
+
+def test_train_and_eval_end_with_a_report_where_they_are_asked_for_one(
+    small: Path,
+    small_bank: svdbank.Bank,
+    legal: Path,
+    own_texts_cache: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page, adapter = tmp_path / "train.html", tmp_path / "law"
+    options = ["--length", "32", "--batch-size", "2", "--held-out-blocks", "4", "--learning-rate", "1e-3", "--keep", "last"]
+    command = ["train", str(small), "-o", str(adapter), "--data", str(legal), "--bank", str(small_bank.path), "--steps", "2"]
+    assert run([*command, *options, "--report", str(page)]) in (0, 5)  # two steps may have made it worse
+    tables = Page(page.read_text(encoding="utf-8")).tables
+    figures = json.loads((adapter / TRAINING_FIGURES).read_text())
+    assert [row[0] for row in tables["Loss of law"][1:]] == ["0", "2"]
+    before = f"{figures['held_out']['before']:.4f} ± {figures['held_out']['before_error']:.4f}"
+    assert before in [row[2] for row in tables["Losses"][1:]]
+    command = [
+        "eval",
+        str(small),
+        "--adapter",
+        f"law={adapter}",
+        "--data",
+        f"legal={legal}",
+        "--length",
+        "32",
+        "--tokens",
+        "200",
+    ]
+    capsys.readouterr()
+    assert run([*command, "--json", "--report", str(tmp_path / "eval.html")]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    shown = Page((tmp_path / "eval.html").read_text(encoding="utf-8"))
+    assert "Drift of each weight" in shown.headings
+    assert shown.tables["Losses"][-1][3] == f"{scores[-1]['perplexity']:.2f}"
+    assert run([*command, "--report", str(tmp_path / "nowhere" / "eval.html")]) == 2
 
 
 @pytest.mark.parametrize(
