@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from svdbank.adapter.methods import RESIDUAL_METHODS
 from svdbank.building.stopwatch import Stopwatch
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, OptionError
@@ -112,7 +113,7 @@ def _prepare(options: TrainOptions, *, build: bool, force: bool, pull: str | Non
 
 
 def _bank(options: TrainOptions, *, build: bool, pull: str | None, find: bool, tell: ProgressCallback) -> Bank:
-    """The bank named, or pulled, else the model's own, which ``build`` makes where there is none."""
+    """The bank named, or pulled, else the model's own, which ``build`` makes where there is none, or none of the rank and sides needed."""
     from svdbank.sharing.finding import opened
     from svdbank.verbs.pull import pulled
 
@@ -121,7 +122,9 @@ def _bank(options: TrainOptions, *, build: bool, pull: str | None, find: bool, t
             raise OptionError(f"--bank {options.bank} and --pull {pull} name two banks", hint="leave one of them out")
         return pulled(options.model, pull, tell)
     try:
-        return opened(options.bank or options.model, find=find and not build)
+        found = opened(options.bank or options.model, find=find and not build)
+        if options.bank is not None or not build or _serves(found, options):
+            return found
     except BankNotFoundError as missing:
         if options.bank is not None:
             raise
@@ -131,4 +134,23 @@ def _bank(options: TrainOptions, *, build: bool, pull: str | None, find: bool, t
             ) from missing
     from svdbank.verbs.build import build as build_bank
 
-    return build_bank(options.model, progress=tell)
+    if options.on_top_of:  # bands beside those of adapters that nobody has looked at yet
+        return build_bank(options.model, targets=options.targets, progress=tell)
+    residual = options.method in RESIDUAL_METHODS
+    return build_bank(
+        options.model,
+        rank=options.rank,
+        targets=options.targets,
+        side="both" if residual else "left",
+        principal=options.rank if options.method == "pissa" else 0,
+        progress=tell,
+    )
+
+
+def _serves(bank: Bank, options: TrainOptions) -> bool:
+    """Whether a bank has the directions and sides that a new adapter needs, as far as its options tell."""
+    own = bank.manifest.options
+    enough = own.rank == "all" or own.rank >= options.rank
+    if options.method == "pissa":
+        enough = enough and own.principal >= options.rank
+    return enough and (options.method not in RESIDUAL_METHODS or own.side == "both")
