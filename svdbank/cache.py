@@ -61,6 +61,11 @@ def parts_home() -> Path:
     return home() / "parts"
 
 
+def is_parts(path: Path) -> bool:
+    """True for a folder of parts in the cache. One elsewhere is not taken for one: it would name an address that nobody here asked for."""
+    return not path.is_symlink() and path.is_dir() and path.resolve().parent == parts_home().resolve() and path.name[:1] != "."
+
+
 def parts_limit() -> int:
     """Bytes of parts that may stay on this disk, those brought by ``pull`` not counted: ``SVDBANK_PARTS_LIMIT``, else 20 GB."""
     text = os.environ.get(PARTS_LIMIT, "").strip()
@@ -127,7 +132,7 @@ def open(source: str | os.PathLike[str]) -> Bank:
     candidates: list[tuple[Path, Manifest]] = []
     if isinstance(place, OnDisk):
         path = place.path
-        if (origin := read_origin(path)) is not None and (far := far_bank(origin.place)) is not None:
+        if is_parts(path) and (origin := read_origin(path)) is not None and (far := far_bank(origin.place)) is not None:
             return open_elsewhere(far)
         if (path / MANIFEST).is_file() or (path / "plan.json").is_file():
             if home() / "banks" in path.absolute().parents:
@@ -310,7 +315,8 @@ def last_used(root: Path) -> float:
 
 def left_in_cache() -> list[Path]:
     """What killed removals left in the cache."""
-    return [path for path in (home() / "banks").glob(f"*/.*.rm{disk.TEMPORARY}") if path.is_dir() and not path.is_symlink()]
+    left = [*(home() / "banks").glob(f"*/.*.rm{disk.TEMPORARY}"), *parts_home().glob(f".*.rm{disk.TEMPORARY}")]
+    return [path for path in left if path.is_dir() and not path.is_symlink()]
 
 
 def finish_removal(aside: Path, *, dry_run: bool) -> int:

@@ -28,6 +28,9 @@ from svdbank.core.specs import SourceFile
 #: Two parts of a file become one request where the gap between them is at most this share of what is asked for: so gaps cost little.
 _GAP = 1 / 16
 
+#: Chunks of the largest table that is made here: an index may claim shapes without an end.
+_LARGEST_TABLE = 1 << 20
+
 #: Bytes of a manifest: it lists the plans, not the weights.
 _MANIFEST_BYTES = 64 << 20
 
@@ -290,6 +293,8 @@ def _is_recorded(record: FileRecord, number: int, data: bytes) -> bool:
 def _usual_table(record: FileRecord) -> bytes | None:
     """The table of chunks of a file whose chunks lie in order and fill it, where that is the one recorded: then nothing need be read."""
     entries = (record.size - len(record.chunks) * record.chunk_bytes - CRC_BYTES) // INDEX_ENTRY
+    if entries > _LARGEST_TABLE:
+        return None
     pairs = [number for place in range(len(record.chunks)) for number in (place * record.chunk_bytes, record.chunk_bytes)]
     pairs += [2**64 - 1] * (2 * entries - len(pairs))
     table = struct.pack(f"<{len(pairs)}Q", *pairs)

@@ -186,8 +186,8 @@ def read_origin(root: Path) -> PartsOrigin | None:
 
 
 def part_folders(home: Path) -> list[Path]:
-    """The folders of parts below ``home``, of whichever banks."""
-    return [root for root in _folders(home) if read_origin(root) is not None]
+    """The folders of parts below ``home``, of whichever banks, also those that lost what they say of themselves."""
+    return _folders(home)
 
 
 def _folders(home: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,9 @@ AHEAD = 128 << 20
 
 #: Of a part of a file: the file, with the size and, where it is known, the Hub's id that it must have; first byte; byte behind the last.
 Part = tuple[SourceFile, int, int]
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Source(Protocol):
@@ -134,6 +138,11 @@ class HubSource:
 
     def _pin(self, commit: str) -> None:
         with self._lock:
+            asked = self._named.revision or ""
+            if _COMMIT.fullmatch(asked) and commit != asked:
+                raise DamageError(f"{self.place}: the server answers from commit {commit[:12]}", hint=_PROXY)
+            if not _COMMIT.fullmatch(commit):
+                raise BankError(f"{self.place}: the server names no commit", hint=_PROXY)
             if self._repository is None:
                 self._repository = Repository(self._named.repository, commit)
                 self._repository.traffic = self.traffic

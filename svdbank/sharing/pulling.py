@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from svdbank.bank.afar import Afar
@@ -86,6 +86,10 @@ def pull_part(bank: Bank, rank: int, side: Literal["both", "left"], progress: Pr
     for read, _ in zip(reads, read_chunks(files, reads), strict=True):
         done += len(read.rows) * read.chunks * read.record.chunk_bytes
         progress(Progress("pull", done, total, "bytes", read.file))
+    # Another process may have made room before it saw what is brought.
+    read_again = [read for read in reads if not files.parts.vectors(read.file).exists()]
+    for _ in read_chunks(files, read_again):
+        pass
     files.parts.note(Brought(rank, side, whole=True))
 
 
@@ -111,6 +115,10 @@ def _left(bank: Bank, folder: Path, progress: ProgressCallback) -> Iterator[tupl
     for family in bank.index.families:
         recorded |= family.metadata
         recorded.update(data_files(family))
+    taken = {*recorded, MANIFEST}
+    for name in recorded:
+        if name == MANIFEST or any(str(above) in taken for above in PurePosixPath(name).parents):
+            raise DamageError(f"{bank.place}: {name[:200]!r} stands below a file, or is the manifest")
     for place, folders, names in os.walk(folder):
         for entry in (*names, *folders):
             path = Path(place, entry)

@@ -9,7 +9,7 @@ import msgspec
 from svdbank import cache
 from svdbank.bank.files import Folder, read_regular
 from svdbank.bank.index import parse_manifest, read_manifest
-from svdbank.bank.parts import PUBLISHED, part_folders, read_origin
+from svdbank.bank.parts import PUBLISHED, PartsOrigin, part_folders, read_origin
 from svdbank.core.errors import BankError, BankNotFoundError
 from svdbank.core.specs import Plan, Struct, from_json
 
@@ -41,10 +41,8 @@ def ls() -> list[BankSummary]:
     return sorted((s for s in summaries if s is not None), key=lambda s: (s.model, s.path))
 
 
-def _parts(folder: Path) -> BankSummary | None:
-    origin = read_origin(folder)
-    if origin is None:
-        return None
+def _parts(folder: Path) -> BankSummary:
+    origin = read_origin(folder) or PartsOrigin("(nobody knows)", "")
     size, used = cache.allocated_in(folder), cache.last_used(folder)
     brought = ", ".join(f"rank {b.rank} {b.side}" + ("" if b.whole else ", unfinished") for b in origin.brought) or None
     try:

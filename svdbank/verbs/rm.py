@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from svdbank import cache
-from svdbank.bank.parts import read_origin
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError
 from svdbank.core.places import refuse_address, refuse_empty
@@ -23,7 +22,7 @@ def rm(path: str | os.PathLike[str]) -> int:
     root = disk.expanded(path)
     if not root.exists() and not root.is_symlink() and cache.left_of(root.resolve()):
         return cache.remove_left(root.resolve())
-    if root.is_symlink() or not (cache.is_bank(root) or read_origin(root) is not None):
+    if root.is_symlink() or not (cache.is_parts(root) or cache.is_bank(root)):
         why = "a link, which is not followed" if root.is_symlink() else "no bank here"
         raise BankNotFoundError(f"{root}: {why}", hint="svdbank ls shows the banks there are")
     return cache.remove(root.resolve())

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import huggingface_hub.constants
+import msgspec
 import pytest
 import torch
 
 import svdbank
+from svdbank.bank.layout import NO_DIGEST, FileRecord, Index, Manifest, shard_file
 from svdbank.bank.parts import part_folders
 from svdbank.core.errors import SvdbankError
+from svdbank.core.specs import from_json, to_json
 from tests.building.small import tree
 from tests.checkpoint.hub_server import Fault, LocalHub
 
@@ -279,6 +285,67 @@ def test_an_address_that_is_none_is_refused_before_any_request(address: str, hub
     with pytest.raises(svdbank.OptionError) as refused:
         svdbank.open(address)
     assert "pw" not in str(refused.value) and not hub.requests
+
+
+def test_a_commit_that_was_asked_for_is_the_one_that_answers(far: LocalHub) -> None:
+    repository = far.repositories["org/bank"]
+    repository.branches["0" * 40] = repository.branches["main"]
+    with pytest.raises(svdbank.DamageError, match="answers from commit"):
+        svdbank.open(f"{NAME}@{'0' * 40}")
+
+
+def test_a_folder_that_names_an_address_is_no_bank_unless_it_is_in_the_cache(
+    far: LocalHub, near: svdbank.Bank, own_home: Path, tmp_path: Path
+) -> None:
+    svdbank.open(NAME).left(near.names, 16)
+    (folder,) = part_folders(own_home / "parts")
+    assert svdbank.open(folder).place == svdbank.open(NAME).place
+    shutil.copytree(folder, tmp_path / "given")
+    count = len(far.requests)
+    for call in (svdbank.open, svdbank.rm, svdbank.verify):
+        with pytest.raises(svdbank.BankNotFoundError):
+            call(tmp_path / "given")
+    assert len(far.requests) == count and (tmp_path / "given" / "origin.json").exists()
+
+
+def in_another_order(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same bank with the chunks of each file of vectors the other way round, as another writer may lay them."""
+    manifest = from_json(files["manifest.json"], Manifest, where="", error=svdbank.DamageError)
+    index = from_json(files.pop(manifest.index), Index, where="", error=svdbank.DamageError)
+    families = []
+    for family in index.families:
+        records: dict[str, tuple[FileRecord, ...]] = {}
+        for array, before in family.files.items():
+            for shard, record in enumerate(before):
+                name, each = shard_file(family.spec.name, array, shard), record.chunk_bytes
+                places = range(len(record.chunks) - 1, -1, -1)
+                data = b"".join(files[name][place * each : (place + 1) * each] for place in places)
+                table = b"".join(struct.pack("<QQ", place * each, each) for place in places)
+                crc = google_crc32c.value(table)
+                files[name] = data + table + crc.to_bytes(4, "little")
+                assert len(files[name]) == record.size
+                new = FileRecord(record.size, hashlib.sha256(files[name]).hexdigest(), each, record.chunks[::-1], crc)
+                records[array] = (*records.get(array, ()), new)
+        families.append(msgspec.structs.replace(family, files=records))
+    data = to_json(msgspec.structs.replace(index, families=tuple(families)))
+    name = f"index-{hashlib.sha256(data).hexdigest()[:16]}.json"
+    listed = {key: value for key, value in manifest.files.items() if key != manifest.index}
+    listed[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest(), 0, (), 0)
+    text = to_json(msgspec.structs.replace(manifest, index=name, files=listed, digest=NO_DIGEST))
+    digest = hashlib.sha256(text).hexdigest()
+    return {**files, name: data, "manifest.json": text.replace(NO_DIGEST.encode(), digest.encode(), 1)}
+
+
+def test_a_bank_whose_chunks_lie_in_another_order_is_read_by_its_tables(
+    hub: LocalHub, near: svdbank.Bank, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables cannot be known beforehand: they are read, checked and kept, so that offline all is here."""
+    hub.commit("org/bank", in_another_order(tree(near.path)))
+    svdbank.pull(NAME, rank=24)
+    assert sum(path.endswith("/left/c/0/0/0") for path, _ in hub.ranges) == 2  # the table, then the chunks
+    offline(monkeypatch)
+    same(svdbank.open(NAME), near, 24)
+    assert not svdbank.verify(part_folders(own_home / "parts")[0]).damage
 
 
 def test_what_needs_a_folder_says_so(far: LocalHub, near: svdbank.Bank) -> None:

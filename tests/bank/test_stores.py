@@ -49,6 +49,7 @@ def test_a_bank_in_a_store_reads_pulls_and_verifies_as_one_here(
     again = svdbank.open(address)
     again.left(near.names, 24)
     assert again.files.source.traffic.requests == 0 < before  # type: ignore[attr-defined]
+    assert svdbank.verify(address).sound and svdbank.verify(address, data=True).sound
     report = svdbank.pull(address)
     assert tree(Path(report.path)) == tree(near.path)
     with pytest.raises(svdbank.BankNotFoundError, match="no bank there"):
