@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ BEGIN, LEAST, MOST, PAIRS = 2e-3, 1e-8, 10.0, 8
 
 #: What stands for a loss that is no number, in nats.
 NO_NUMBER = 1e6
+
+#: The rate at most over the entries of LoRA's random A (root mean square): Adam moves each by about the rate in a step.
+LARGEST = 0.25
 
 #: What is left of the rate where the steps raise the loss of other blocks by more than the bend does.
 CAUTION = 0.1
@@ -87,7 +91,10 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
                     factor.copy_(initial)
                     factor.grad = None
             trainer.model.train(was_training)
-    rate, why = choose(options.method, bend, curve)
+    size = (
+        median(float(factor.square().mean().sqrt()) for factor in start if factor.any()) if options.method == "lora" else None
+    )
+    rate, why = choose(options.method, bend, curve, size)
     rate = _agreed(rate, run)
     run.tell(Progress("finding a rate", total, total, "steps", f"{rate:.3g}"))
     processes = run.processes.num_processes
@@ -138,8 +145,10 @@ def _curve(found: dict[float, tuple[float, float]]) -> tuple[tuple[float, float,
     return tuple((rate, *found[rate]) for rate in sorted(found))
 
 
-def choose(method: str, bend: float | None, curve: tuple[tuple[float, float, float], ...]) -> tuple[float, str]:
-    """The peak rate, and why."""
+def choose(
+    method: str, bend: float | None, curve: tuple[tuple[float, float, float], ...], size: float | None = None
+) -> tuple[float, str]:
+    """The peak rate, and why. ``size`` is that of the entries of random factors, where there are some."""
     if bend is None:
         return curve[0][0] * CAUTION, (
             f"no rate tried raised the loss by {RISE} nats in the mean of both sides: a tenth of the smallest one; give --learning-rate"
@@ -150,6 +159,9 @@ def choose(method: str, bend: float | None, curve: tuple[tuple[float, float, flo
     if (ahead - behind) / 2 > RISE:
         rate *= CAUTION
         why += f"; a tenth of it, because those steps raise the loss of other blocks ({ahead:+.3f} ahead, {behind:+.3f} behind)"
+    if size is not None and rate > LARGEST * size:
+        rate = LARGEST * size
+        why += f"; no more than {LARGEST:g} of the entries of A, {size:.2g}, which a few steps would write over"
     return float(f"{rate:.3g}"), why
 
 

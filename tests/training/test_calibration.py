@@ -16,6 +16,7 @@ from svdbank.training.best import FORWARDS, SHARE
 from svdbank.training.calibration import (
     CAUTION,
     FEWEST,
+    LARGEST,
     MOST,
     NO_NUMBER,
     OVER,
@@ -75,6 +76,13 @@ def test_steps_that_harm_other_blocks_get_a_tenth_of_the_rate_and_say_so() -> No
     assert good == pytest.approx(OVER["lora"] * 1e-3) and "raise" not in why
     bad, why = choose("lora", 1e-3, ((1e-3, RISE + 0.2, RISE - 0.2),))
     assert bad == pytest.approx(CAUTION * good) and "raise the loss of other blocks" in why
+
+
+def test_lora_s_rate_does_not_write_over_its_random_a() -> None:
+    curve = ((1e-2, RISE - 0.2, RISE + 0.2),)
+    assert choose("lora", 1e-2, curve, 1.0) == choose("lora", 1e-2, curve)
+    rate, why = choose("lora", 1e-2, curve, 0.02)
+    assert rate == pytest.approx(LARGEST * 0.02) and "A" in why and "write over" in why
 
 
 @pytest.mark.parametrize("steps", [5, 40, 1000])
