@@ -3,8 +3,9 @@
     python -m benchmarks.startup [--repeat N] [--folder FOLDER]
 
 Every verb's ``--help``; then ls, info, verify, plan and compare on SmolLM2-135M, its bank of rank 16 and two adapters, made in FOLDER
-the first time. All commands run once a round, one after another, so that a busy moment meets all of them; medians over the rounds.
-Prints a table and, last, one line of JSON.
+the first time. ``--training`` instead: ``train`` up to the text, which it refuses for being too short, and ``eval`` of some words, beside
+a plain script that imports and loads the same. All commands run once a round, one after another, so that a busy moment meets all of them;
+medians over the rounds, of seconds and of the processor's. Prints a table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -55,6 +57,40 @@ def prepared(folder: Path) -> dict[str, list[str]]:
     }
 
 
+#: What ``train`` needs before it reads a text, and what ``eval`` needs, by hand.
+PLAIN = """
+import sys, torch, transformers, datasets, peft
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
+AutoConfig.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+"""
+PLAIN_EVAL = """
+import sys, torch, transformers, datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokens = tokenizer("Permission is hereby granted", return_tensors="pt")["input_ids"]
+with torch.inference_mode():
+    model(input_ids=tokens, labels=tokens)
+"""
+PLAIN_TRAIN, PLAIN_LOAD = "by hand: Trainer, PEFT, tokenizer", "by hand: model, a forward"
+
+
+def training(folder: Path) -> dict[str, list[str]]:
+    """``train`` up to its text and ``eval``, each after the plain script that it is compared with."""
+    from svdbank.lm.packaged import smollm2_folder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model, words = str(smollm2_folder()), folder / "words.jsonl"
+    words.write_text('{"text": "Permission is hereby granted"}\n')
+    given = ["--data", str(words), "--length", "64"]
+    return {
+        PLAIN_TRAIN: [sys.executable, "-c", PLAIN, model],
+        "svdbank train, up to the text": svdbank("train", model, "-o", str(folder / "none"), "--method", "lora", *given),
+        PLAIN_LOAD: [sys.executable, "-c", PLAIN_EVAL, model],
+        "svdbank eval": svdbank("eval", model, *given),
+    }
+
+
 def _trained(adapter: Path, seed: int) -> None:
     """Give a fresh adapter an A that is not zero, as training would."""
     import torch
@@ -69,16 +105,29 @@ def _trained(adapter: Path, seed: int) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def measure(commands: dict[str, list[str]], *, repeat: int, environment: dict[str, str]) -> dict[str, list[float]]:
-    """Seconds of each run of each command; a round that nobody counts comes first."""
+def measure(
+    commands: dict[str, list[str]], *, repeat: int, environment: dict[str, str]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each run of each command, and seconds of the processor; a round that nobody counts comes first."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
+    processor: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(repeat + 1):
         for name, command in commands.items():
-            begun = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True, env=environment)
+            begun, spent = time.perf_counter(), _processor()
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            # What is up to the text ends where the text is refused.
+            if done.returncode and not (done.returncode == 1 and "too little text" in done.stderr):
+                raise SystemExit(done.stderr)
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
-    return seconds
+                processor[name].append(_processor() - spent)
+    return seconds, processor
+
+
+def _processor() -> float:
+    """Seconds of the processor of all commands so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -88,14 +137,23 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=home() / "benchmarks" / "startup", help="bank and adapters")
     parser.add_argument("--short", action="store_true", help="the short commands alone, without every verb's --help")
+    parser.add_argument("--training", action="store_true", help="train and eval beside plain scripts, and nothing else")
     options = parser.parse_args()
     folder = options.folder.absolute()
     helps = {"svdbank --help": svdbank("--help")} | {f"svdbank {verb} --help": svdbank(verb, "--help") for verb in VERBS}
-    commands = COMMANDS | ({} if options.short else helps) | prepared(folder)
+    commands = training(folder) if options.training else COMMANDS | ({} if options.short else helps) | prepared(folder)
     # What ls lists is the one bank made here.
     environment = os.environ | {"SVDBANK_HOME": str(folder)}
-    seconds = measure(commands, repeat=options.repeat, environment=environment)
+    seconds, processor = measure(commands, repeat=options.repeat, environment=environment)
     middle = {name: median(taken) for name, taken in seconds.items()}
+    spent = {name: median(taken) for name, taken in processor.items()}
+    if options.training:
+        print(f"median of {options.repeat} rounds\n\n{'':36}{'s':>8}{'processor s':>13}{'min':>8}")
+        for name in seconds:
+            print(f"{name:36}{middle[name]:8.2f}{spent[name]:13.2f}{min(processor[name]):8.2f}")
+        figures = {"benchmark": "startup of training", "seconds": middle, "processor_seconds": spent}
+        print(json.dumps(figures | {"repeat": options.repeat, "cpus": os.cpu_count()}))
+        return
     print(f"median of {options.repeat} rounds; x: times an empty Python; + torch: seconds above import torch\n")
     print(f"{'':26}{'s':>8}{'min':>8}{'max':>8}{'x':>8}{'+ torch':>9}")
     for name, taken in seconds.items():
