@@ -123,9 +123,12 @@ def test_it_is_lm_eval_s_over_the_same_tokens(case: Any, figures: dict[str, floa
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    theirs = HFLM(pretrained=case.model, tokenizer=case.tokenizer, add_bos_token=False, max_length=LENGTH, batch_size=1)
+    def windowed(length: int) -> Any:
+        return HFLM(pretrained=case.model, tokenizer=case.tokenizer, add_bos_token=False, max_length=length, batch_size=1)
 
-    def rolling(texts: Sequence[str]) -> float:
+    theirs = windowed(LENGTH)
+
+    def rolling(texts: Sequence[str], theirs: Any = theirs) -> float:
         requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
         tokens = sum(len(case.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
         return -sum(theirs.loglikelihood_rolling(requests, disable_tqdm=True)) / tokens
@@ -134,6 +137,10 @@ def test_it_is_lm_eval_s_over_the_same_tokens(case: Any, figures: dict[str, floa
         assert figures["fits"] == pytest.approx(rolling(case.texts["fits"]), abs=AGREE)
         # Its later windows begin without BOS, which this model needs.
         assert rolling(case.texts["long"]) > figures["long"] + 0.1
+        for length in (LENGTH, 2 * LENGTH, 4 * LENGTH):
+            ours = svdbank.eval(case.folder, data=[case.files["long"]], length=length, dtype="float32").scores[0]
+            found = rolling(case.texts["long"], windowed(length))
+            print(f"windows of {length}, {ours.tokens} tokens: {ours.loss:.4f}, lm-eval {found:.4f}, {found - ours.loss:+.4f}")
         return
     # Without BOS of its own, lm-eval puts a token before the text all the same and scores the first one: both are left out.
     whole = [case.tokenizer(text)["input_ids"] for text in case.texts["fits"]]
