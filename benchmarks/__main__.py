@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("startup", "attach", "streaming", "solver", "training", "composition", "fusion")
+NAMES = ("startup", "attach", "streaming", "solver", "training", "composition", "fusion", "proving")
 
 
 def main() -> int:

@@ -7,7 +7,10 @@ successor stands beside it, so lookups of sound weights go on meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,15 +132,19 @@ def carry_out(
     writer.begin()
     made: list[ShardRecord] = []
     smith = _Smith(bank, task, checkpoint, specs, progress)
-    for family in task.families:
-        for shard in (one for one in plan.shards if one.family == family.spec.name):
-            if any(weight.name in smith.wanted for weight in family.weights[shard.start : shard.stop]):
-                bases, record = smith.shard(family, shard)
-                complete = writer.write_shard(shard, bases, record)
-                assert complete is not None
-                made.append(complete)
-            else:
-                session.add(smith.kept(family, shard))
+    families = {family.spec.name: family for family in task.families}
+    again: dict[int, list[ShardSpec]] = {}
+    for shard in plan.shards:
+        family = families[shard.family]
+        if any(weight.name in smith.wanted for weight in family.weights[shard.start : shard.stop]):
+            again.setdefault(min(shard.threads, available_cpus()), []).append(shard)
+        else:
+            session.add(smith.kept(family, shard))
+    for threads, shards in sorted(again.items()):
+        for shard, (bases, record) in _solved_at_once(smith, families, shards, threads):
+            complete = writer.write_shard(shard, bases, record)
+            assert complete is not None
+            made.append(complete)
     writer.publish(earlier=None, earlier_index=None)
     changed = _put_in_place(bank, task, open_bank(workshop), made)
     for name in task.strays:
@@ -146,6 +153,27 @@ def carry_out(
         disk.unlink(bank.path / name)
     disk.remove_tree(workshop)
     return changed
+
+
+def _solved_at_once(
+    smith: _Smith, families: Mapping[str, FamilyIndex], shards: Sequence[ShardSpec], threads: int
+) -> Iterator[tuple[ShardSpec, tuple[list[Basis], ShardRecord]]]:
+    """Shards in their order, as many solved at a time as their threads leave processors for, as a build does."""
+    at_once = max(1, available_cpus() // threads)
+    with pinned_threads(threads), ThreadPoolExecutor(at_once, "svdbank-repair") as pool:
+        ahead: deque[tuple[ShardSpec, Future[tuple[list[Basis], ShardRecord]]]] = deque()
+        try:
+            for shard in shards:
+                ahead.append((shard, pool.submit(smith.shard, families[shard.family], shard)))
+                if len(ahead) > at_once:
+                    first, solving = ahead.popleft()
+                    yield first, solving.result()
+            while ahead:
+                first, solving = ahead.popleft()
+                yield first, solving.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class _Smith:
@@ -159,6 +187,7 @@ class _Smith:
         self._specs = specs
         self._progress = progress
         self._done, self._total = 0, task.weights
+        self._counting = threading.Lock()
         self.wanted = {name for names in task.solved.values() for name in names}
 
     def kept(self, family: FamilyIndex, shard: ShardSpec) -> ShardRecord:
@@ -232,8 +261,9 @@ class _Smith:
             basis = minor_basis(
                 matrix, family.rank, side=self._bank.manifest.options.side, solver=shard.path, principal=family.principal
             )
-        self._done += 1
-        self._progress(Progress("solve again", self._done, self._total, "weights", weight.name))
+        with self._counting:
+            self._done += 1
+            self._progress(Progress("solve again", self._done, self._total, "weights", weight.name))
         return basis, taken(matrix)
 
 

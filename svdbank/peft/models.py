@@ -19,6 +19,7 @@ from svdbank.peft.configuration import method_of, normalise
 from svdbank.peft.injection import FactorSource, attachments, check_reload
 from svdbank.peft.loading import as_peft_loads, check_known, check_rows, explained
 from svdbank.peft.lookup import Attachment
+from svdbank.peft.patterns import check_patterns
 from svdbank.peft.quantised import keep_gradients
 from svdbank.peft.routing import reroute, use_bank
 from svdbank.peft.snapshot import as_it_was
@@ -97,6 +98,7 @@ def load_adapter(
     read = read_folder(place, any_kind=True)
     check_known(peft, read)
     check_rows(model, read)
+    check_patterns(model, read)
     if isinstance(model, peft.PeftModel) and "(layer_replication)" in (read.beyond or ""):
         raise CheckpointError(
             f"{shown}: {read.beyond} changes the layers beneath the adapters that are there",
