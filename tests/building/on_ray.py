@@ -105,7 +105,18 @@ def simulated(*cpus: int) -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
     try:
         for count in cpus:
-            cluster.add_node(num_cpus=count, object_store_memory=80 << 20)
+            add_node(cluster, count)
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def add_node(cluster: Any, cpus: int = 1, tries: int = 5) -> None:
+    """Another node; again where it was not up within the 30 seconds that Ray gives it, which says nothing but that the machine is busy."""
+    for left in reversed(range(tries)):
+        try:
+            cluster.add_node(num_cpus=cpus, object_store_memory=80 << 20)
+            return
+        except Exception:
+            if left == 0:
+                raise
