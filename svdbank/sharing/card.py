@@ -21,9 +21,12 @@ CARD = "README.md"
 _LARGE = ("**/c/**", "index-*.json", "plan*.json")
 
 
-def attributes() -> bytes:
-    """``.gitattributes``: which files of a bank are large ones."""
-    return "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LARGE).encode()
+def attributes(there: bytes) -> bytes:
+    """``.gitattributes``: which files of a bank are large ones, after what is there and speaks of other files."""
+    lines = [f"{pattern} filter=lfs diff=lfs merge=lfs -text" for pattern in _LARGE]
+    missing = [line for line in lines if line not in there.decode("utf-8", "replace").splitlines()]
+    before = there if there.endswith(b"\n") or not there else there + b"\n"
+    return before + "".join(f"{line}\n" for line in missing).encode()
 
 
 def metadata(bank: Bank, base: HubBase) -> dict[str, Any]:

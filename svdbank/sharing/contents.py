@@ -10,7 +10,7 @@ from svdbank.sharing.bases import HubBase
 from svdbank.sharing.card import ATTRIBUTES, CARD, attributes, card
 from svdbank.sharing.inventory import LocalFile
 from svdbank.sharing.replacing import stale
-from svdbank.sharing.repository import RepositoryChange, Standing, differs, git_id
+from svdbank.sharing.repository import RepositoryChange, Standing, differs, git_id, read_text
 
 
 def change_of(
@@ -25,9 +25,14 @@ def change_of(
     held = {} if before is None else before.files
     lacking = tuple(file for file in files if differs(held.get(file.name), file))
     gone = tuple(stale(held, {file.name for file in files}))
-    families = [family_info(bank, family) for family in bank.index.families]
-    documents = {CARD: card(bank, base, repository, families, sizes), ATTRIBUTES: attributes(), **base.documents}
     is_same = not lacking and not gone
+    documents = dict(base.documents)
+    if not is_same or CARD not in held:
+        families = [family_info(bank, family) for family in bank.index.families]
+        documents[CARD] = card(bank, base, repository, families, sizes)
+    if not is_same or ATTRIBUTES not in held:
+        there = read_text(repository, before.commit, ATTRIBUTES) if before is not None and ATTRIBUTES in held else b""
+        documents[ATTRIBUTES] = attributes(there)
     wanted = {
         name: data
         for name, data in documents.items()

@@ -8,8 +8,7 @@ from typing import Any
 
 from svdbank import cache
 from svdbank.bank.reading import Bank
-from svdbank.checkpoint.files import blob_id, blobs_of
-from svdbank.checkpoint.remote.hub import look_up
+from svdbank.checkpoint.files import blobs_of
 from svdbank.core.errors import BankNotFoundError, OptionError, SvdbankError, WrongBaseError
 from svdbank.core.places import OnDisk, OnHub, far_bank, locate
 from svdbank.core.specs import Struct
@@ -18,6 +17,9 @@ from svdbank.sharing.refusals import explained
 
 #: Banks asked for at a time, and named in an error.
 _ASKED, _NAMED = 100, 3
+
+#: Seconds for the first answer. Whoever has no connection waits no longer for an error that is there already.
+_PATIENCE = 5.0
 
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
@@ -105,21 +107,33 @@ def check_named(model: str | os.PathLike[str], repository: str) -> bool:
 
 
 def _weight_files(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]] | None:
-    """A model's repository and its weight files with the Hub's ids; None where nobody knows them."""
+    """A model's repository and its weight files with the Hub's ids, as the Hub says now; None where nobody knows a repository.
+
+    One request that is given up soon: it also shows whether there is a Hub to ask.
+    """
+    from huggingface_hub import HfApi
+
+    if (place := _on_hub(model)) is None:
+        return None
+    info = HfApi().model_info(place.repository, revision=place.revision, files_metadata=True, timeout=_PATIENCE)
+    ids = {file.rfilename: file.lfs.sha256 if file.lfs is not None else file.blob_id for file in info.siblings or []}
+    return place.repository, {
+        name: str(identity) for name, identity in ids.items() if name.endswith(".safetensors") and identity
+    }
+
+
+def _on_hub(model: str | os.PathLike[str]) -> OnHub | None:
+    """The repository of a model: named, or that of a snapshot in the Hub's cache."""
     if far_bank(model) is not None and not os.fspath(model).startswith("hf://"):
         return None
     place = locate(os.fspath(model))
-    if isinstance(place, OnHub) and "/" in place.repository:
-        snapshot = look_up(place.repository, place.revision)
-        return place.repository, {file.name: file.identity for file in snapshot.files}
+    if isinstance(place, OnHub):
+        return place if "/" in place.repository else None
     if not isinstance(place, OnDisk) or not (place.path / "config.json").is_file():
         return None
     folder = place.path.resolve()
     named = None if blobs_of(folder) is None else _CACHED.fullmatch(folder.parent.parent.name)
-    if named is None:
-        return None
-    ids = {path.name: blob_id(folder, path.name) for path in folder.glob("*.safetensors")}
-    return f"{named[1]}/{named[2]}", {name: identity for name, identity in ids.items() if identity is not None}
+    return None if named is None else OnHub(f"{named[1]}/{named[2]}", folder.name)
 
 
 def _listed_bank(info: Any, files: dict[str, str]) -> FoundBank | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdbank.bank.files import Folder
-from svdbank.bank.index import data_files
+from svdbank.bank.index import data_files, parse_manifest
 from svdbank.bank.layout import MANIFEST, FileRecord
 from svdbank.bank.reading import Bank
 from svdbank.core import disk
@@ -36,7 +36,7 @@ class LocalFile:
 def inventory(bank: Bank) -> tuple[LocalFile, ...]:
     """Every recorded file of a bank on this disk, the manifest last. Locks, logs, times of use and unrecorded files are not among them."""
     root = folder_of(bank)
-    return (*(_recorded(root, name, record) for name, record in _records(bank)), _manifest(root))
+    return (*(_recorded(root, name, record) for name, record in _records(bank)), _manifest(root, bank))
 
 
 def folder_of(bank: Bank) -> Path:
@@ -66,9 +66,11 @@ def _recorded(root: Path, name: str, record: FileRecord) -> LocalFile:
     return LocalFile(name, path, record.size, record.sha256, state)
 
 
-def _manifest(root: Path) -> LocalFile:
+def _manifest(root: Path, bank: Bank) -> LocalFile:
     path = root / MANIFEST
     state, data = _state(path), path.read_bytes()
+    if parse_manifest(data, str(root)).digest != bank.manifest.digest:
+        raise BankError(f"{root}: another bank was published here since it was opened", hint="run the same command again")
     return LocalFile(MANIFEST, path, len(data), hashlib.sha256(data).hexdigest(), state)
 
 

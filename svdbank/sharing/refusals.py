@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from svdbank.core.errors import BankError, SvdbankError
 from svdbank.core.hub_refusals import is_connection_error, status_of
 
 #: Ends every error after which the command may simply be run again.
 _AGAIN = "run the same command again: what was uploaded is not uploaded again"
+
+_ADDRESS = re.compile(r"\w+://\S+")
 
 
 class OvertakenError(BankError):
@@ -50,7 +54,7 @@ def explained(cause: BaseException, shown: str, doing: str) -> SvdbankError:
             f"{shown}: the connection broke while {doing} ({type(cause).__name__})",
             hint=f"check it, and HF_ENDPOINT; then {_AGAIN}",
         )
-    return BankError(f"{shown}: {doing} failed: {type(cause).__name__}: {str(cause)[:300]}", hint=_AGAIN)
+    return BankError(f"{shown}: {doing} failed: {type(cause).__name__}: {_ADDRESS.sub('…', str(cause))[:300]}", hint=_AGAIN)
 
 
 def _said(cause: BaseException) -> str:

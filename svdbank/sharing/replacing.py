@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from svdbank.bank.layout import MANIFEST, Manifest
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, OptionError
+from svdbank.core.errors import DamageError, OptionError
 from svdbank.core.specs import from_json
-from svdbank.sharing.refusals import explained
-from svdbank.sharing.repository import Standing
+from svdbank.sharing.repository import Standing, read_text
 
 #: Names of files that a bank has; what else is in a repository its owner put there.
 _OURS = re.compile(r"manifest\.json|(?:index|plan|sources)(?:-[\w.]+)?\.json|(?:[^/]+/)*zarr\.json|[^/]+/[^/]+/c/.+")
@@ -69,15 +67,9 @@ def refuse_visibility(repository: str, private: bool, public: bool) -> None:
 
 
 def _manifest(repository: str, before: Standing) -> Manifest | None:
-    from huggingface_hub import hf_hub_download
-
     if before.files[MANIFEST].size > _LARGEST:
         return None
     try:
-        path = Path(hf_hub_download(repository, MANIFEST, revision=before.commit))
-    except Exception as cause:
-        raise explained(cause, repository, "looking at it") from cause
-    try:
-        return from_json(path.read_bytes(), Manifest, where=repository, error=BankError)
-    except BankError:
+        return from_json(read_text(repository, before.commit, MANIFEST), Manifest, where=repository, error=DamageError)
+    except DamageError:
         return None

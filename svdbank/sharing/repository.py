@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-from svdbank.core.errors import DamageError
+from svdbank.core.errors import BankError, DamageError
 from svdbank.core.hub_refusals import ATTEMPTS, is_connection_error, status_of, wait_before_retry
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.sharing.inventory import LocalFile
@@ -62,6 +63,29 @@ def quiet() -> AbstractContextManager[object]:
     return disable_progress_bars()
 
 
+def refuse_stranger(repository: str) -> None:
+    """BankError where nobody can write: without a token, or offline."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise BankError(f"{repository}: HF_HUB_OFFLINE forbids pushing", hint="run it with HF_HUB_OFFLINE=0")
+    if get_token() is None:
+        raise BankError(
+            f"{repository}: pushing needs a token of yours, and there is none",
+            hint="hf auth login, or HF_TOKEN in the environment",
+        )
+
+
+def read_text(repository: str, commit: str, name: str) -> bytes:
+    """A small file of a commit."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=commit)).read_bytes()
+    except Exception as cause:
+        raise explained(cause, repository, "looking at it") from cause
+
+
 def standing(repository: str, branch: str) -> Standing | None:
     """What a branch holds now; None where there is no repository that the Hub shows. BankError where it cannot be seen."""
     from huggingface_hub import HfApi, RepoFile
@@ -90,6 +114,10 @@ def create(repository: str, *, private: bool) -> None:
     try:
         _patiently(lambda: HfApi().create_repo(repository, private=private))
     except Exception as cause:
+        if status_of(cause) == 409:
+            raise BankError(
+                f"{repository}: there is a repository of this name that the Hub does not show you", hint="name another one"
+            ) from cause
         raise explained(cause, repository, "creating the repository") from cause
 
 

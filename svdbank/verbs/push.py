@@ -93,6 +93,7 @@ def push(
         if base or source or public or expose_closed_base:
             raise OptionError(f"{place.address} is no repository of the Hub", hint="leave --base, --source and --public out")
         return _into_store(place, opened, root, force, tell)
+    hub.refuse_stranger(place.repository)
     branch = place.revision or "main"
     with hub.quiet(), _locked(root):
         found = base_on_hub(opened, base, source, tell)

@@ -48,12 +48,19 @@ def test_init_says_whose_bank_could_be_pulled_and_pulls_nothing(hub: LocalHub, p
 
 
 def test_nothing_is_asked_offline_or_where_it_is_turned_off(
-    hub: LocalHub, pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: LocalHub,
+    pushed: str,
+    small_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["init", BASE, "-o", str(tmp_path / "adapter"), "--no-find"]) == BankNotFoundError.exit_code
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BankNotFoundError):
         svdbank.init(BASE, output=tmp_path / "adapter")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert find_banks(small_base) == ()  # of a plain folder nobody knows a repository
     assert not hub.requests and "me/bank" not in capsys.readouterr().err
 
 
@@ -76,6 +83,11 @@ def test_only_banks_of_just_these_weight_files_are_named(hub: LocalHub, pushed: 
     private = hub.repositories["you/newer"]
     private.private = True
     assert [bank.repository for bank in find_banks(BASE)] == ["me/bank"]
+
+
+def test_a_model_in_the_hubs_cache_is_known_by_its_snapshot(hub: LocalHub, pushed: str) -> None:
+    snapshot = huggingface_hub.snapshot_download(BASE)
+    assert [bank.repository for bank in find_banks(snapshot)] == ["me/bank"]
 
 
 def test_a_newer_commit_of_the_model_has_no_bank_until_its_weights_are_the_same(

@@ -237,10 +237,41 @@ def test_who_commits_meanwhile_is_not_overwritten(hub: LocalHub, banks: dict[str
     assert len(svdbank.push(banks["hub"], "me/bank", force=True).place) > 0
 
 
-def test_without_a_token_or_a_connection_it_says_so(
+def test_without_a_token_or_offline_it_says_so_before_any_work(
     hub: LocalHub, banks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hub.requests.clear()
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(svdbank.BankError, match="401") as caught:
+    with pytest.raises(svdbank.BankError, match="needs a token") as caught:
         svdbank.push(banks["hub"], "me/bank")
     assert caught.value.hint and "hf auth login" in caught.value.hint
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(svdbank.BankError, match="HF_HUB_OFFLINE"):
+        svdbank.push(banks["hub"], "me/bank")
+    assert not hub.requests
+
+
+def test_a_token_that_is_none_is_refused(hub: LocalHub, banks: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
+    with pytest.raises(svdbank.BankError, match="401") as caught:
+        svdbank.push(banks["hub"], "me/bank")
+    assert "hf_nobodys" not in str(caught.value)
+
+
+def test_a_bank_published_anew_meanwhile_is_not_mixed(hub: LocalHub, tmp_path: Path) -> None:
+    query = "encoder.layer.0.attention.self.query"
+    bank = svdbank.build(BASE, tmp_path / "grown", rank=2, targets=[query], device="cpu")
+    svdbank.build(BASE, tmp_path / "grown", rank=2, device="cpu")
+    with pytest.raises(svdbank.BankError):
+        svdbank.push(bank, "me/bank")
+    assert "me/bank" not in hub.repositories
+
+
+def test_what_gitattributes_say_of_other_files_stays(hub: LocalHub, banks: dict[str, Path]) -> None:
+    svdbank.push(banks["less"], "me/bank")
+    theirs = hub.repositories["me/bank"].head()[".gitattributes"].data + b"*.png filter=lfs diff=lfs merge=lfs -text"
+    hub.commit("me/bank", {".gitattributes": theirs, "figure.png": b"\0"})
+    svdbank.push(banks["hub"], "me/bank", force=True)
+    lines = hub.repositories["me/bank"].head()[".gitattributes"].data.decode().splitlines()
+    assert len(lines) == len(set(lines)) and "*.png filter=lfs diff=lfs merge=lfs -text" in lines
+    assert {"*.safetensors", "**/c/**", "index-*.json"} <= {line.split()[0] for line in lines}
