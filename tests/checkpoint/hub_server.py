@@ -181,9 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.under_way += 1
             self.hub.most_at_once = max(self.hub.most_at_once, self.hub.under_way)
         try:
-            self._answer(body=body)
-        except RefusedError as refusal:
-            self._send(refusal.status, json.dumps({"error": str(refusal)}).encode(), refusal.headers, body)
+            try:
+                self._answer(body=body)
+            except RefusedError as refusal:
+                self._send(refusal.status, json.dumps({"error": str(refusal)}).encode(), refusal.headers, body)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
