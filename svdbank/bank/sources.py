@@ -47,6 +47,9 @@ class Source(Protocol):
         """A part of a file, in one request. FileNotFoundError where there is no such file; DamageError where it has another size or the
         answer is not to the question; BankError where the place cannot be reached."""
 
+    def give_up(self) -> None:
+        """End what is under way soon, with an error; what is asked afterwards is answered."""
+
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         """Bytes of those of the files that are there, and of what else a listing shows."""
 
@@ -75,6 +78,9 @@ def read_all(source: Source, parts: Sequence[Part]) -> Iterator[bytes]:
                 if not size:
                     break
             yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    except KeyboardInterrupt:
+        source.give_up()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -123,6 +129,15 @@ class HubSource:
         except CheckpointError as error:
             raise self._told(error, file.name) from error
         return bytes(buffer)
+
+    def give_up(self) -> None:
+        with self._lock:
+            given_up = self._repository
+            if given_up is not None:
+                self._repository = Repository(given_up.name, given_up.commit)
+                self._repository.traffic = self.traffic
+        if given_up is not None:
+            given_up.close()
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         from huggingface_hub import HfApi
@@ -237,6 +252,9 @@ class StoreSource:
                 raise DamageError(f"{where}: changed while it was read (its ETag is another one now)")
         self.traffic.add(nbytes=len(data))
         return data
+
+    def give_up(self) -> None:
+        """Nothing: obstore's requests end by its own limits."""
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         if self._named.has_listing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,6 +63,8 @@ class Repository:
         self._lock = threading.Lock()
         self._etags: dict[str, str] = {}
         self._locations: dict[str, str] = {}
+        self._headers: dict[str, str] = {}
+        self._headers_until = 0.0
 
     def close(self) -> None:
         """Give up requests under way and start none."""
@@ -141,14 +144,14 @@ class Repository:
     def _stream(self, file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
         """Send one request and yield the body of the answer, once the answer is known to be to this question."""
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
         if self._closed.is_set():
             raise CheckpointError(f"{self.name}: the checkpoint was closed", hint="open it again")
         address = self._locations.get(file.name)
         # A token belongs to the Hub alone. It is not sent to the address that a file was redirected to, here or by the client.
-        headers = {} if address else build_hf_headers(library_name="svdbank")
-        headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        headers = {} if address else self._authorised()
+        headers = {**headers, "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         self.traffic.add(requests=1)
         with get_session().stream(
             "GET",
@@ -196,6 +199,15 @@ class Repository:
                 )
             if response.history:
                 self._locations[file.name] = str(response.url)
+
+    def _authorised(self) -> dict[str, str]:
+        """The client's headers with its token, looked up once a minute: making them takes as long as the rest of a small request."""
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        with self._lock:
+            if time.monotonic() >= self._headers_until:
+                self._headers, self._headers_until = build_hf_headers(library_name="svdbank"), time.monotonic() + 60
+            return self._headers
 
     def _forget_location(self, name: str) -> bool:
         with self._lock:
