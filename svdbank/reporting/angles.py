@@ -39,7 +39,7 @@ def angles_and_conflict(read: Sequence[ReadAdapter], pairs: Sequence[Pair]) -> S
     rows = [
         (
             f"{pair.one} · {pair.other}",
-            f"{pair.all.cosine:+.3f}",
+            _signed(pair.all.cosine, True),
             f"{pair.all.agreement:.3f}",
             f"{pair.all.conflict:.3f}",
             f"{pair.all.overlap:.0%}",
@@ -56,7 +56,8 @@ def angles_and_conflict(read: Sequence[ReadAdapter], pairs: Sequence[Pair]) -> S
 def _signed(value: float | None, signed: bool) -> str:
     if value is None:
         return "–"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
+    shown = round(value, 3) + 0.0  # never −0
+    return f"{shown:+.3f}" if signed else f"{shown:.3f}"
 
 
 def bands_in_use(measured: Sequence[MeasuredAdapter]) -> Section:

@@ -144,6 +144,7 @@ def heat_map(
             edgecolor=colour("card"),
             linewidth=0.4 if len(columns) <= 48 else 0.0,
         )
+        shown.set_clip_on(False)  # what would be cut off is not there, and each cell would say so
         axes.invert_yaxis()
         axes.grid(False)
         axes.tick_params(length=0)
@@ -291,18 +292,28 @@ def _svg(figure: Any) -> str:
             if key == _XLINK:
                 del element.attrib[key]
                 element.set("href", f"#{prefix}{value[1:]}")
+            elif key == "transform" and value.startswith("rotate(-0 "):
+                del element.attrib[key]
             elif key != "id":
-                element.set(key, _COLOUR.sub(_variable, _URL.sub(rf"url(#{prefix}\1)", value)))
+                shorter = _LONG.sub(_two_decimals, value) if key in ("d", "x", "y", "transform") else value.replace(_FONT, "")
+                element.set(key, _COLOUR.sub(_variable, _URL.sub(rf"url(#{prefix}\1)", shorter)))
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     root.set("aria-hidden", "true")
     root.set("focusable", "false")
-    text = ElementTree.tostring(root, encoding="unicode")
-    return re.sub(r"\n\s*", "\n", text)
+    text = re.sub(r"\s*\n\s*", "\n", ElementTree.tostring(root, encoding="unicode"))
+    return re.sub(r"(<g />\n?)+", "", text)
 
 
+#: The page says which font; hundredths of a unit are below what a screen shows.
+_FONT = "font-family: 'DejaVu Sans', sans-serif; "
+_LONG = re.compile(r"-?\d+\.\d{3,}")
 _URL = re.compile(r"url\(#([^)]+)\)")
 _COLOUR = re.compile(r"#0([1-8])0([0-9a-f])fe")
+
+
+def _two_decimals(found: re.Match[str]) -> str:
+    return f"{float(found[0]):.2f}"
 
 
 def _references(value: str) -> list[str]:

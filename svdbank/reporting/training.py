@@ -191,7 +191,7 @@ def _losses(runs: Sequence[tuple[str, Training]]) -> list[Section]:
     rows = [
         (
             name,
-            f"{Path(change.text).name or '–'} ({which})",
+            which if change.text in ("", which) else f"{Path(change.text).name} ({which})",
             _with_error(change.before, change.before_error),
             _with_error(change.after, change.after_error),
             _with_error(change.change, change.change_error, "+"),
