@@ -69,6 +69,9 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="rounds of each comparison")
     parser.add_argument("--weights", type=int, default=200_000, help="weights of the section many")
     parser.add_argument("--experts", type=int, default=512, help="weights of the section experts")
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds between runs that are compared, for whoever else is at work"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; by default memory, or the temporary folder")
     options = parser.parse_args()
     found: dict[str, Any] = {"processors": os.cpu_count(), "load": os.getloadavg()}
@@ -77,10 +80,10 @@ def main() -> int:
         if "smollm2" in options.only:
             from svdbank.lm.packaged import smollm2_folder
 
-            found["smollm2"] = compared("SmolLM2-135M", smollm2_folder(), place, options.repeat, goals)
+            found["smollm2"] = compared("SmolLM2-135M", smollm2_folder(), place, options, goals)
         if "experts" in options.only:
             model = write_experts(place / "experts", options.experts, 768, 2048)
-            found["experts"] = compared(f"{options.experts} experts", model, place, options.repeat, goals)
+            found["experts"] = compared(f"{options.experts} experts", model, place, options, goals)
         if "empty" in options.only:
             found["empty"] = {
                 "a file each": empty(write_layers(place / "layers", 400, 96, 64), 400, place, options.repeat),
@@ -95,11 +98,12 @@ def main() -> int:
     return 0
 
 
-def compared(what: str, model: Path, place: Path, repeat: int, goals: list[Goal]) -> dict[str, Any]:
+def compared(what: str, model: Path, place: Path, options: argparse.Namespace, goals: list[Goal]) -> dict[str, Any]:
     """Each engine's seconds, whole and without start-up, in turns."""
     taken: dict[str, list[tuple[float, float]]] = {engine: [] for engine in ENGINES}
-    for number in range(repeat):
+    for number in range(options.repeat):
         for engine in list(ENGINES)[number % len(ENGINES) :] + list(ENGINES)[: number % len(ENGINES)]:
+            time.sleep(options.pause)
             bank = place / "bank"
             taken[engine].append(timed_build(model, bank, *ENGINES[engine]))
             remove(bank)

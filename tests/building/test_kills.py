@@ -132,8 +132,8 @@ def beaten(model: Path, bank: Path, draw: random.Random) -> Counter[str]:
     return struck
 
 
-#: Kills of the test below, in as many builds as they need.
-KILLS = int(os.environ.get("SVDBANK_TEST_KILLS", "60"))
+#: Kills of the test below, in as many builds as they need, and what they are drawn from.
+KILLS, SEED = int(os.environ.get("SVDBANK_TEST_KILLS", "60")), int(os.environ.get("SVDBANK_TEST_SEED", "1"))
 
 
 @pytest.mark.soak
@@ -141,7 +141,7 @@ def test_kills_at_random_cost_nothing_that_was_recorded(minilm: Path, memory_dis
     model = write_small_checkpoint(memory_disk / "model", minilm, layers=LAYERS, out=200, width=300)
     svdbank.build(model, memory_disk / "alone", rank=RANK, threads=1, jobs=1)
     expected = tree(memory_disk / "alone")
-    draw = random.Random(1)
+    draw = random.Random(SEED)
     struck: Counter[str] = Counter()
     builds = late = 0
     while struck.total() < KILLS:
