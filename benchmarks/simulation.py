@@ -1,6 +1,6 @@
 """How near the simulated schedule comes to real builds of one and of two workers, on this machine's own rates.
 
-    python -m benchmarks.simulation [--rates FILE] [--pairs N] [--json FILE]
+    python -m benchmarks.simulation [--rates FILE] [--pairs N] [--pause SECONDS] [--json FILE]
 
 Measures the rates (a minute), simulates SmolLM2-135M and a model of mixed shapes, then builds both, one worker and two in turn, each worker
 a process of one thread that does what the workers of ``build`` do. Start-up is left out of both sides: what is timed is from the moment
@@ -131,6 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=Path, help="a file of svdbank env --rates; measured now where there is none")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between builds, for whoever else is at work")
     parser.add_argument("--place", type=Path, help="folder for the banks and the mixed model, on the disk that is meant")
     parser.add_argument("--json", type=Path, help="also write the results there")
     parser.add_argument("--only", choices=list(LIMITS), help="one of the models")
@@ -151,6 +152,7 @@ def main() -> int:
             runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
             for _ in range(options.pairs):
                 for workers, taken in runs.items():
+                    time.sleep(options.pause)
                     taken.append(built(model, folder / "bank", workers))
             for workers, taken in runs.items():
                 schedule = planned[workers].schedule

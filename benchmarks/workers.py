@@ -1,6 +1,6 @@
 """Several workers at one build beside one: whole runs of the command, bookkeeping a weight with empty solves, and very many weights.
 
-    python -m benchmarks.workers [--only smollm2,experts,empty,many] [--repeat N] [--weights N] [--folder FOLDER]
+    python -m benchmarks.workers [--only smollm2,experts,empty,many] [--repeat N] [--pause SECONDS] [--weights N] [--folder FOLDER]
 
 - ``smollm2`` (210 weights) and ``experts`` (512 of 768×2048): one worker of one thread, two workers of one thread each (threads of one
   process), one process as ``svdbank build`` runs by default, and two processes of one thread each, in turns, so that a busy moment meets
