@@ -5,7 +5,8 @@
 - ``smollm2`` (210 weights) and ``experts`` (512 of 768×2048): one worker of one thread, two workers of one thread each (threads of one
   process), one process as ``svdbank build`` runs by default, and two processes of one thread each, in turns, so that a busy moment meets
   all of them; medians over the rounds, of whole processes and of the work without start-up (from the first line of progress to the end).
-- ``empty``: solves that return at once. What is left is reading, hashing, claiming, writing, recording and publishing, by engine.
+- ``empty``: solves that return at once. What is left is reading, hashing, claiming, writing and recording, by engine; publishing is in
+  ``many``.
 - ``many``: ``--weights`` tiny experts (200,000). Seconds and memory of plan, build, publish, open and one lookup; files and bytes.
 
 Prints tables and, last, one line of JSON.
@@ -152,7 +153,7 @@ def empty(model: Path, count: int, place: Path, repeat: int, rank: int = 16) -> 
 
 
 def _empty_build(model: Path, bank: Path, rank: int, engine: str, count: int) -> float:
-    """Seconds a weight, from the first record to the end."""
+    """Seconds a weight, from the first record to the last; of processes of a share as the first one sees them."""
     on_ray = engine == "two workers, --ray"
     program = (
         _EMPTY + (_EMPTY_ON_RAY if on_ray else "") + "import svdbank_cli.main as cli, svdbank.building.crew as crew; "
@@ -164,20 +165,19 @@ def _empty_build(model: Path, bank: Path, rank: int, engine: str, count: int) ->
     runs = [(*command, *more) for more in (shards if alone is None else [alone])]
     processes = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for run in runs]
     begun: tuple[float, int] | None = None
-    published = 0.0
+    ended = 0.0
     for process in processes:
         assert process.stdout is not None
         for line in process.stdout:
             step = json.loads(line)
-            published = time.perf_counter() if step.get("stage") == "publish" else published
-            if begun is None and step.get("stage") == "decompose" and step["done"] > 0:
-                begun = time.perf_counter(), step["done"]
+            if step.get("stage") == "decompose" and step["done"] > 0:
+                begun = begun or (time.perf_counter(), step["done"])
+                ended = time.perf_counter()
     for process in processes:
         if process.wait():
             raise RuntimeError(f"a build with empty solves ended with {process.returncode}")
     if begun is None:
         raise RuntimeError("a build with empty solves told of no weight")
-    ended = published if on_ray else time.perf_counter()  # a Ray of its own takes seconds to stop, once
     return (ended - begun[0]) / max(1, count - begun[1])
 
 

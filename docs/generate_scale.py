@@ -25,8 +25,8 @@ FOLDER = Path(__file__).parent
 MODELS = ("Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-235B-A22B", "DeepSeek-V3", "DeepSeek-V4-Pro")
 #: Columns: numbers of workers.
 SHOWN = (1, 4, 8, 64, 256, 1024)
-#: File of rates and how it is called here; on CPUs a worker is a machine.
-DEVICES = {"h200.json": "an H200 each", "cpu.json": "a machine of two cores each"}
+#: File of rates and how it is called here; on CPUs a worker is a core.
+DEVICES = {"h200.json": "an H200 each", "cpu.json": "a core of a CPU each, two to a machine"}
 
 
 def section() -> str:
