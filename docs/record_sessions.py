@@ -136,7 +136,7 @@ SESSIONS = {
             Step("", f"svdbank repair small.bank --source {MINILM}"),
             Step("", "svdbank verify small.bank --data"),
             Step("A lost manifest is another matter: nothing else says which bytes are right.", "rm small.bank/manifest.json"),
-            Step("", "svdbank info small.bank", 10),
+            Step("", "svdbank info small.bank"),
             Step("", f"svdbank repair small.bank --source {MINILM}"),
             Step("", "svdbank verify small.bank --data"),
         ),
