@@ -27,6 +27,9 @@ PRINTED = {
     "tour.ipynb": ["law and med do not meet", "taken out, to the bit: True"],
 }
 
+#: Trains as stack.py does; `make release-check` runs it in a kernel as well.
+LONG = {"tour.ipynb"}
+
 
 def code_of(notebook: Path) -> list[str]:
     """The code cells, in order."""
@@ -41,7 +44,7 @@ def test_each_example_is_run_and_stands_in_the_list() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(PRINTED))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] if n in LONG else []) for n in sorted(PRINTED)])
 def test_an_example_runs(
     name: str, small: Path, small_bank: svdbank.Bank, own_texts_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
