@@ -21,7 +21,7 @@ PAGES = [
 ]
 
 #: Pages that show a first build; the others find the bank in the cache.
-FROM_NOTHING = {"README.md", "quickstart.md"}
+FROM_NOTHING = {"peft.md", "README.md", "quickstart.md"}
 
 #: The pages' language model is two layers of SmolLM2, and what the pages train is trained this long.
 SHORT = {"SVDBANK_TRAIN_STEPS": "2", "SVDBANK_TRAIN_LENGTH": "32", "SVDBANK_TRAIN_BATCH_SIZE": "1"}
