@@ -103,7 +103,7 @@ SESSIONS = {
     ),
     "cluster": Session(
         "A cluster",
-        "Two workers that know of each other only by the bank's folder; one of them is killed. Then the same as an array of Slurm.",
+        "Two workers that know of each other only by the bank's folder; one of them is killed.",
         (
             Step("What there is to do.", f"svdbank plan {MINILM} --rank 64 | tail -5"),
             Step(
