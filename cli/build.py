@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from svdbank.core.units import duration, size
 from svdbank_cli.options import BuildOptions, build_options, device_option, with_output
-from svdbank_cli.output import Output, dequantised, duration, named_by, size
+from svdbank_cli.output import Output, dequantised, named_by
 
 if TYPE_CHECKING:
     from svdbank.building.fetching import FetchReport

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from svdbank.core.units import duration, size
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, duration, size
+from svdbank_cli.output import Output
 
 if TYPE_CHECKING:
     from svdbank.verbs.demo import DemoReport

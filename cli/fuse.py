@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from svdbank.core.units import size
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, grouped, size, table
+from svdbank_cli.output import Output, grouped, table
 
 if TYPE_CHECKING:
     from svdbank.fusion.fuse_report import FusedDtype, FusedWeight, FuseReport

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from svdbank.core.units import size
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, dequantised, size, table
+from svdbank_cli.output import Output, dequantised, table
 
 if TYPE_CHECKING:
     from svdbank.bank.spectrum import WeightSpectrum

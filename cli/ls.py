@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from svdbank.core.units import size
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, size, table
+from svdbank_cli.output import Output, table
 
 if TYPE_CHECKING:
     from svdbank.verbs.ls import BankSummary

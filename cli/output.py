@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Never, Protocol, TypeVar
 
 import click
 
+from svdbank.core.units import duration, size
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -24,24 +26,6 @@ _LINE_EVERY = 5.0
 def printable(text: object) -> str:
     """Text from outside (names in a checkpoint, paths) with control characters made visible: a terminal must not obey them."""
     return "".join(ch if ch.isprintable() or ch in "\n\t" else repr(ch)[1:-1] for ch in str(text))
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit a person would choose."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person would say them."""
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from svdbank.core.units import size
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, size
+from svdbank_cli.output import Output
 
 if TYPE_CHECKING:
     from svdbank.verbs.push import PushReport

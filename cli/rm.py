@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
+from svdbank.core.units import size
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, size
+from svdbank_cli.output import Output
 
 
 @click.command("rm", short_help="Delete the folder of a BANK, finished or not.")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from svdbank.core.units import duration, size
 from svdbank_cli.options import find_options, report_option, with_output, write_page
-from svdbank_cli.output import Output, duration, size
+from svdbank_cli.output import Output
 
 if TYPE_CHECKING:
     from svdbank.training.report import TrainReport

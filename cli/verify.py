@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from svdbank.core.errors import DamageError
+from svdbank.core.units import size
 from svdbank_cli.options import with_output
-from svdbank_cli.output import Output, size
+from svdbank_cli.output import Output
 from svdbank_cli.parameters import ShareType
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdbank_cli.output import duration, size
+from svdbank.core.units import duration, size
 
 if TYPE_CHECKING:
     from svdbank.building.scaling import Scale

@@ -8,9 +8,10 @@ from collections import Counter
 from svdbank.bank.reading import Bank
 from svdbank.bank.spectrum import Spectrum
 from svdbank.core.basis import RESIDUAL_LIMIT
+from svdbank.core.units import size
 from svdbank.reporting.building_times import build_times
 from svdbank.reporting.certificates import certificates, nearness, undefined_ranks
-from svdbank.reporting.document import Chapter, Section, counted, sci, size
+from svdbank.reporting.document import Chapter, Section, counted, sci
 from svdbank.reporting.families import family_labels
 from svdbank.reporting.sizes import bytes_by_rank
 from svdbank.reporting.spectra import minor_end, principal_end

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from svdbank.core import units
+
 #: Rows of a table in a report; the rest is in the CSV and JSON of the verbs, and a note says so.
 MOST_ROWS = 250
 
@@ -86,22 +88,9 @@ def sci(value: float | None, digits: int = 1) -> str:
     return "∞" if value in (float("inf"), float("-inf")) else f"{value:.{digits}e}"
 
 
-def size(nbytes: float) -> str:
-    """Bytes in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
 def duration(seconds: float) -> str:
     """Milliseconds to hours."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else units.duration(seconds)
 
 
 def counted(number: int, one: str, many: str = "") -> str:

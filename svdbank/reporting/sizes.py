@@ -5,7 +5,8 @@ from __future__ import annotations
 from svdbank.bank.layout import FamilyIndex, bytes_read
 from svdbank.bank.reading import Bank
 from svdbank.bank.spectrum import rank_marks
-from svdbank.reporting.document import Figure, Section, Table, brief, size
+from svdbank.core.units import size
+from svdbank.reporting.document import Figure, Section, Table, brief
 from svdbank.reporting.drawing import Line, bar_chart, line_chart
 from svdbank.reporting.families import largest_families, shape_of
 

@@ -95,11 +95,7 @@ def test_an_adapter_on_the_hub_that_is_wrong_or_none_is_refused(tmp_path: Path, 
     with LocalHub() as hub:
         for name, content in {"lora": files, "pickled": pickled, "model": {"config.json": b"{}"}}.items():
             hub.commit(f"user/{name}", content)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.point(monkeypatch, tmp_path / "cache")
         for name, why in {
             "user/pickled": "pickle",
             "hf://user/model": "no adapter",
