@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from svdbank.verbs.repair import RepairReport
 
 
-@click.command("repair", short_help="Make what is damaged in a BANK again, from its model.")
+@click.command("repair", short_help="Make what is damaged in a BANK again, from a copy or its model.")
 @click.argument("bank", type=click.Path())
 @click.option(
     "--source",
@@ -23,11 +23,18 @@ if TYPE_CHECKING:
     help="The model it was built from; needed where that was a folder. Default: the repository and commit that the bank names.",
 )
 @click.option(
+    "--from",
+    "origin",
+    metavar="ADDRESS",
+    help="The same bank elsewhere (hf://org/name[@revision], s3://…): damaged files, a lost index or manifest come from there. Default: "
+    "where it was pulled from, if the cache still knows.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Hash every byte and say what would be done and how long it takes; change nothing."
 )
 @with_output
-def repair_command(bank: str, model: str | None, dry_run: bool, output: Output) -> int:
-    """Make what is damaged in a BANK again, from weights whose hashes match, and keep what is sound.
+def repair_command(bank: str, model: str | None, origin: str | None, dry_run: bool, output: Output) -> int:
+    """Make what is damaged in a BANK again, from the same bank elsewhere or from weights whose hashes match, and keep what is sound.
 
     Every byte is hashed first. New files take the place of damaged ones by renames; sound weights can be looked up meanwhile. Where the
     bytes are others than before (another machine), slim adapters of those weights refuse the bank by name, and others do not notice.
@@ -37,11 +44,12 @@ def repair_command(bank: str, model: str | None, dry_run: bool, output: Output) 
     Examples:
       svdbank repair ./my-model.bank --source ./my-model --dry-run
       svdbank repair ./my-model.bank --source ./my-model
+      svdbank repair ./my-model.bank --from hf://org/my-model-bank
     """
     import svdbank
 
     with output.progress() as progress:
-        report = svdbank.repair(bank, model=model, dry_run=dry_run, progress=progress)
+        report = svdbank.repair(bank, model=model, origin=origin, dry_run=dry_run, progress=progress)
     output.data(report, _text)
     return 0 if report.sound else DamageError.exit_code
 
@@ -51,7 +59,12 @@ def _text(report: RepairReport) -> str:
         return f"sound: nothing to repair in {report.path}"
     lines = [f"damaged  {one.file}: {one.what}" for one in report.damage]
     if report.anew:
-        lines.append("Its index or manifest is lost: nothing else says which bytes are right, so all is solved again.")
+        lines.append(
+            "Its index or manifest is lost and came from nowhere: nothing else says which bytes are right, so all is solved again."
+        )
+    if report.fetched:
+        what = "would fetch" if report.dry_run else "fetched"
+        lines.append(f"{what} {len(report.fetched)} damaged files from {report.origin}, as they were recorded")
     if report.dry_run:
         lines.append(f"would solve {report.solved} weights again, about {report.seconds:.0f} s, and keep {report.kept}")
     else:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
+
+from svdbank.core.specs import FamilySpec
+from svdbank.solver.planning import choose_path, flops
 
 #: Side of the float64 matrices whose product stands for a CPU; products of larger ones are no faster.
 _SIDE, _REPEATS = 512, 3
@@ -17,6 +21,13 @@ SOLVE_OVER_PRODUCT = 0.65
 def solve_rate(device: str = "cpu") -> float:
     """Flops per second of a solve: on a CPU those of one processor, from a product; on a GPU from a solve of its own."""
     return SOLVE_OVER_PRODUCT * _product_rate() if device == "cpu" else _gpu_rate(device)
+
+
+def solve_seconds(work: Sequence[tuple[FamilySpec, int]]) -> float:
+    """An estimate of solving so many weights of each family, on one processor."""
+    shapes = [((family.out_features, family.in_features, family.rank), count) for family, count in work]
+    needed = sum(count * flops(*shape, choose_path(*shape)) for shape, count in shapes)
+    return needed / solve_rate() if needed else 0.0
 
 
 def _product_rate() -> float:

@@ -309,19 +309,19 @@ def _put_in_place(bank: Bank, task: Task, workshop: Bank, made: Sequence[ShardRe
         for array in record.files:
             name = shard_file(record.family, array, record.index)
             if not same or name in task.files:
-                _move(source / attempt_file(record.family, array, record.index, record.attempt), root / name)
+                move(source / attempt_file(record.family, array, record.index, record.attempt), root / name)
     for name, family in fresh.items():
         for path, record_now in family.metadata.items():
             if record_now != old[name].metadata.get(path) or path in task.files:
-                _move(source / path, root / path)
+                move(source / path, root / path)
         news |= family.metadata != old[name].metadata
     named = dict(bank.manifest.files)
     for path in sorted(task.files & {*named} - {bank.manifest.index}):
         if path == "zarr.json":
-            _move(source / path, root / path)
+            move(source / path, root / path)
         else:  # a plan
             disk.write_bytes(source / "again.json", to_json(_plan_again(bank, path), indent=1))
-            _move(source / "again.json", root / path)
+            move(source / "again.json", root / path)
         now = file_record((root / path).read_bytes())
         news |= now != named[path]
         named[path] = now
@@ -371,9 +371,9 @@ def take_over(root: Path, made: Bank, tell: Callable[[str], None]) -> None:
     """Every file of a whole bank that was made anew, renamed over what stands at ``root``; the manifest last, then what is left over."""
     names = [*made.manifest.files, *(name for family in made.index.families for name in _files_of(family))]
     for name in names:
-        _move(made.path / name, root / name)
+        move(made.path / name, root / name)
         tell(name)
-    _move(made.path / MANIFEST, root / MANIFEST)
+    move(made.path / MANIFEST, root / MANIFEST)
     for path in (*root.glob("index-*.json"), *root.glob("plan-*.json")):
         if path.name not in made.manifest.files:
             disk.unlink(path)
@@ -388,8 +388,8 @@ def _files_of(family: FamilyIndex) -> Iterator[str]:
     yield from (name for name, _ in data_files(family))
 
 
-def _move(source: Path, target: Path) -> None:
-    """Rename over what stands there. A folder in a file's place is moved into the workshop first."""
+def move(source: Path, target: Path) -> None:
+    """Rename over what stands there, within a bank. A folder in a file's place is moved into the workshop first."""
     disk.make_dirs(target.parent)
     if target.is_dir() and not target.is_symlink():
         disk.replace(target, source.with_name(f"{source.name}.was"))

@@ -9,7 +9,9 @@ from pathlib import Path
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.leases import workers
 from svdbank.bank.sessions import Session, current_session
+from svdbank.building.checking import repair_command
 from svdbank.building.freezing import plan_under_way
+from svdbank.core.errors import DamageError
 from svdbank.core.places import OnDisk, locate, refuse_empty
 from svdbank.core.specs import Plan, Struct
 
@@ -53,13 +55,16 @@ class UnfinishedInfo(Struct, frozen=True):
 
 
 def unfinished_info(source: str | os.PathLike[str]) -> UnfinishedInfo | None:
-    """What stands at a folder where a build or an extension is under way or was stopped; None for anything else."""
+    """What stands at a folder where a build or an extension is under way or was stopped; None for anything else. DamageError for a
+    published bank that lost its manifest: a build has records until it is published, and no index before all is recorded."""
     refuse_empty(source, "the bank's name", "name a bank's folder or a model; svdbank ls shows the banks there are")
     place = locate(os.fspath(source))
     if not isinstance(place, OnDisk) or not (place.path / "plan.json").is_file():
         return None
     root = place.path
     found = plan_under_way(root)
+    if not (root / MANIFEST).exists() and current_session(root) is None and any(root.glob("index-*.json")):
+        raise DamageError(f"{root}/{MANIFEST}: lost; the bank was published", hint=repair_command(str(root)))
     return None if found is None else _info(root, found[1])
 
 

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from svdbank import cache
 from svdbank.bank.afar import Afar
 from svdbank.bank.chunks import read_chunks
 from svdbank.bank.index import data_files, read_all_recorded
 from svdbank.bank.layout import CARD, LEGAL, MANIFEST, FileRecord
 from svdbank.bank.parts import Brought
 from svdbank.bank.reading import Bank, open_bank
-from svdbank.bank.sources import read_all
+from svdbank.bank.sources import OfflineError, read_all
 from svdbank.core import disk
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError
+from svdbank.core.places import far_bank, refuse_empty
 from svdbank.core.specs import Progress, ProgressCallback, SourceFile
 
 #: What a copy keeps that belongs to no digest, where a place has no listing; and the largest such file.
@@ -47,7 +49,7 @@ def pull_whole(bank: Bank, target: Path, progress: ProgressCallback) -> None:
                     f"{target}: {need} bytes are to come, and {free} are free",
                     hint="free some space, or name another disk with --into",
                 )
-            _fetch(files, left, folder, progress)
+            fetch_files(files, left, folder, progress)
             for name, size in files.source.sizes(_BESIDE).items():
                 if (name == CARD or LEGAL.fullmatch(name)) and size <= _BESIDE_BYTES:
                     disk.write_bytes(folder / name, files.source.whole(name, _BESIDE_BYTES))
@@ -103,6 +105,18 @@ def lacking(bank: Bank, rank: int, side: str) -> str | None:
     return ", ".join(beyond) or None
 
 
+def open_there(address: str) -> Bank:
+    """The bank at ``hf://org/name[@revision]``, ``org/name[@revision]``, ``s3://…``, ``gs://…`` or ``https://…`` as it is there now;
+    offline as it was when it was last looked at."""
+    refuse_empty(address, "the bank's name", "name it as hf://org/name")
+    far = far_bank(address) or far_bank(f"hf://{address}")
+    assert far is not None  # an hf:// address is one, or an error
+    try:
+        return cache.open_elsewhere(far, anew=True, strict=True)
+    except OfflineError:
+        return cache.open_elsewhere(far, strict=True)
+
+
 def _afar(bank: Bank) -> Afar:
     if not isinstance(bank.files, Afar):
         raise BankError(f"{bank.place} is on this disk already")
@@ -135,7 +149,7 @@ def _left(bank: Bank, folder: Path, progress: ProgressCallback) -> Iterator[tupl
         yield name, record
 
 
-def _fetch(files: Afar, left: dict[str, FileRecord], folder: Path, progress: ProgressCallback) -> None:
+def fetch_files(files: Afar, left: dict[str, FileRecord], folder: Path, progress: ProgressCallback) -> None:
     """Write each file once its bytes are those recorded; one that comes wrong is asked for once more."""
     total, done = sum(record.size for record in left.values()), 0
     wanted = [(SourceFile(name, record.size, record.sha256), 0, record.size) for name, record in left.items()]

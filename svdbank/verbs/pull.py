@@ -12,11 +12,10 @@ from svdbank.bank.afar import Afar
 from svdbank.bank.files import Folder
 from svdbank.bank.index import read_manifest
 from svdbank.bank.reading import Bank
-from svdbank.bank.sources import OfflineError
 from svdbank.core.errors import BankError, BankNotFoundError, OptionError
-from svdbank.core.places import InStore, OnHub, far_bank, refuse_empty
+from svdbank.core.places import far_bank, refuse_empty
 from svdbank.core.specs import ProgressCallback, Struct, ignore_progress
-from svdbank.sharing.pulling import lacking, pull_part, pull_whole
+from svdbank.sharing.pulling import lacking, open_there, pull_part, pull_whole
 
 
 class PullReport(Struct, frozen=True):
@@ -62,7 +61,6 @@ def pull(
     goes on. Raises what :func:`svdbank.open` raises for the address, OptionError for options that do not fit the bank, DamageError for
     bytes that are not those that were published, BankError where the place cannot be reached.
     """
-    far = _address(source)
     tell = progress or ignore_progress
     if into is not None and (rank is not None or side is not None):
         raise OptionError("a part of a bank is kept in the cache alone", hint="leave --into out, or --rank and --side")
@@ -70,7 +68,7 @@ def pull(
         refuse_empty(into, "the bank's name", "leave --into out for a bank in the cache, or name a folder")
     if rank is not None and rank < 1:
         raise OptionError(f"rank {rank} is none", hint="--rank 16")
-    bank = _opened(far)
+    bank = open_there(source)
     if rank is None and side is None:
         return _whole(bank, into, tell)
     if side == "both" and bank.side == "left":
@@ -102,21 +100,6 @@ def pulled(model: str | os.PathLike[str] | Bank, repository: str, progress: Prog
         with open_checkpoint(model) as checkpoint:
             are_of(checkpoint, bank, progress or ignore_progress)
     return bank
-
-
-def _address(source: str) -> OnHub | InStore:
-    refuse_empty(source, "the bank's name", "name it as hf://org/name")
-    far = far_bank(source) or far_bank(f"hf://{source}")
-    assert far is not None  # an hf:// address is one, or an error
-    return far
-
-
-def _opened(far: OnHub | InStore) -> Bank:
-    """As it is there now; offline as it was when it was last looked at."""
-    try:
-        return cache.open_elsewhere(far, anew=True, strict=True)
-    except OfflineError:
-        return cache.open_elsewhere(far, strict=True)
 
 
 def _whole(bank: Bank, into: str | os.PathLike[str] | None, progress: ProgressCallback) -> PullReport:

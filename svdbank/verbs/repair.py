@@ -1,18 +1,20 @@
-"""``repair``: a damaged bank becomes the one that was published, from the weights it was made of."""
+"""``repair``: a damaged bank becomes the one that was published, from where it came from or the weights it was made of."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from svdbank import cache
 from svdbank.bank.claims import refuse_claimed
+from svdbank.bank.layout import MANIFEST
 from svdbank.bank.reading import Bank, open_bank
+from svdbank.bank.sessions import current_session
 from svdbank.building.checking import Damage, examine
-from svdbank.building.estimate import solve_rate
+from svdbank.building.estimate import solve_seconds
 from svdbank.building.freezing import read_plan
 from svdbank.building.repairing import WORKSHOP, Task, carry_out, take_over, task_of
 from svdbank.checkpoint.naming.selection import decomposable
@@ -20,8 +22,8 @@ from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
 from svdbank.core.places import refuse_address, refuse_empty
-from svdbank.core.specs import FamilySpec, Progress, ProgressCallback, Struct, ignore_progress
-from svdbank.solver.planning import choose_path, flops
+from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
+from svdbank.sharing.restoring import as_there, bring, fetchable, origin_of
 
 
 class RepairReport(Struct, frozen=True):
@@ -34,7 +36,9 @@ class RepairReport(Struct, frozen=True):
     solved, kept
         Weights that were solved again, and those that stayed as they were.
     anew
-        True where index or manifest were lost, so that nothing else could be believed and all was solved again.
+        True where index or manifest were lost and came from nowhere, so that nothing else could be believed and all was solved again.
+    fetched, origin
+        Files that came from ``origin``, the address of the same bank elsewhere, as their bytes were recorded.
     changed
         Weights whose stored bytes are others than before, of the same subspaces: slim adapters on them refuse this bank by name.
     seconds
@@ -52,20 +56,24 @@ class RepairReport(Struct, frozen=True):
     seconds: float
     dry_run: bool
     sound: bool
+    fetched: tuple[str, ...] = ()
+    origin: str | None = None
 
 
 def repair(
     bank: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
+    origin: str | None = None,
     dry_run: bool = False,
     progress: ProgressCallback | None = None,
 ) -> RepairReport:
-    """Find what is damaged, make it again from weights whose hashes match, and put it in place by renames.
+    """Find what is damaged, fetch it from where the bank came from or solve it again from weights whose hashes match, and put it in place
+    by renames.
 
     Every byte is hashed first. Sound bases stay, also those that share a file with a damaged one, and can be looked up meanwhile. On the
     machine, and with the versions, that built the bank its bytes come back; elsewhere the same subspaces with other roundings and signs,
-    which the report says. Where index or manifest are lost, all is solved again.
+    which the report says. Where index or manifest are lost and come from nowhere, all is solved again.
 
     Parameters
     ----------
@@ -73,10 +81,14 @@ def repair(
         The bank's folder.
     model
         The model it was built from: a folder, a file, or ``org/name[@revision]``; by default the one that the bank names.
+    origin
+        The address of the same bank elsewhere, as :func:`svdbank.pull` takes it; by default the one it was pulled from, if the cache
+        knows. Only damaged files are fetched, and a manifest or index only where the plans or the other of the two are as there.
     dry_run
         Say what would be done and how long it takes, and change nothing.
 
-    Raises BankNotFoundError where there is no bank, WrongBaseError for a model of other weights, LockedError where somebody writes.
+    Raises BankNotFoundError where there is no bank, BankError where ``origin`` is another bank, WrongBaseError for a model of other
+    weights, LockedError where somebody writes.
     """
     refuse_empty(bank, "the bank's name", "svdbank ls shows the banks there are")
     refuse_address(bank)
@@ -86,38 +98,38 @@ def repair(
     with contextlib.nullcontext() if dry_run else disk.locked(root):
         if not dry_run:
             refuse_claimed(root)
+        far, lost, damage, changed = None, "", list[Damage](), tuple[str, ...]()
         try:
             opened = open_bank(root)
         except (DamageError, BankNotFoundError) as cause:
-            if isinstance(cause, BankNotFoundError) and not any(root.glob("index-*.json")):
+            lost = str(cause)
+            is_begun = isinstance(cause, BankNotFoundError) and not any(root.glob("index-*.json"))
+            if is_begun and (origin is None or current_session(root) is not None):
                 raise  # a build that has not finished: that goes on by itself
-            return _anew(root, str(cause), model, dry_run, tell, begun)
-        examined = examine(opened, data=True, progress=tell)
-        task = task_of(opened, examined.damage)
-        if dry_run or not examined.damage:
-            work = [(family.spec, len(task.solved[family.spec.name])) for family in task.families]
-            seconds = _seconds(work) if examined.damage else time.perf_counter() - begun
-            return _report(root, examined.damage, opened, task, (), seconds, dry_run=dry_run, sound=not examined.damage)
-        with _checkpoint(opened, model, task) as checkpoint:
-            specs = {} if checkpoint is None else {one.name: one for one in decomposable(checkpoint, (".*",))[0]}
-            changed = carry_out(opened, task, checkpoint, specs, tell)
-        sound = not examine(open_bank(root), data=True, progress=tell).damage
-    return _report(root, examined.damage, opened, task, changed, time.perf_counter() - begun, dry_run=False, sound=sound)
-
-
-def _report(
-    root: Path,
-    damage: tuple[Damage, ...],
-    bank: Bank,
-    task: Task,
-    changed: tuple[str, ...],
-    seconds: float,
-    *,
-    dry_run: bool,
-    sound: bool,
-) -> RepairReport:
-    kept = sum(len(family.weights) for family in bank.index.families) - task.weights
-    return RepairReport(str(root), damage, task.weights, kept, False, changed, seconds, dry_run, sound)
+            if (far := origin_of(root, origin, tell)) is None:
+                return _anew(root, lost, model, dry_run, tell, begun)
+            opened, damage = as_there(root, far, lost.removeprefix(f"{root}/"))
+        damage += examine(opened, data=True, progress=tell).damage
+        far = far or (origin_of(root, origin, tell) if damage else None)
+        wanted, manifest = fetchable(opened, far, damage) if far else {}, any(one.file == MANIFEST for one in damage)
+        if far is not None and (wanted or manifest) and not dry_run:
+            if not bring(root, far, wanted, manifest=manifest, named=origin is not None, tell=tell):
+                if lost:
+                    return _anew(root, lost, model, dry_run, tell, begun)
+                wanted = {}
+            opened = open_bank(root)
+        left = [one for one in damage if one.file not in wanted and one.file != MANIFEST]
+        task = task_of(opened, left)
+        if left and not dry_run:
+            with _checkpoint(opened, model, task) as checkpoint:
+                specs = {} if checkpoint is None else {one.name: one for one in decomposable(checkpoint, (".*",))[0]}
+                changed = carry_out(opened, task, checkpoint, specs, tell)
+        sound = not damage or (not dry_run and not examine(open_bank(root), data=True, progress=tell).damage)
+        work = [(family.spec, len(task.solved[family.spec.name])) for family in task.families]
+        seconds = solve_seconds(work) if dry_run and damage else time.perf_counter() - begun
+    kept = sum(len(family.weights) for family in opened.index.families) - task.weights
+    fetched, place = (*wanted, *([MANIFEST] if manifest else [])), far.place if far and (wanted or manifest) else None
+    return RepairReport(str(root), tuple(damage), task.weights, kept, False, changed, seconds, dry_run, sound, fetched, place)
 
 
 @contextlib.contextmanager
@@ -158,18 +170,18 @@ def _anew(
         )
     named = [name for plan in plans for family in plan.families for name in family.weights]
     named += [alias.name for plan in plans for alias in plan.aliases]
+    seconds = solve_seconds([(family, len(family.weights)) for plan in plans for family in plan.families])
     if dry_run:
-        work = [(family, len(family.weights)) for plan in plans for family in plan.families]
-        return RepairReport(str(root), damage, len(named), 0, True, (), _seconds(work), True, False)
+        return RepairReport(str(root), damage, len(named), 0, True, (), seconds, True, False)
     source = _named(plans[0].base.name, plans[0].base.revision, model)
     with open_checkpoint(source) as checkpoint:
         specs = {one.name: one for one in decomposable(checkpoint, (".*",))[0]}
-    lacking = [name for name in named if name not in specs]
-    if lacking:
+    if lacking := [name for name in named if name not in specs]:
         raise BankError(f"{root} was built from another model: {checkpoint.name} has no {lacking[0]}", hint="--source MODEL")
-    workshop, options = root / WORKSHOP, plans[0].options
-    if workshop.exists():
+    tell(Progress("repair", 0, 1, "note", f"{len(named)} weights are solved again, about {seconds:.0f} s on one processor"))
+    if (workshop := root / WORKSHOP).exists():
         disk.remove_tree(workshop)
+    options = plans[0].options
     made = build(
         source,
         workshop,
@@ -184,13 +196,5 @@ def _anew(
     )
     take_over(root, made, lambda name: tell(Progress("put in place", 0, 1, "files", name)))
     disk.remove_tree(workshop)
-    bank = open_bank(root)
-    sound = not examine(bank, data=True, progress=tell).damage
+    sound = not examine(bank := open_bank(root), data=True, progress=tell).damage
     return RepairReport(str(root), damage, len(bank), 0, True, bank.names, time.perf_counter() - begun, False, sound)
-
-
-def _seconds(work: Sequence[tuple[FamilySpec, int]]) -> float:
-    """An estimate of solving so many weights of each family, on one processor."""
-    shapes = [((family.out_features, family.in_features, family.rank), count) for family, count in work]
-    needed = sum(count * flops(*shape, choose_path(*shape)) for shape, count in shapes)
-    return needed / solve_rate() if needed else 0.0
