@@ -196,6 +196,9 @@ def _metadata(files: Files, family: FamilyIndex, array: str, data: bytes, shape:
 
 def _check_consistent(place: str, manifest: Manifest, index: Index) -> None:
     """Names must be plain and unique and the counts must fit before any of them is used as a path."""
+    for plan in manifest.plans:
+        if not _is_plain(plan) or plan not in manifest.files:
+            raise DamageError(f"{place}/{MANIFEST}: the plan {plan[:200]!r} is not among its files")
     seen: set[str] = set()
     named = [*(weight.name for family in index.families for weight in family.weights), *(alias.name for alias in index.aliases)]
     if not all(0 < len(name) <= _LONGEST_WEIGHT for name in named):

@@ -21,8 +21,10 @@ from svdbank.core.errors import BankError, BankNotFoundError, DamageError
 from svdbank.core.places import far_bank, refuse_empty
 from svdbank.core.specs import Progress, ProgressCallback, SourceFile
 
-#: What a copy keeps that belongs to no digest, where a place has no listing; and the largest such file.
-_BESIDE = (CARD, *(f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".md", ".txt")))
+#: What a copy keeps that belongs to no digest, where a place has no listing: the card, and the usual names of what push sends of the
+#: base's licence. The largest such file.
+_LEGAL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+_BESIDE = (CARD, *(f"{name}{end}" for name in _LEGAL_NAMES for end in ("", ".md", ".txt")))
 _BESIDE_BYTES = 4 << 20
 
 #: Small files of a family that its lookups read.

@@ -104,6 +104,11 @@ def fitted(bank: Path, chance: random.Random) -> None:
         data = json.dumps(mutated(json.loads((bank / "plan.json").read_bytes()), chance)).encode()
         (bank / "plan.json").write_bytes(data)
         manifest["files"]["plan.json"].update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    publish(bank, manifest, index, name)
+
+
+def publish(bank: Path, manifest: Any, index: Any, name: str) -> None:
+    """Write an index and a manifest whose hashes fit."""
     data = json.dumps(index).encode()
     (bank / name).write_bytes(data)
     if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and isinstance(manifest["files"].get(name), dict):

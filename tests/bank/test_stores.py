@@ -52,8 +52,27 @@ def test_a_bank_in_a_store_reads_pulls_and_verifies_as_one_here(
     assert svdbank.verify(address).sound and svdbank.verify(address, data=True).sound
     report = svdbank.pull(address)
     assert tree(Path(report.path)) == tree(near.path)
+    (shard, *_) = sorted(Path(report.path).glob("*/left/c/1/0/0"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    mended = svdbank.repair(report.path)
+    assert mended.origin == address and len(mended.fetched) == 1 and mended.solved == 0
+    assert mended.sound and tree(Path(report.path)) == tree(near.path)
     with pytest.raises(svdbank.BankNotFoundError, match="no bank there"):
         svdbank.open(f"{address}/none")
+
+
+def test_a_web_server_gives_the_licence_and_its_notices_too(site: Web, own_home: Path) -> None:
+    """What push sends beside a bank, though such a server lists nothing."""
+    beside = {
+        "README.md": b"a card",
+        "LICENSE.md": b"yes",
+        "NOTICE": b"by us",
+        "USE_POLICY.md": b"no harm",
+        "COPYING.txt": b"do",
+    }
+    site.files.update(beside)
+    folder = Path(svdbank.pull(site.address).path)
+    assert {name: (folder / name).read_bytes() for name in beside} == beside and svdbank.verify(folder).sound
 
 
 def test_ranges_are_asked_for_one_by_one_and_gaps_are_not_read(site: Web, near: svdbank.Bank) -> None:
