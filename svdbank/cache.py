@@ -30,7 +30,7 @@ from svdbank.core.errors import (
     SvdbankError,
     WrongBaseError,
 )
-from svdbank.core.places import InStore, OnDisk, OnHub, far_bank, locate, refuse_address, refuse_empty
+from svdbank.core.places import InStore, Nowhere, OnDisk, OnHub, far_bank, locate, refuse_address, refuse_empty
 from svdbank.core.specs import BuildOptions, Plan, from_json
 
 if TYPE_CHECKING:
@@ -96,19 +96,22 @@ def given_output(output: str | os.PathLike[str] | None) -> Path | None:
     return disk.expanded(output)
 
 
-def refuse_foreign_folder(root: Path) -> None:
-    """OptionError for a place where no bank can be written, or where something else stands."""
+def refuse_foreign_folder(root: Path, option: str = "-o") -> None:
+    """OptionError for a place where no bank can be written, or where something else stands. ``option`` names another place."""
     if root.is_symlink() and not root.exists():
-        raise OptionError(f"{root} is a link to {root.readlink()}, which is not there", hint="choose another place with -o")
+        raise OptionError(
+            f"{root} is a link to {root.readlink()}, which is not there", hint=f"choose another place with {option}"
+        )
     above = next((parent for parent in (root, *root.parents) if parent.exists()), Path())
     if not above.is_dir():
-        raise OptionError(f"{above} is a file, not a folder for a bank", hint="choose another place with -o")
+        raise OptionError(f"{above} is a file, not a folder for a bank", hint=f"choose another place with {option}")
     if above == root and not (root / MANIFEST).exists() and not (root / "plan.json").exists():
         ours = (LOG, *(path.name for path in root.glob("sources-*.json")))  # the last is what a build writes before its plan
         strangers = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.name not in ours)
         if strangers:
             raise OptionError(
-                f"{root} is not empty and no bank (it holds {', '.join(strangers[:3])})", hint="choose an empty folder with -o"
+                f"{root} is not empty and no bank (it holds {', '.join(strangers[:3])})",
+                hint=f"choose an empty folder with {option}",
             )
 
 
@@ -154,6 +157,8 @@ def open(source: str | os.PathLike[str]) -> Bank:
             and manifest.base.revision is not None
             and manifest.base.revision.startswith(commit)
         ]
+    if isinstance(place, Nowhere) and place.is_path and "/" in place.text:  # a word alone may be a model of the Hub
+        raise BankNotFoundError(f"{str(source)!r}: no such path", hint="svdbank ls shows the banks there are")
     if not candidates:
         raise BankNotFoundError(
             f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {shlex.quote(os.fspath(source))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from svdbank.checkpoint.documents import check_name, is_bare_weight_name, parse_object
 from svdbank.core.errors import CheckpointError
@@ -68,7 +69,8 @@ def _none_or_many(top: list[str], candidates: list[str], where: str) -> Checkpoi
             f"{where}: several weight files and no model.safetensors.index.json: {shown}", hint="name one file"
         )
     if "manifest.json" in top:
-        return CheckpointError(f"{where}: holds a bank, not a model", hint=f"svdbank info {shlex.quote(where)}")
+        place = where if Path(where).exists() else f"hf://{where}"
+        return CheckpointError(f"{where}: holds a bank, not a model", hint=f"svdbank info {shlex.quote(place)}")
     pickles = [name for name in top if name.endswith(_PICKLES)]
     if pickles:
         return CheckpointError(

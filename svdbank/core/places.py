@@ -162,6 +162,8 @@ def _exists(path: Path, text: str) -> bool:
 
 def _repository(text: str) -> OnHub | None:
     found = _REPOSITORY.fullmatch(text)
-    if found is None or any(part in ("", ".", "..") for part in (found[2] or "main").split("/")) or ".." in found[1]:
+    if found is None or any(part in ("", ".", "..") for part in (found[2] or "main").split("/")):
+        return None
+    if ".." in found[1] or "--" in found[1] or found[1].endswith(".git"):  # the Hub takes no such name
         return None
     return OnHub(found[1], found[2])

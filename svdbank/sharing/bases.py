@@ -51,6 +51,11 @@ def base_on_hub(bank: Bank, named: str | None, source: str | os.PathLike[str] | 
     those that the Hub lists. Raises OptionError where nobody names a base or nothing is here to compare, WrongBaseError where it differs.
     """
     base = bank.manifest.base
+    if named is None and source is not None:
+        raise OptionError(
+            f"--source {os.fspath(source)!r} would not be looked at: it is compared with what --base names",
+            hint="add --base ORG/NAME, or leave it out",
+        )
     if named is None and base.revision is None:
         raise OptionError(
             f"{bank.place} was built from a folder called {base.name!r}; whoever finds it has to know which model that is",
@@ -60,7 +65,7 @@ def base_on_hub(bank: Bank, named: str | None, source: str | os.PathLike[str] | 
     if not isinstance(place, OnHub):
         raise OptionError(f"--base {named!r} is no repository of the Hub", hint="--base ORG/NAME or ORG/NAME@REVISION")
     snapshot = look_up(place.repository, place.revision)
-    if named is not None and (place.repository, snapshot.commit) != (base.name, base.revision):
+    if named is not None and (source is not None or (place.repository, snapshot.commit) != (base.name, base.revision)):
         _compare(bank, snapshot, source, progress)
     return _described(snapshot)
 

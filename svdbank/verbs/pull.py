@@ -112,7 +112,7 @@ def _whole(bank: Bank, into: str | os.PathLike[str] | None, progress: ProgressCa
 
 def _is_here(bank: Bank, target: Path) -> bool:
     """Whether this bank stands at ``target``; OptionError where something else does."""
-    cache.refuse_foreign_folder(target)
+    cache.refuse_foreign_folder(target, "--into")
     if not target.is_dir() or not any(target.iterdir()):
         return False
     try:
