@@ -342,7 +342,7 @@ def test_an_answer_to_another_question_is_refused(
 ) -> None:
     hub.faults.append(Fault(kind, "-of-0000", times=100, skip=LAYERS))
     report = builder("build", repo, tmp_path / "bank", fetch="ranges")
-    assert said in report["error"] and report["kind"] == "CheckpointError" and report["hint"]
+    assert said in report["error"] and report["kind"] == "AnswerError" and report["hint"]
     hub.faults.clear()
     assert "error" not in builder("build", repo, tmp_path / "bank", fetch="ranges")
     assert content(tmp_path / "bank") == expected
