@@ -82,7 +82,8 @@ def test_init_writes_an_adapter_and_refuses_to_overwrite_it(
     "arguments, code, said",
     [
         (["build", "/nowhere/model"], 1, "/nowhere/model"),
-        (["info", "/nowhere/bank"], 10, "svdbank build /nowhere/bank"),
+        (["info", "/nowhere/bank"], 10, "no such path"),
+        (["info", "/nowhere/bank"], 10, "svdbank ls shows"),
         (["open"], 2, "no such command 'open'"),
         (["biuld"], 2, "did you mean 'build'?"),
         (["build"], 2, "Missing argument 'MODEL'"),

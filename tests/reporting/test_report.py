@@ -242,7 +242,7 @@ def test_train_and_eval_end_with_a_report_where_they_are_asked_for_one(
         (["{tmp}", "-o", "{tmp}/r.html"], 2, "holds no bank, no adapter and no evaluation"),
         (["{tmp}/other.json", "-o", "{tmp}/r.html"], 2, "is not what svdbank eval --json prints"),
         (["", "-o", "{tmp}/r.html"], 2, "is empty"),
-        (["{tmp}/gone", "-o", "{tmp}/r.html"], 10, "no bank"),
+        (["{tmp}/gone", "-o", "{tmp}/r.html"], 10, "no such path"),
     ],
 )
 def test_what_cannot_be_reported_on_is_refused_and_nothing_is_written(
