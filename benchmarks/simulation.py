@@ -145,15 +145,17 @@ def main() -> int:
         for name, model in models.items():
             if options.only not in (None, name):
                 continue
+            bank = folder / f"{model.name}.bank"
             planned = {
-                workers: svdbank.plan(model, folder / "bank", device="cpu", workers=workers, threads=1, device_rate=rates)
+                workers: svdbank.plan(model, bank, device="cpu", workers=workers, threads=1, device_rate=rates)
                 for workers in (1, 2)
             }
             runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
             for _ in range(options.pairs):
                 for workers, taken in runs.items():
                     time.sleep(options.pause)
-                    taken.append(built(model, folder / "bank", workers))
+                    taken.append(built(model, bank, workers))
+                    print(f"{name}, {workers} workers: {taken[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
             for workers, taken in runs.items():
                 schedule = planned[workers].schedule
                 assert schedule is not None
