@@ -76,7 +76,8 @@ def _text(report: PushReport) -> str:
         return f"nothing to do: {report.place} holds this bank already"
     made = "new, " if report.created else ""
     removed = f", {report.removed} of the bank before removed" if report.removed else ""
+    beside = f"; {report.documents} beside them (card, attributes, licence)" if report.documents else ""
     return (
         f"{report.place}\n{made}{seen}: {report.files} files, {size(report.nbytes)}; {report.changed} new or changed, "
-        f"{size(report.changed_bytes)}{removed}" + (f"\n{report.url}" if report.url != report.place else "")
+        f"{size(report.changed_bytes)}{removed}{beside}" + (f"\n{report.url}" if report.url != report.place else "")
     )

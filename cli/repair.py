@@ -30,10 +30,16 @@ if TYPE_CHECKING:
     "where it was pulled from, if the cache still knows.",
 )
 @click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where weights are solved: auto (the kind of device that solved them before, which gives the same bytes), cpu, cuda, cuda:1 …",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Hash every byte and say what would be done and how long it takes; change nothing."
 )
 @with_output
-def repair_command(bank: str, model: str | None, origin: str | None, dry_run: bool, output: Output) -> int:
+def repair_command(bank: str, model: str | None, origin: str | None, device: str, dry_run: bool, output: Output) -> int:
     """Make what is damaged in a BANK again, from the same bank elsewhere or from weights whose hashes match, and keep what is sound.
 
     Every byte is hashed first. New files take the place of damaged ones by renames; sound weights can be looked up meanwhile. Where the
@@ -44,12 +50,13 @@ def repair_command(bank: str, model: str | None, origin: str | None, dry_run: bo
     Examples:
       svdbank repair ./my-model.bank --source ./my-model --dry-run
       svdbank repair ./my-model.bank --source ./my-model
+      svdbank repair ./my-model.bank --source ./my-model --device cuda
       svdbank repair ./my-model.bank --from hf://org/my-model-bank
     """
     import svdbank
 
     with output.progress() as progress:
-        report = svdbank.repair(bank, model=model, origin=origin, dry_run=dry_run, progress=progress)
+        report = svdbank.repair(bank, model=model, origin=origin, device=device, dry_run=dry_run, progress=progress)
     output.data(report, _text)
     return 0 if report.sound else DamageError.exit_code
 
@@ -66,7 +73,9 @@ def _text(report: RepairReport) -> str:
         what = "would fetch" if report.dry_run else "fetched"
         lines.append(f"{what} {len(report.fetched)} damaged files from {report.origin}, as they were recorded")
     if report.dry_run:
-        lines.append(f"would solve {report.solved} weights again, about {report.seconds:.0f} s, and keep {report.kept}")
+        lines.append(
+            f"would solve {report.solved} weights again, about {report.seconds:.0f} s on one processor, and keep {report.kept}"
+        )
     else:
         lines.append(f"solved {report.solved} weights again, kept {report.kept}, in {report.seconds:.1f} s")
         if report.changed and not report.anew:

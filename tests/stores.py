@@ -56,7 +56,7 @@ def s3() -> Iterator[dict[str, str]]:
 def gcs(folder: Path) -> Iterator[dict[str, str]]:
     """Google Cloud Storage as its emulator has it, with a bucket; what the environment must say.
 
-    obstore speaks the XML interface, of which the emulator lacks HEAD, DELETE, listings and two headers: these are added here.
+    obstore speaks the XML interface, of which the emulator lacks HEAD, DELETE, listings, a condition and two headers: these are added here.
     """
     import gcp_storage_emulator.server as emulator
 
@@ -101,6 +101,15 @@ def gcs(folder: Path) -> Iterator[dict[str, str]]:
             self.end_headers()
             self.wfile.write(data)
             return None
+
+        def do_PUT(self) -> None:  # noqa: N802
+            if self.headers.get("x-goog-if-generation-match") == "0" and self._object() is not None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(412)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            super().do_PUT()
 
         def do_DELETE(self) -> None:  # noqa: N802
             found = self._object() is not None

@@ -7,10 +7,8 @@ successor stands beside it, so lookups of sound weights go on meanwhile.
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +35,13 @@ from svdbank.bank.store import file_record
 from svdbank.bank.writing import BankWriter
 from svdbank.building.checking import Damage
 from svdbank.building.freezing import read_plan
+from svdbank.building.mending import Mender
 from svdbank.building.planning import shards_of
 from svdbank.checkpoint.source import Checkpoint
 from svdbank.core import disk
-from svdbank.core.basis import Basis, Triplets
-from svdbank.core.errors import DamageError, SvdbankError, WrongBaseError
-from svdbank.core.probe import taken
+from svdbank.core.errors import DamageError, OptionError, SvdbankError
 from svdbank.core.processors import available_cpus
-from svdbank.core.specs import FamilySpec, Plan, Progress, ProgressCallback, ShardSpec, WeightSpec, to_json
-from svdbank.solver import minor_basis, pinned_threads
+from svdbank.core.specs import BaseSpec, DevicePath, Plan, ProgressCallback, ShardSpec, WeightSpec, to_json
 
 #: Where the small bank is made, inside the damaged one. No reader looks at names that begin with a dot.
 WORKSHOP = ".repair"
@@ -77,6 +73,22 @@ class Task:
     def weights(self) -> int:
         """How many weights are solved."""
         return sum(len(names) for names in self.solved.values())
+
+    @property
+    def records(self) -> list[WeightRecord]:
+        """What the index says of the weights that are solved."""
+        return [one for family in self.families for one in family.weights if one.name in self.solved[family.spec.name]]
+
+
+def source_of(base: BaseSpec, model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """Where a bank's weights are: the ``model`` given, or the repository that its ``base`` names; OptionError where neither says."""
+    if model is not None:
+        return model
+    if base.revision is None:
+        raise OptionError(
+            f"the bank was built from a folder called {base.name!r}, which it does not know the path of", hint="--source MODEL"
+        )
+    return f"{base.name}@{base.revision}"
 
 
 def task_of(bank: Bank, damage: Sequence[Damage]) -> Task:
@@ -115,9 +127,16 @@ def _is_sound(bank: Bank, family: FamilyIndex, row: int, wrong: set[str]) -> boo
 
 
 def carry_out(
-    bank: Bank, task: Task, checkpoint: Checkpoint | None, specs: dict[str, WeightSpec], progress: ProgressCallback
+    bank: Bank,
+    task: Task,
+    checkpoint: Checkpoint | None,
+    specs: dict[str, WeightSpec],
+    *,
+    device: torch.device,
+    progress: ProgressCallback,
 ) -> tuple[str, ...]:
-    """Repair a bank as ``task`` says; the weights whose stored bytes are others than before, empty where all came back as they were.
+    """Repair a bank as ``task`` says, solving on ``device``; the weights whose stored bytes are others than before, empty where all came
+    back as they were.
 
     The caller holds the bank's lock. Raises WrongBaseError for a checkpoint of other weights, before anything is replaced.
     """
@@ -131,20 +150,20 @@ def carry_out(
     writer = BankWriter(workshop, plan, generation=0, session=session)
     writer.begin()
     made: list[ShardRecord] = []
-    smith = _Smith(bank, task, checkpoint, specs, progress)
+    wanted = {name for names in task.solved.values() for name in names}
+    mender = Mender(bank, wanted, checkpoint, specs, device, progress)
     families = {family.spec.name: family for family in task.families}
-    again: dict[int, list[ShardSpec]] = {}
+    again: list[ShardSpec] = []
     for shard in plan.shards:
         family = families[shard.family]
-        if any(weight.name in smith.wanted for weight in family.weights[shard.start : shard.stop]):
-            again.setdefault(min(shard.threads, available_cpus()), []).append(shard)
+        if any(weight.name in wanted for weight in family.weights[shard.start : shard.stop]):
+            again.append(shard)
         else:
-            session.add(smith.kept(family, shard))
-    for threads, shards in sorted(again.items()):
-        for shard, (bases, record) in _solved_at_once(smith, families, shards, threads):
-            complete = writer.write_shard(shard, bases, record)
-            assert complete is not None
-            made.append(complete)
+            session.add(mender.kept(family, shard))
+    for shard, bases, record in mender.made(plan, families, again):
+        complete = writer.write_shard(shard, bases, record)
+        assert complete is not None
+        made.append(complete)
     writer.publish(earlier=None, earlier_index=None)
     changed = _put_in_place(bank, task, open_bank(workshop), made)
     for name in task.strays:
@@ -155,127 +174,20 @@ def carry_out(
     return changed
 
 
-def _solved_at_once(
-    smith: _Smith, families: Mapping[str, FamilyIndex], shards: Sequence[ShardSpec], threads: int
-) -> Iterator[tuple[ShardSpec, tuple[list[Basis], ShardRecord]]]:
-    """Shards in their order, as many solved at a time as their threads leave processors for, as a build does."""
-    at_once = max(1, available_cpus() // threads)
-    with pinned_threads(threads), ThreadPoolExecutor(at_once, "svdbank-repair") as pool:
-        ahead: deque[tuple[ShardSpec, Future[tuple[list[Basis], ShardRecord]]]] = deque()
-        try:
-            for shard in shards:
-                ahead.append((shard, pool.submit(smith.shard, families[shard.family], shard)))
-                if len(ahead) > at_once:
-                    first, solving = ahead.popleft()
-                    yield first, solving.result()
-            while ahead:
-                first, solving = ahead.popleft()
-                yield first, solving.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-class _Smith:
-    """Makes records of shards: of what is sound from the bank, of the rest from the weights."""
-
-    def __init__(
-        self, bank: Bank, task: Task, checkpoint: Checkpoint | None, specs: dict[str, WeightSpec], progress: ProgressCallback
-    ) -> None:
-        self._bank = bank
-        self._checkpoint = checkpoint
-        self._specs = specs
-        self._progress = progress
-        self._done, self._total = 0, task.weights
-        self._counting = threading.Lock()
-        self.wanted = {name for names in task.solved.values() for name in names}
-
-    def kept(self, family: FamilyIndex, shard: ShardSpec) -> ShardRecord:
-        """The record of a shard that is as it was published."""
-        rows = range(shard.start, shard.stop)
-        return ShardRecord(
-            family=family.spec.name,
-            index=shard.index,
-            attempt="kept",
-            weights=family.weights[shard.start : shard.stop],
-            files={array: records[shard.index] for array, records in family.files.items()},
-            sigma=tuple(self._row(family, "sigma", row) for row in rows),
-            principal_sigma=tuple(self._row(family, "principal_sigma", row) for row in rows) if family.spec.principal else (),
-            probe=tuple(self._row(family, "probe", row) for row in rows),
-        )
-
-    def shard(self, family: FamilyIndex, shard: ShardSpec) -> tuple[list[Basis], ShardRecord]:
-        """The bases of a shard's weights, stored or solved again, and its record without files."""
-        bases, weights, probes = list[Basis](), list[WeightRecord](), list[tuple[float, ...]]()
-        for row in range(shard.start, shard.stop):
-            weight = family.weights[row]
-            if weight.name in self.wanted:
-                basis, probe = self._solved(family.spec, weight, shard)
-                weight = msgspec.structs.replace(weight, certificate=basis.certificate)
-            else:
-                basis, probe = self._stored(family, row), self._row(family, "probe", row)
-            bases.append(basis)
-            weights.append(weight)
-            probes.append(probe)
-        record = ShardRecord(
-            family=family.spec.name,
-            index=shard.index,
-            attempt="",
-            weights=tuple(weights),
-            files={},
-            sigma=tuple(tuple(basis.minor.sigma.tolist()) for basis in bases),
-            principal_sigma=tuple(tuple(b.principal.sigma.tolist()) for b in bases if b.principal is not None),
-            probe=tuple(probes),
-        )
-        return bases, record
-
-    def _row(self, family: FamilyIndex, array: str, row: int) -> tuple[float, ...]:
-        values = self._bank.coordinate(family.spec.name, array).tolist()  # type: ignore[arg-type]
-        return tuple(values[row])  # type: ignore[arg-type]
-
-    def _stored(self, family: FamilyIndex, row: int) -> Basis:
-        weight = family.weights[row]
-        ends = []
-        for end in ("", "principal_") if family.spec.principal else ("",):
-            sides = {
-                side: self._bank.rows(f"{end}{side}", [weight.name])[weight.name] if f"{end}{side}" in family.files else None  # type: ignore[arg-type]
-                for side in ("left", "right")
-            }
-            sigma = torch.tensor(self._row(family, f"{end}sigma", row), dtype=torch.float64)
-            assert sides["left"] is not None
-            ends.append(Triplets(sides["left"], sides["right"], sigma))
-        return Basis(ends[0], weight.certificate, ends[1] if len(ends) > 1 else None)
-
-    def _solved(self, family: FamilySpec, weight: WeightRecord, shard: ShardSpec) -> tuple[Basis, tuple[float, ...]]:
-        spec = self._specs.get(weight.name)
-        named = self._bank.manifest.base.name
-        if self._checkpoint is None or spec is None:
-            raise WrongBaseError(f"{self._bank.place}: the model has no {weight.name}", hint=f"repair it from {named}")
-        matrix, sha256 = self._checkpoint.read_hashed(spec)
-        if sha256 != weight.source_sha256:
-            raise WrongBaseError(
-                f"{self._bank.place} was built from another model: {weight.name} of {self._checkpoint.name} has other bytes",
-                hint=f"repair it from {named}",
-            )
-        with pinned_threads(min(shard.threads, available_cpus())):
-            basis = minor_basis(
-                matrix, family.rank, side=self._bank.manifest.options.side, solver=shard.path, principal=family.principal
-            )
-        with self._counting:
-            self._done += 1
-            self._progress(Progress("solve again", self._done, self._total, "weights", weight.name))
-        return basis, taken(matrix)
-
-
 def _plan_of(bank: Bank, families: Sequence[FamilyIndex]) -> Plan:
     """How the families were solved, by the bank's plans; by the rule that made those where they are harmed."""
     shards: dict[str, list[ShardSpec]] = {}
+    devices: dict[str, dict[str, DevicePath]] = {}
     for name in bank.manifest.plans:
         try:
-            for shard in read_plan(bank.path / name).shards:
-                shards.setdefault(shard.family, []).append(shard)
+            plan = read_plan(bank.path / name)
         except (SvdbankError, OSError):
             continue
+        for shard in plan.shards:
+            shards.setdefault(shard.family, []).append(shard)
+        for kind, paths in plan.devices.items():
+            own = {family.spec.name: paths[family.spec.name] for family in families if family.spec.name in paths}
+            devices.setdefault(kind, {}).update(own)
     options = bank.manifest.options
     used = []
     for family in families:
@@ -291,6 +203,7 @@ def _plan_of(bank: Bank, families: Sequence[FamilyIndex]) -> Plan:
         families=tuple(family.spec for family in families),
         shards=tuple(used),
         skips=(),
+        devices=devices,
     )
 
 

@@ -31,8 +31,9 @@ class PushReport(Struct, frozen=True):
     """Where the bank is now, and what that took.
 
     ``place`` is what :func:`svdbank.open` takes, with the commit; ``committed`` is False where this bank was there already, to the byte.
-    ``changed`` files of ``changed_bytes`` were not there before, ``removed`` were of the bank before and not of this one. ``private`` says
-    whether others see it; None in a store, where push does not know.
+    Of the bank's ``files``, ``changed`` of ``changed_bytes`` were not there before, ``removed`` were of the bank before and not of this
+    one; ``documents`` are the new or changed ones beside them: card, attributes, licence. ``private`` says whether others see it; None in
+    a store, where push does not know.
     """
 
     place: str
@@ -48,6 +49,7 @@ class PushReport(Struct, frozen=True):
     changed: int
     changed_bytes: int
     removed: int
+    documents: int = 0
 
 
 def push(
@@ -135,9 +137,10 @@ def push(
         committed=not change.is_nothing,
         created=created,
         private=not public,
-        changed=len(change.files) + len(change.documents),
+        changed=len(change.files),
         changed_bytes=sum(file.size for file in change.files),
         removed=len(change.gone),
+        documents=len(change.documents),
     )
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from svdbank import cache
 from svdbank.bank.claims import refuse_claimed
 from svdbank.bank.layout import MANIFEST
-from svdbank.bank.reading import Bank, open_bank
+from svdbank.bank.reading import open_bank
 from svdbank.bank.sessions import current_session
 from svdbank.building.checking import Damage, examine
+from svdbank.building.devices import named_device
 from svdbank.building.estimate import solve_seconds
 from svdbank.building.freezing import read_plan
-from svdbank.building.repairing import WORKSHOP, Task, carry_out, take_over, task_of
+from svdbank.building.mending import solving_device
+from svdbank.building.repairing import WORKSHOP, carry_out, source_of, take_over, task_of
 from svdbank.checkpoint.naming.selection import decomposable
-from svdbank.checkpoint.source import Checkpoint, open_checkpoint
+from svdbank.checkpoint.source import open_checkpoint
 from svdbank.core import disk
-from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError
 from svdbank.core.places import refuse_address, refuse_empty
 from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
 from svdbank.sharing.restoring import as_there, bring, fetchable, origin_of
@@ -65,6 +66,7 @@ def repair(
     *,
     model: str | os.PathLike[str] | None = None,
     origin: str | None = None,
+    device: str = "auto",
     dry_run: bool = False,
     progress: ProgressCallback | None = None,
 ) -> RepairReport:
@@ -84,14 +86,19 @@ def repair(
     origin
         The address of the same bank elsewhere, as :func:`svdbank.pull` takes it; by default the one it was pulled from, if the cache
         knows. Only damaged files are fetched, and a manifest or index only where the plans or the other of the two are as there.
+    device
+        Where weights are solved: ``cpu``, ``cuda``, ``cuda:1`` …. ``auto`` is the kind of device that solved them before, if it is here:
+        another gives other bytes. Where all is solved again, as :func:`svdbank.build` takes it.
     dry_run
-        Say what would be done and how long it takes, and change nothing.
+        Say what would be done and how long it takes on one processor, and change nothing.
 
     Raises BankNotFoundError where there is no bank, BankError where ``origin`` is another bank, WrongBaseError for a model of other
-    weights, LockedError where somebody writes.
+    weights, OptionError and DeviceError for a device that is not here or does not compute, LockedError where somebody writes.
     """
     refuse_empty(bank, "the bank's name", "svdbank ls shows the banks there are")
     refuse_address(bank)
+    if device != "auto":
+        named_device(device)
     root, tell, begun = disk.expanded(bank), progress or ignore_progress, time.perf_counter()
     if not cache.is_bank(root) and not (root / "plan.json").exists() and not (root / "manifest.json").exists():
         raise BankNotFoundError(f"{root}: no bank here", hint="svdbank ls shows the banks there are")
@@ -107,7 +114,7 @@ def repair(
             if is_begun and (origin is None or current_session(root) is not None):
                 raise  # a build that has not finished: that goes on by itself
             if (far := origin_of(root, origin, tell)) is None:
-                return _anew(root, lost, model, dry_run, tell, begun)
+                return _anew(root, lost, model, device, dry_run, tell, begun)
             opened, damage = as_there(root, far, lost.removeprefix(f"{root}/"))
         damage += examine(opened, data=True, progress=tell).damage
         far = far or (origin_of(root, origin, tell) if damage else None)
@@ -115,15 +122,17 @@ def repair(
         if far is not None and (wanted or manifest) and not dry_run:
             if not bring(root, far, wanted, manifest=manifest, named=origin is not None, tell=tell):
                 if lost:
-                    return _anew(root, lost, model, dry_run, tell, begun)
+                    return _anew(root, lost, model, device, dry_run, tell, begun)
                 wanted = {}
             opened = open_bank(root)
         left = [one for one in damage if one.file not in wanted and one.file != MANIFEST]
         task = task_of(opened, left)
         if left and not dry_run:
-            with _checkpoint(opened, model, task) as checkpoint:
+            source = source_of(opened.manifest.base, model) if task.weights else None
+            with contextlib.nullcontext() if source is None else open_checkpoint(source) as checkpoint:
                 specs = {} if checkpoint is None else {one.name: one for one in decomposable(checkpoint, (".*",))[0]}
-                changed = carry_out(opened, task, checkpoint, specs, tell)
+                where = solving_device(device, task.records)
+                changed = carry_out(opened, task, checkpoint, specs, device=where, progress=tell)
         sound = not damage or (not dry_run and not examine(open_bank(root), data=True, progress=tell).damage)
         work = [(family.spec, len(task.solved[family.spec.name])) for family in task.families]
         seconds = solve_seconds(work) if dry_run and damage else time.perf_counter() - begun
@@ -132,28 +141,14 @@ def repair(
     return RepairReport(str(root), tuple(damage), task.weights, kept, False, changed, seconds, dry_run, sound, fetched, place)
 
 
-@contextlib.contextmanager
-def _checkpoint(bank: Bank, model: str | os.PathLike[str] | None, task: Task) -> Iterator[Checkpoint | None]:
-    """The model, where weights of it are needed."""
-    if not task.weights:
-        yield None
-        return
-    with open_checkpoint(_named(bank.manifest.base.name, bank.manifest.base.revision, model)) as checkpoint:
-        yield checkpoint
-
-
-def _named(name: str, revision: str | None, model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
-    if model is not None:
-        return model
-    if revision is None:
-        raise OptionError(
-            f"the bank was built from a folder called {name!r}, which it does not know the path of", hint="--source MODEL"
-        )
-    return f"{name}@{revision}"
-
-
 def _anew(
-    root: Path, why: str, model: str | os.PathLike[str] | None, dry_run: bool, tell: ProgressCallback, begun: float
+    root: Path,
+    why: str,
+    model: str | os.PathLike[str] | None,
+    device: str,
+    dry_run: bool,
+    tell: ProgressCallback,
+    begun: float,
 ) -> RepairReport:
     """Without index or manifest nothing says which bytes are right: the bank is built again, as its plans say, and takes the place."""
     from svdbank.verbs.build import build
@@ -173,7 +168,7 @@ def _anew(
     seconds = solve_seconds([(family, len(family.weights)) for plan in plans for family in plan.families])
     if dry_run:
         return RepairReport(str(root), damage, len(named), 0, True, (), seconds, True, False)
-    source = _named(plans[0].base.name, plans[0].base.revision, model)
+    source = source_of(plans[0].base, model)
     with open_checkpoint(source) as checkpoint:
         specs = {one.name: one for one in decomposable(checkpoint, (".*",))[0]}
     if lacking := [name for name in named if name not in specs]:
@@ -191,7 +186,7 @@ def _anew(
         dtype=options.dtype,
         solver=options.solver,
         principal=options.principal,
-        device="cpu",
+        device=device,
         progress=tell,
     )
     take_over(root, made, lambda name: tell(Progress("put in place", 0, 1, "files", name)))

@@ -13,9 +13,12 @@ import torch
 
 import svdbank
 import svdbank.building.repairing as repairing
+import svdbank.building.solving as solving
 from svdbank.bank.layout import MANIFEST
+from svdbank.building.mending import Mender
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, OptionError, WrongBaseError
+from svdbank.core.specs import WeightSpec
 from svdbank.verbs.repair import RepairReport
 from svdbank_cli.main import run
 from tests.building.crashes import Crash, FaultyDisk
@@ -165,10 +168,13 @@ def test_another_model_is_refused_before_anything_is_replaced(whole: Path, model
     assert repaired(bank, model).solved == 1
 
 
-def test_sound_bases_of_a_shared_shard_stay_to_the_bit(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sound_bases_of_a_shared_shard_stay_to_the_bit(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """And the one that is solved again comes back to the bit too, on the kind of device that built it."""
     monkeypatch.setattr("svdbank.bank.layout.SINGLE_SHARD_WEIGHTS", 1)
     model = write_small_checkpoint(tmp_path / "model", minilm, layers=5)
-    bank = svdbank.build(model, tmp_path / "bank", rank=4)
+    bank = svdbank.build(model, tmp_path / "bank", rank=4, device=device)
     (family,) = bank.index.families
     assert family.spec.weights_per_shard == 5
     before = tree(bank.path)
@@ -177,16 +183,30 @@ def test_sound_bases_of_a_shared_shard_stay_to_the_bit(minilm: Path, tmp_path: P
     length = family.files["left"][0].chunk_bytes
     data[2 * length + 7] ^= 1
     shard.write_bytes(data)
-    solved: list[str] = []
-    real = repairing.minor_basis
+    read: list[str] = []
+    real = Mender._read
 
-    def counted(matrix: torch.Tensor, rank: int, **options: Any) -> Any:
-        solved.append(str(tuple(matrix.shape)))
-        return real(matrix, rank, **options)
+    def counted(self: Mender, spec: WeightSpec, record: Any) -> Any:
+        read.append(spec.name)
+        return real(self, spec, record)
 
-    monkeypatch.setattr(repairing, "minor_basis", counted)
+    monkeypatch.setattr(Mender, "_read", counted)
     report = repaired(bank.path, model)
-    assert report.solved == 1 == len(solved) and report.kept == 4 and tree(bank.path) == before
+    assert report.solved == 1 and read == [bank.names[2]] and report.kept == 4 and tree(bank.path) == before
+
+
+def test_a_device_that_is_not_here_is_refused_before_a_byte_is_read(
+    whole: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = Path(shutil.copytree(whole, tmp_path / "bank"))
+    (path,) = bank.glob(KINDS["left"])
+    _flip(path)
+    harmed = tree(bank)
+    for name, text in (("cuda:1", "torch sees no CUDA device"), ("tpu", "'tpu'"), ("cuda:0,cuda:1", "no device is called")):
+        assert run(["repair", str(bank), "--source", str(model), "--device", name]) == 2
+        seen = capsys.readouterr()
+        assert text in seen.err and "verify" not in seen.err and tree(bank) == harmed
+    assert run(["repair", str(bank), "--source", str(model), "--device", "cpu", "-q"]) == 0 and tree(bank) == tree(whole)
 
 
 def test_where_bytes_differ_it_is_said_and_sound_weights_stay(
@@ -198,7 +218,7 @@ def test_where_bytes_differ_it_is_said_and_sound_weights_stay(
     svdbank.export(tmp_path / "law", to="slim", output=tmp_path / "slim", bank=bank)
     (path,) = bank.glob(KINDS["left"])
     path.unlink()
-    real = repairing.minor_basis
+    real = solving.minor_basis
 
     def elsewhere(matrix: torch.Tensor, rank: int, **options: Any) -> Any:
         basis = real(matrix, rank, **options)
@@ -206,7 +226,7 @@ def test_where_bytes_differ_it_is_said_and_sound_weights_stay(
             vectors.neg_()
         return basis
 
-    monkeypatch.setattr(repairing, "minor_basis", elsewhere)
+    monkeypatch.setattr(solving, "minor_basis", elsewhere)
     opened = svdbank.open(bank)
     names = opened.names
     during = {name: opened[name].left(4) for name in (names[0], names[2])}

@@ -140,7 +140,7 @@ class LocalHub:
 
 def point_client(patch: pytest.MonkeyPatch, url: str, home: Path, token: str | None) -> None:
     """What :meth:`LocalHub.point` does, in a process that has the Hub's address alone."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_DISABLE_XET": "1"}
     for name, value in settings.items():
@@ -151,6 +151,9 @@ def point_client(patch: pytest.MonkeyPatch, url: str, home: Path, token: str | N
     if token is not None:
         patch.setenv("HF_TOKEN", token)
     patch.setattr(constants, "ENDPOINT", url)
+    # The client's functions (`list_repo_tree`, by which Transformers lists a tokenizer's files) are those of one object, which took the
+    # address when it was imported.
+    patch.setattr(hf_api.api, "endpoint", url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))

@@ -160,8 +160,6 @@ def test_attaching_says_it_too(llama: Path, hub: LocalHub) -> None:
     assert not hub.requests
 
 
-#: Transformers lists a tokenizer's files by a client that earlier tests may have left with another address: 100 s of trying.
-@pytest.mark.soak
 def test_training_says_it_too(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w1 w2 w3 " * 400)
     options = {"data": tmp_path / "text.txt", "output": tmp_path / "law", "steps": 1, "rank": 2, "length": 16, "keep": "last"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 import svdbank
 import svdbank.sharing.copying as copying
-from svdbank.core.errors import OptionError
+from svdbank.core.errors import LockedError, OptionError
 from svdbank.core.stores import open_store
+from svdbank.sharing.claim import CLAIM, Claim
 from tests import stores
 from tests.building.small import tree
 
@@ -71,11 +73,12 @@ def test_a_copy_that_stops_leaves_a_whole_bank_or_none(
     stop_at = None
 
     def stopping(call: Any) -> Any:
-        def counted(store: Any, place: Any, file: Any) -> None:
+        def counted(store: Any, place: Any, file: Any) -> Any:
             if len(done) == stop_at:
                 raise ConnectionError("stopped")
-            call(store, place, file)
+            result = call(store, place, file)
             done.append(getattr(file, "name", file))
+            return result
 
         return counted
 
@@ -102,8 +105,71 @@ def test_a_copy_that_stops_leaves_a_whole_bank_or_none(
         assert "manifest.json" not in found or {name: found.get(name) for name in known} == known, number
     stop_at = None
     done.clear()
-    svdbank.push(banks["hub"], address, force=True)
+    assert CLAIM in held(address)
+    svdbank.push(banks["hub"], address)  # the bank that was being put there: nothing has to be forced
     assert held(address) == new and all(name not in new for name in done)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What is done, once each, before a push looks for the first time whether the place is still its own."""
+    waiting = list[Callable[[], object]]()
+    real = Claim.hold
+
+    def hold(claim: Claim) -> None:
+        if waiting:
+            waiting.pop()()
+        real(claim)
+
+    monkeypatch.setattr(Claim, "hold", hold)
+    monkeypatch.setattr(copying, "_AT_ONCE", 1)
+    return waiting
+
+
+def test_of_two_banks_pushed_to_one_place_at_once_the_second_is_told(
+    address: str, banks: dict[str, Path], meanwhile: list[Callable[[], object]]
+) -> None:
+    def second() -> None:
+        with pytest.raises(LockedError, match="another bank to this place is under way"):
+            svdbank.push(banks["less"], address)
+
+    meanwhile.append(second)
+    assert svdbank.push(banks["hub"], address).committed and not meanwhile
+    assert held(address) == tree(banks["hub"])
+
+
+def test_who_is_forced_out_puts_nothing_more_there(
+    address: str, banks: dict[str, Path], meanwhile: list[Callable[[], object]]
+) -> None:
+    for _ in ("where nothing was", "over the other's bank"):
+        meanwhile.append(lambda: svdbank.push(banks["less"], address, force=True))
+        with pytest.raises(LockedError, match="took this place meanwhile"):
+            svdbank.push(banks["hub"], address, force=True)
+        assert held(address) == tree(banks["less"])
+
+
+def test_one_bank_pushed_twice_at_once_is_there_whole(
+    address: str, banks: dict[str, Path], meanwhile: list[Callable[[], object]], tmp_path: Path
+) -> None:
+    """From two folders, since one takes a lock."""
+    copy = shutil.copytree(banks["hub"], tmp_path / "copy")
+    meanwhile.append(lambda: svdbank.push(copy, address))
+    with pytest.raises(LockedError) as caught:
+        svdbank.push(banks["hub"], address)
+    assert held(address) == tree(banks["hub"]) and "run the same command again" in str(caught.value.hint)
+    assert not svdbank.push(banks["hub"], address).committed
+
+
+def test_what_somebody_else_changes_meanwhile_is_seen_before_the_manifest_is_put(
+    address: str, banks: dict[str, Path], meanwhile: list[Callable[[], object]]
+) -> None:
+    svdbank.push(banks["hub"], address)
+    name = next(name for name in held(address) if "/left/c/" in name)
+    open_store(address).delete(name.replace("left", "right"))
+    meanwhile.append(lambda: stores.put(address, {name: b"x" * len(held(address)[name])}))
+    with pytest.raises(svdbank.DamageError, match="does not hold"):
+        svdbank.push(banks["hub"], address)
+    assert svdbank.push(banks["hub"], address).changed == 2 and held(address) == tree(banks["hub"])
 
 
 def test_what_is_harmed_there_is_sent_again(address: str, banks: dict[str, Path]) -> None:

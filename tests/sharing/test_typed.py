@@ -42,6 +42,8 @@ def test_a_bank_is_pushed_and_its_first_ranks_pulled(
     out, err = typed(f"push {banks['hub']} me/bank", capsys)
     commit = hub.repositories["me/bank"].branches["main"]
     assert out.startswith(f"hf://me/bank@{commit}\nnew, private: ") and f"{hub.url}/me/bank" in out and "verify" in err
+    count = len(tree(banks["hub"]))
+    assert f": {count} files, " in out and f"; {count} new or changed, " in out and "; 3 beside them (card, " in out
     again = as_json(f"push {banks['hub']} me/bank", capsys)
     assert again["place"] == f"hf://me/bank@{commit}" and again["private"] and not again["committed"]
     assert "nothing to do" in typed(f"push -q {banks['hub']} me/bank", capsys)[0]
