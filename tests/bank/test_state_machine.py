@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ class Life(RuleBasedStateMachine):
     place: Path
     hub: LocalHub
     #: Lives lived, and steps in them, refused ones too.
-    counted = Counter[str]()
+    counted: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
