@@ -28,7 +28,9 @@ def test_a_pushed_bank_is_its_recorded_files_with_a_card_in_one_commit(hub: Loca
     mine = {name: data for name, data in tree(banks["hub"]).items() if name not in (".used", "notes.txt")}
     assert pushed == mine and beside["LICENSE.md"] == LICENCE
     assert all(blob.large for path, blob in repository.head().items() if "/c/" in path)
-    assert report.files == report.changed == len(mine) and report.documents == 3 and report.nbytes == sum(map(len, mine.values()))
+    assert (
+        report.files == report.changed == len(mine) and report.documents == 3 and report.nbytes == sum(map(len, mine.values()))
+    )
 
 
 def test_the_same_bank_again_makes_no_commit_and_uploads_nothing(hub: LocalHub, banks: dict[str, Path]) -> None:
