@@ -27,7 +27,7 @@ from svdbank.solver import pinned_threads
 from svdbank.solver.devices import kind_of
 
 #: A shard with its bases, and its record without files.
-Made = tuple[ShardSpec, list[Basis], ShardRecord]
+Mended = tuple[ShardSpec, list[Basis], ShardRecord]
 
 
 def solving_device(name: str, before: Collection[WeightRecord]) -> torch.device:
@@ -59,7 +59,7 @@ class Mender:
         self._done = 0
         self._counting = threading.Lock()
 
-    def made(self, plan: Plan, families: Mapping[str, FamilyIndex], shards: Sequence[ShardSpec]) -> Iterator[Made]:
+    def made(self, plan: Plan, families: Mapping[str, FamilyIndex], shards: Sequence[ShardSpec]) -> Iterator[Mended]:
         """Shards with their bases, as many solved at a time as a build solves, on a GPU in its batches. Raises WrongBaseError for a
         checkpoint of other weights."""
         kind = kind_of(self._device)
@@ -85,10 +85,10 @@ class Mender:
         at_once: int,
         *,
         threads: int,
-    ) -> Iterator[Made]:
+    ) -> Iterator[Mended]:
         """Batches in their order, ``at_once`` at a time."""
         with pinned_threads(threads), ThreadPoolExecutor(at_once, "svdbank-repair") as pool:
-            ahead: deque[Future[list[Made]]] = deque()
+            ahead: deque[Future[list[Mended]]] = deque()
             try:
                 for batch in batches:
                     ahead.append(pool.submit(self._solved, batch, families[batch.family.name], solver, threads))
@@ -110,7 +110,7 @@ class Mender:
                 )
         return ShardWork(shard, family.spec, tuple(self._specs[name] for name in names))
 
-    def _solved(self, batch: Batch, family: FamilyIndex, solver: CpuSolver | GpuSolver, threads: int) -> list[Made]:
+    def _solved(self, batch: Batch, family: FamilyIndex, solver: CpuSolver | GpuSolver, threads: int) -> list[Mended]:
         recorded = {weight.name: weight for weight in family.weights}
         loaded: Loaded = [self._read(weight, recorded[weight.name]) for weight in batch.weights]
         solved: dict[str, tuple[Basis, tuple[float, ...]]] = {}
