@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,12 +19,13 @@ WINDOWS, TOKENS = 8, 128
 LEAST = 0.05
 
 
-def with_and_without(tokenizer: Any, windows: Sequence[Window]) -> tuple[list[Window], list[Window]] | None:
-    """The heads of the first windows as they are, and the same after BOS; None where the tokenizer adds what it has, or has none."""
+def with_and_without(tokenizer: Any, windows: Iterable[Window]) -> tuple[list[Window], list[Window]] | None:
+    """The heads of the first windows as they are, and the same after BOS; None, before any is made, where the tokenizer adds what it has,
+    or has none."""
     bos = missing_bos(tokenizer)
     if bos is None:
         return None
-    heads = [Window(window.tokens[:TOKENS], True, window.context) for window in windows[:WINDOWS]]
+    heads = [Window(window.tokens[:TOKENS], True, window.context) for window in itertools.islice(windows, WINDOWS)]
     heads = [head for head in heads if head.predicted > 0]
     return heads, [Window([bos, *head.tokens], True, head.context + 1) for head in heads]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from svdbank.core.errors import NotFiniteError
 from svdbank.core.specs import Progress, ProgressCallback
 from svdbank.lm.adapters import acting
 from svdbank.lm.blocks import IGNORED
-from svdbank.lm.dependence import WINDOWS, note, with_and_without
+from svdbank.lm.dependence import note, with_and_without
 from svdbank.lm.head import head_of, outgrows_memory
 from svdbank.lm.scores import BASE, Score, TextTally
 from svdbank.lm.windows import Window, batches, windows
@@ -56,7 +55,7 @@ def measure(
 
 def needs_bos(model: Any, tokenizer: Any, text: str, documents: Iterator[str], length: int, batch_size: int) -> list[str]:
     """What to say where a text costs the base less after the BOS that its tokenizer has and does not add; two short batches."""
-    compared = with_and_without(tokenizer, list(itertools.islice(windows(documents, tokenizer, length), WINDOWS)))
+    compared = with_and_without(tokenizer, windows(documents, tokenizer, length))
     if compared is None:
         return []
     with acting(model, ()):

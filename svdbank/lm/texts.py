@@ -6,6 +6,7 @@ stretches of up to 64 Ki characters, and each stretch counts as a document when 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +165,7 @@ def _is_binary(file: Path) -> bool:
 def _stretches(files: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
     """Rows of text files. Runs inside ``datasets``, perhaps in another process."""
     for name, _, _ in files:
-        with Path(name).open(encoding="utf-8", errors="strict") as file:
+        with Path(name).open(encoding="utf-8-sig", errors="strict") as file:  # without the mark that some programs begin a file with
             ahead = _stretch(file, name)
             begins = True
             while ahead:
@@ -180,8 +181,22 @@ def _stretch(file: Any, name: str) -> str:
         return text if not text or text.endswith("\n") else text + file.readline(STRETCH)
     except UnicodeDecodeError as cause:
         raise CheckpointError(
-            f"{name}: not UTF-8 text ({cause.reason} at byte {cause.start})", hint="convert it: iconv -f latin1 -t utf-8"
+            f"{name}: not UTF-8 text ({cause.reason} at byte {_undecoded(Path(name))})", hint="convert it: iconv -f latin1 -t utf-8"
         ) from cause
+
+
+def _undecoded(file: Path) -> int:
+    """Where in a file that is not UTF-8 it stops being so; a decoder that reads on counts from where it last began."""
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    with file.open("rb") as opened:
+        while piece := opened.read(STRETCH):
+            kept = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as cause:
+                return read - kept + cause.start
+            read += len(piece)
+    return read - len(decoder.getstate()[0])
 
 
 def _hub_place(source: str) -> tuple[str, str | None, str | None]:

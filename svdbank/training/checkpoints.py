@@ -6,6 +6,8 @@ was not sealed is removed before the run goes on from the newest sealed one.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from svdbank.core import disk
@@ -14,6 +16,9 @@ from svdbank.core.specs import Struct, from_json, to_json
 
 SEAL = "svdbank-seal.json"
 RECORD = "run.json"
+
+#: Files of the lock that a run holds its folder by.
+_LOCKS = {".lock", ".lock.owner"}
 
 
 class Seal(Struct, frozen=True):
@@ -69,41 +74,51 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def begin(folder: Path, record: RunRecord, *, force: bool = False) -> None:
-    """Start a run's folder, or recognise this very run in it.
+@contextlib.contextmanager
+def begun(folder: Path, record: RunRecord, *, force: bool = False) -> Iterator[None]:
+    """Start a run's folder, or recognise this very run in it, and hold it inside: of two runs into one output, one goes on.
 
-    Raises :class:`OptionError` where another run lies there: other options, other data, another number of processes; ``force`` removes
-    that one.
+    Another run that came to no whole checkpoint gives way. Raises :class:`OptionError` where one that did lies there: other options, other
+    data, another number of processes; ``force`` removes that one too. Raises :class:`LockedError` where a run is under way.
     """
+    if (folder.exists() or folder.is_symlink()) and not (folder / RECORD).is_file() and not _is_empty(folder):
+        raise OptionError(
+            f"{folder} exists and is no folder of checkpoints", hint="name another output with -o, or move it away"
+        )
+    with disk.locked(folder):
+        _begin(folder, record, force)
+        yield
+
+
+def _begin(folder: Path, record: RunRecord, force: bool) -> None:
     path = folder / RECORD
-    if not path.is_file():
-        if folder.exists() and any(folder.iterdir()):
+    if path.is_file():
+        before = from_json(path.read_bytes(), RunRecord, where=str(path), error=CheckpointError)
+        if before == record:
+            return
+        if not force and last_whole(folder) is not None:
             raise OptionError(
-                f"{folder} exists and is no folder of checkpoints", hint="name another output with -o, or move it away"
+                f"{folder} holds an unfinished run with {_difference(before, record)}",
+                hint=f"run it as it was begun to go on, or begin anew with --force, which removes {folder.name}",
             )
-        disk.make_dirs(folder)
-        disk.write_bytes(path, to_json(record))
-        return
-    before = from_json(path.read_bytes(), RunRecord, where=str(path), error=CheckpointError)
-    if before == record:
-        return
-    if force:
-        disk.remove_tree(folder)
-        begin(folder, record)
-        return
+        for entry in folder.iterdir():
+            if entry.name not in _LOCKS:
+                disk.remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else disk.unlink(entry)
+    disk.write_bytes(path, to_json(record))
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not {entry.name for entry in folder.iterdir()} - _LOCKS
+
+
+def _difference(before: RunRecord, record: RunRecord) -> str:
     ours, theirs = record.options.splitlines(), before.options.splitlines()
     differing = sorted({line.partition(" =")[0] for line in {*ours} ^ {*theirs}})
-    why = (
-        f"other {', '.join(differing)}"
-        if differing
-        else "other text: the files changed since"
-        if before.data_digest != record.data_digest
-        else f"{before.processes} processes instead of {record.processes}"
-    )
-    raise OptionError(
-        f"{folder} holds an unfinished run with {why}",
-        hint=f"run it as it was begun to go on, or begin anew with --force, which removes {folder.name}",
-    )
+    if differing:
+        return f"other {', '.join(differing)}"
+    if before.data_digest != record.data_digest:
+        return "other text: the files changed since"
+    return f"{before.processes} processes instead of {record.processes}"
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,18 +77,20 @@ def train(
     with quiet_transformers(), out_of_memory(_LOWER):
         with run.arguments.main_process_first(desc="reading the text"), watch.spending("text"):
             data = read_data(run)
+        held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if run.is_main:
             with watch.spending("rehearsal"):
                 rehearse(run.options, run.model, run.bank)
-            checkpoints.begin(run.folder, run.record(data.digest), force=force)
-        run.processes.wait_for_everyone()
-        try:
-            return train_adapter(run, data)
-        except Exception as error:
-            # A run that made no checkpoint, or came to nothing, leaves nothing to go on from.
-            if run.is_main and (isinstance(error, TrainingError) or checkpoints.last_whole(run.folder) is None):
-                disk.remove_tree(run.folder)
-            raise
+            held = checkpoints.begun(run.folder, run.record(data.digest), force=force)
+        with held:
+            run.processes.wait_for_everyone()
+            try:
+                return train_adapter(run, data)
+            except Exception as error:
+                # A run that made no checkpoint, or came to nothing, leaves nothing to go on from.
+                if run.is_main and (isinstance(error, TrainingError) or checkpoints.last_whole(run.folder) is None):
+                    disk.remove_tree(run.folder)
+                raise
 
 
 def _prepare(options: TrainOptions, *, build: bool, force: bool, pull: str | None, find: bool, tell: ProgressCallback) -> Run:

@@ -110,6 +110,11 @@ def test_a_single_document_is_cut_in_two_at_a_line_end(tmp_path: Path, licences:
     assert training["text"][0].endswith("\n") and 0 < len(held_out["text"][0]) < len(licences[0]) / 3
 
 
+def test_the_mark_that_some_programs_begin_a_file_with_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert read_documents([str(tmp_path / "t.txt")])["text"] == ["one\n"]
+
+
 def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_text("one\n")
@@ -132,6 +137,7 @@ def test_a_folder_leaves_out_binaries_and_hidden_files(tmp_path: Path) -> None:
         ("t.txt", b"", "empty"),
         ("t.txt", b"\x00\x01", "not a text file"),
         ("t.txt", b"caf\xe9\n", "not UTF-8 text"),
+        ("t.txt", b"plain\n" * 50_000 + "é".encode()[:1] + b"\n", "at byte 300000"),
         ("t.jsonl", b'{"body": "x"}\n', "no column 'text'; there are body"),
         ("t.jsonl", b'{"text": 5}\n', "holds no text but Value"),
         ("t.jsonl", b'{"text": "x"\n', "cannot be read"),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import svdbank
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import OptionError
+from svdbank.core.errors import LockedError, OptionError
 from svdbank.training import checkpoints
 
 #: More than one pass over the blocks, so that kills and checkpoints fall before, on and after the end of a pass.
@@ -177,3 +177,24 @@ def test_a_run_does_not_go_on_with_other_options_or_other_text(
         legal.write_text(text)
     report = svdbank.train(small, output=unfinished, force=True, **wanted | {"steps": 2})
     assert report.resumed_from is None and report.steps == 2
+
+
+def test_of_two_runs_into_one_output_one_goes_on(tmp_path: Path) -> None:
+    """They would write one another's checkpoints. One that never came to a checkpoint binds nobody, once its process is gone."""
+    folder = tmp_path / "adapter.checkpoints"
+    record = checkpoints.RunRecord("rank = 4\n", "text", 1)
+    other = checkpoints.RunRecord("rank = 8\n", "text", 1)
+    with checkpoints.begun(folder, record):
+        for second in (record, other):
+            with pytest.raises(LockedError, match="another process is writing here"), checkpoints.begun(folder, second, force=True):
+                pass
+        (folder / "before.json").write_text("{}")
+    with checkpoints.begun(folder, record):
+        assert (folder / "before.json").is_file()
+    with checkpoints.begun(folder, other):
+        assert {path.name for path in folder.iterdir()} == {"run.json", ".lock", ".lock.owner"}
+    (folder / "run.json").unlink()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(OptionError, match="no folder of checkpoints"), checkpoints.begun(folder, record, force=True):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
