@@ -165,7 +165,7 @@ def _is_binary(file: Path) -> bool:
 def _stretches(files: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
     """Rows of text files. Runs inside ``datasets``, perhaps in another process."""
     for name, _, _ in files:
-        with Path(name).open(encoding="utf-8-sig", errors="strict") as file:  # without the mark that some programs begin a file with
+        with Path(name).open(encoding="utf-8-sig", errors="strict") as file:  # without a BOM
             ahead = _stretch(file, name)
             begins = True
             while ahead:
@@ -181,7 +181,8 @@ def _stretch(file: Any, name: str) -> str:
         return text if not text or text.endswith("\n") else text + file.readline(STRETCH)
     except UnicodeDecodeError as cause:
         raise CheckpointError(
-            f"{name}: not UTF-8 text ({cause.reason} at byte {_undecoded(Path(name))})", hint="convert it: iconv -f latin1 -t utf-8"
+            f"{name}: not UTF-8 text ({cause.reason} at byte {_undecoded(Path(name))})",
+            hint="convert it: iconv -f latin1 -t utf-8",
         ) from cause
 
 

@@ -186,7 +186,10 @@ def test_of_two_runs_into_one_output_one_goes_on(tmp_path: Path) -> None:
     other = checkpoints.RunRecord("rank = 8\n", "text", 1)
     with checkpoints.begun(folder, record):
         for second in (record, other):
-            with pytest.raises(LockedError, match="another process is writing here"), checkpoints.begun(folder, second, force=True):
+            with (
+                pytest.raises(LockedError, match="another process is writing here"),
+                checkpoints.begun(folder, second, force=True),
+            ):
                 pass
         (folder / "before.json").write_text("{}")
     with checkpoints.begun(folder, record):
