@@ -26,6 +26,9 @@ from svdbank.building.standing import UnfinishedInfo
 from tests.building.on_ray import add_node, own_network, pids_at, simulated, started
 from tests.building.small import tree, write_small_checkpoint
 from tests.building.test_kills import records, solved
+from tests.building.test_streaming import content
+from tests.checkpoint.hub_server import LocalHub
+from tests.structure.source import ROOT
 
 pytestmark = pytest.mark.soak
 
@@ -225,3 +228,66 @@ def _path() -> str:
 
 def _nodes(cluster: Any) -> list[dict[str, Any]]:
     return list(cluster.global_state.node_table())
+
+
+def test_two_drivers_on_one_cluster_share_one_build(model: Path, expected: dict[str, bytes], memory_disk: Path) -> None:
+    bank = memory_disk / "bank"
+    with own_network(), simulated(1, 1) as cluster:
+        drivers = [started(model, bank, "--workers", "1", "--ray", cluster.address) for _ in range(2)]
+        lines = [drained(driver) for driver in drivers]
+        try:
+            for driver in drivers:
+                assert driver.wait(600) == 0, driver.stderr and driver.stderr.read()
+            time.sleep(0.5)
+        finally:
+            for driver in drivers:
+                driver.kill()
+    assert tree(bank) == expected
+    recorded, unrecorded = solved(bank)
+    assert set(recorded.values()) == {1} and recorded.total() == LAYERS and unrecorded == 0
+    assert [json.loads(said[-1])["weights"] for said in lines] == [LAYERS, LAYERS]
+
+
+def test_the_cluster_that_runs_here_is_found_by_auto(model: Path, expected: dict[str, bytes], memory_disk: Path) -> None:
+    bank = memory_disk / "bank"
+    with own_network(), simulated(1) as cluster:
+        with started(model, bank, "--ray", "auto", RAY_ADDRESS=cluster.address) as process:
+            drained(process)
+            assert process.wait(600) == 0, process.stderr and process.stderr.read()
+        assert sum(node["Alive"] for node in _nodes(cluster)) == 2, "the cluster is as it was"
+    assert tree(bank) == expected
+
+
+def test_workers_fetch_a_model_of_the_hub_by_themselves_and_no_byte_twice(
+    model: Path, expected: dict[str, bytes], memory_disk: Path
+) -> None:
+    bank, name = memory_disk / "bank", "org/model"
+    with own_network(), LocalHub() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.commit(name, {path.name: path.read_bytes() for path in model.iterdir()})
+        hub.point(patch, memory_disk / "hf")
+        # Nodes take their environment from where they are started.
+        with simulated(1, 1) as cluster, started(Path(name), bank, "--workers", "2", "--ray", cluster.address) as process:
+            lines = drained(process)
+            assert process.wait(600) == 0, process.stderr and process.stderr.read()
+            time.sleep(0.5)
+        weights = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+        assert weights <= hub.sent < weights + 300_000, "headers, configs and listings besides"
+    assert json.loads(lines[-1])["solved"] == LAYERS
+    assert content(bank) == {name: data for name, data in expected.items() if name not in ("plan.json", "manifest.json")}
+
+
+def test_a_node_with_another_svdbank_is_named_before_the_work(model: Path, memory_disk: Path) -> None:
+    bank, other = memory_disk / "bank", memory_disk / "other"
+    shutil.copytree(ROOT / "svdbank", other / "svdbank", ignore=shutil.ignore_patterns("__pycache__"))
+    (other / "svdbank" / "core" / "version.py").write_text('__version__ = "9.9.9"\n')
+    with own_network(), simulated(1) as cluster:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(other))
+            add_node(cluster)
+        with started(model, bank, "--ray", cluster.address) as process:
+            drained(process)
+            assert process.wait(600) == 1
+            errors = process.stderr.read() if process.stderr else ""
+    assert re.search(r"Error: \S+ \(198\.51\.100\.1\): has svdbank 9\.9\.9, this is \d", errors), errors
+    assert "all machines need the same: pip install svdbank==" in errors
+    assert not records(bank)
