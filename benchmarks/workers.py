@@ -153,32 +153,22 @@ def empty(model: Path, count: int, place: Path, repeat: int, rank: int = 16) -> 
 
 
 def _empty_build(model: Path, bank: Path, rank: int, engine: str, count: int) -> float:
-    """Seconds a weight, from the first record to the last; of processes of a share as the first one sees them."""
+    """Seconds a weight from the first shard written to the last but a tenth: the last may wait for a worker who came late."""
     on_ray = engine == "two workers, --ray"
     program = (
         _EMPTY + (_EMPTY_ON_RAY if on_ray else "") + "import svdbank_cli.main as cli, svdbank.building.crew as crew; "
         f"crew._PROGRAM = {_EMPTY!r} + crew._PROGRAM; cli.main()"
     )
-    command = [sys.executable, "-c", program, "build", str(model), "-o", str(bank), "--rank", str(rank), "--json"]
+    command = [sys.executable, "-c", program, "build", str(model), "-o", str(bank), "--rank", str(rank), "-q"]
     shards = [("--shard", "1/2", "--threads", "1"), ("--shard", "2/2", "--threads", "1")]
     alone = _ON_RAY if on_ray else ENGINES.get(engine)
-    runs = [(*command, *more) for more in (shards if alone is None else [alone])]
-    processes = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for run in runs]
-    begun: tuple[float, int] | None = None
-    ended = 0.0
-    for process in processes:
-        assert process.stdout is not None
-        for line in process.stdout:
-            step = json.loads(line)
-            if step.get("stage") == "decompose" and step["done"] > 0:
-                begun = begun or (time.perf_counter(), step["done"])
-                ended = time.perf_counter()
+    processes = [subprocess.Popen((*command, *more)) for more in (shards if alone is None else [alone])]
     for process in processes:
         if process.wait():
             raise RuntimeError(f"a build with empty solves ended with {process.returncode}")
-    if begun is None:
-        raise RuntimeError("a build with empty solves told of no weight")
-    return (ended - begun[0]) / max(1, count - begun[1])
+    written = sorted(path.stat().st_mtime for path in bank.glob("*/left/c/**/*") if path.is_file())
+    most = len(written) * 9 // 10
+    return (written[most] - written[0]) / (count * most / len(written))
 
 
 #: A step of ``many`` in a process of its own: prints what it found, seconds and the peak of its memory.

@@ -18,7 +18,7 @@ from svdbank.bank.layout import CRC_BYTES, RANK_CHUNK, FileRecord, rank_extent
 _ABSENT = 2**64 - 1
 
 
-def shard_bytes(rows: NDArray[np.generic], weights_per_shard: int, fill: object) -> tuple[bytes, FileRecord]:
+def shard_bytes(rows: NDArray[np.generic], weights_per_shard: int, fill: object) -> tuple[memoryview, FileRecord]:
     """A shard file and its record. ``rows`` (weights, rank, length) are its vectors, of up to ``weights_per_shard`` weights.
 
     Chunks lie in C order of (weight, rank); what the last one of a weight has beyond its rank holds ``fill``.
@@ -29,19 +29,20 @@ def shard_bytes(rows: NDArray[np.generic], weights_per_shard: int, fill: object)
         padded = np.full((weights, extent, length), fill, dtype=rows.dtype)
         padded[:, :rank] = rows
         rows = padded
-    chunks = np.ascontiguousarray(rows).astype(rows.dtype.newbyteorder("<"), copy=False).reshape(-1, RANK_CHUNK * length)
     each = extent // RANK_CHUNK
-    chunk_bytes = chunks.shape[1] * rows.dtype.itemsize + CRC_BYTES
+    count, little = weights * each, rows.dtype.newbyteorder("<")
+    chunk_bytes = RANK_CHUNK * length * little.itemsize + CRC_BYTES
     table = np.full((weights_per_shard * each, 2), _ABSENT, dtype="<u8")
-    table[: len(chunks), 0] = np.arange(len(chunks), dtype=np.uint64) * np.uint64(chunk_bytes)
-    table[: len(chunks), 1] = chunk_bytes
-    parts: list[bytes] = []
-    crcs: list[int] = []
-    for chunk in chunks:
-        data = chunk.tobytes()
-        crcs.append(google_crc32c.value(data))
-        parts += (data, crcs[-1].to_bytes(CRC_BYTES, "little"))
+    table[:count, 0] = np.arange(count, dtype=np.uint64) * np.uint64(chunk_bytes)
+    table[:count, 1] = chunk_bytes
+    # The values are copied once, to where they lie in the file.
+    whole = np.empty(count * chunk_bytes + table.nbytes + CRC_BYTES, dtype=np.uint8)
+    chunks = whole[: count * chunk_bytes].reshape(count, chunk_bytes)
+    chunks[:, :-CRC_BYTES].view(little)[:] = rows.reshape(count, RANK_CHUNK * length)
+    crcs = [google_crc32c.value(chunk[:-CRC_BYTES]) for chunk in chunks]
+    chunks[:, -CRC_BYTES:].view("<u4")[:, 0] = crcs
     listed = table.tobytes()
     index_crc = google_crc32c.value(listed)
-    whole = b"".join((*parts, listed, index_crc.to_bytes(CRC_BYTES, "little")))
-    return whole, FileRecord(len(whole), hashlib.sha256(whole).hexdigest(), chunk_bytes, tuple(crcs), index_crc)
+    whole[count * chunk_bytes :] = np.frombuffer(listed + index_crc.to_bytes(CRC_BYTES, "little"), dtype=np.uint8)
+    data = whole.data
+    return data, FileRecord(len(data), hashlib.sha256(data).hexdigest(), chunk_bytes, tuple(crcs), index_crc)

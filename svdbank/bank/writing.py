@@ -324,8 +324,9 @@ class BankWriter:
             disk.unlink(path)
 
     def _stored(self, rows: list[torch.Tensor]) -> NDArray[Any]:
-        """Stack (R, n) tensors and cast to the stored dtype."""
-        stacked = torch.stack([row.to(device="cpu") for row in rows]).to(STORED_TORCH[self.plan.options.dtype])
+        """(R, n) tensors as one (weights, R, n) array of the stored dtype."""
+        here = [row.to(device="cpu") for row in rows]
+        stacked = (torch.stack(here) if len(here) > 1 else here[0][None]).to(STORED_TORCH[self.plan.options.dtype])
         if stacked.dtype == torch.bfloat16:
             stacked = stacked.view(torch.uint16)
         return stacked.numpy()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
+import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +30,7 @@ from svdbank.core.places import Nowhere, OnDisk, OnHub, locate, refusal, refuse_
 from svdbank.core.specs import SourceFile, TensorSource, WeightSpec, rows_in_order
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from svdbank.checkpoint.remote.access import Remote
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
 
 #: Bytes fetched of a remote file at first, and for each of its tensors beside the name: most headers fit.
 _HEADER_GUESS, _ENTRY_GUESS = 64 << 10, 100
+
+#: Bytes from which a tensor is read into huge pages, of 2 MiB as a rule.
+_LARGE = 8 << 20
 
 #: What to do about a name that leads nowhere.
 _NAMES = "name a model folder, a .safetensors file or org/name on the Hub"
@@ -132,7 +139,7 @@ class Checkpoint:
         if source.quantisation is not None:
             return self._dequantised(source, digest, out)
         if out is None:
-            out = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
+            out = _room(source.shape, torch_dtype(source.dtype))
         self._open[source.file].read_into(out.reshape(-1).view(torch.uint8).numpy().data, source.begin, digest)
         return out
 
@@ -159,6 +166,19 @@ class Checkpoint:
         if digest is not None:
             digest.update(factors.numpy().data)
         return values
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one in huge pages where the system has them: in small ones, most of a read is making pages."""
+    import torch
+
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).reshape(shape)
 
 
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:

@@ -276,10 +276,13 @@ def test_workers_fetch_a_model_of_the_hub_by_themselves_and_no_byte_twice(
     assert content(bank) == {name: data for name, data in expected.items() if name not in ("plan.json", "manifest.json")}
 
 
-def test_a_node_with_another_svdbank_is_named_before_the_work(model: Path, memory_disk: Path) -> None:
+def test_a_node_with_another_svdbank_is_named_before_the_work(
+    model: Path, memory_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bank, other = memory_disk / "bank", memory_disk / "other"
     shutil.copytree(ROOT / "svdbank", other / "svdbank", ignore=shutil.ignore_patterns("__pycache__"))
     (other / "svdbank" / "core" / "version.py").write_text('__version__ = "9.9.9"\n')
+    monkeypatch.chdir(memory_disk)  # Ray has its workers import from where the driver runs, too
     with own_network(), simulated(1) as cluster:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(other))
