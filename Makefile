@@ -28,6 +28,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch $(VENV)/.data
 	$(PIP) install -q -e '.[dev]'
 	touch $@
 
+$(VENV)/.build: | $(BIN)/python
+	$(PIP) install -q build packaging
+	touch $@
+
 # The tests of reports open them in a browser. Nothing happens where one is found.
 $(VENV)/.chromium: tests/reporting/chromium.py | $(VENV)/.dev
 	$(BIN)/python -m tests.reporting.chromium --install
@@ -68,11 +72,12 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m pytest -q tests/docs/test_site.py
 	$(BIN)/zensical build --clean --strict
 
-wheel: $(VENV)/.dev
+# A wheel needs none of what it will need when it runs: seconds on a fresh machine.
+wheel: $(VENV)/.build
 	rm -rf build dist
 	$(BIN)/python -m build
 
-release-check: wheel
+release-check: wheel $(VENV)/.demo
 	$(BIN)/python -m tests.release dist
 
 clean:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from svdbank.core.units import duration, size
+from svdbank_cli.completion import complete_model
 from svdbank_cli.options import BuildOptions, build_options, device_option, with_output
 from svdbank_cli.output import Output, dequantised, named_by
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("build")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @build_options
 @device_option
 @click.option(
@@ -108,7 +109,7 @@ def _text(report: BuildReport) -> str:
     lines = [
         f"{what} in {duration(report.seconds)}{where}",
         f"largest residual ‖Wv − σu‖/‖W‖  {report.largest_residual:.1e}",
-        f"{size(report.nbytes)} in {report.bank}",
+        f"{size(report.nbytes)} of vectors in {report.bank}",
     ]
     if report.quantised:
         lines.insert(1, dequantised(report.quantised))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from svdbank_cli.completion import complete_adapter
 from svdbank_cli.options import composed_from, with_output
 from svdbank_cli.output import Output, table
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("compare", short_help="Compare adapters of one base: norms, cosines, what cancels.")
-@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
+@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...", shell_complete=complete_adapter)
 @click.option(
     "--by", type=click.Choice(["all", "layer", "weight"]), default="all", show_default=True, help="Rows of the table."
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
+from svdbank_cli.completion import complete_model
 from svdbank_cli.options import report_option, with_output, write_page
 from svdbank_cli.output import Output, table
 
@@ -48,7 +49,7 @@ def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, .
 
 
 @click.command("eval", short_help="Measure MODEL alone and with adapters on texts.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR[,DIR]", callback=_pairs, help="Adapters. Repeatable.")
 @click.option("--data", multiple=True, metavar="NAME=FILE", callback=_pairs, help="Texts, as in train. Repeatable.")
 @click.option("--field", metavar="NAME", default="text", show_default=True, help="Column of text in tables.")

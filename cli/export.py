@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_adapter, complete_bank
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@click.argument("adapter", type=click.Path())
+@click.argument("adapter", type=click.Path(), shell_complete=complete_adapter)
 @click.option(
     "--to",
     type=click.Choice(["peft", "lora", "slim"]),
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--bank",
     metavar="BANK|MODEL",
+    shell_complete=complete_bank,
     help="The bank of the adapter's base, or the model whose bank is cached. [default: the cached one of the base that ADAPTER names]",
 )
 @click.option(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from svdbank_cli.completion import complete_bank, complete_model
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, grouped, table
 
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
 
 
 @click.command("extract", short_help="Write the best LoRA of the difference of two checkpoints.")
-@click.argument("base")
-@click.argument("finetuned")
+@click.argument("base", shell_complete=complete_model)
+@click.argument("finetuned", shell_complete=complete_model)
 @click.option("-o", "--output", "adapter", type=click.Path(), required=True, help="Adapter folder to write.")
 @click.option("-r", "--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Modules, as PEFT names them. [default: all-linear]")
-@click.option("--bank", metavar="BANK", help="Bank of BASE, for the share in its minor directions. [default: a cached one]")
+@click.option(
+    "--bank",
+    metavar="BANK",
+    shell_complete=complete_bank,
+    help="Bank of BASE, for the share in its minor directions. [default: a cached one]",
+)
 @click.option("--task-type", metavar="TYPE", help="PEFT task type, e.g. CAUSAL_LM.")
 @click.option("--per-weight", is_flag=True, help="A line for each weight instead of one for each role.")
 @click.option("--force", is_flag=True, help="Replace an adapter that is there.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_adapter, complete_bank, complete_model
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, grouped, table
 
@@ -15,10 +16,15 @@ if TYPE_CHECKING:
 
 
 @click.command("fuse", short_help="Write MODEL with ADAPTER added into its weights.")
-@click.argument("model")
-@click.argument("adapter", type=click.Path())
+@click.argument("model", shell_complete=complete_model)
+@click.argument("adapter", type=click.Path(), shell_complete=complete_adapter)
 @click.option("-o", "--output", "checkpoint", type=click.Path(), required=True, help="Folder of the checkpoint to write.")
-@click.option("--into", metavar="MODEL", help="Add it to this model of the same shapes instead, e.g. the instruct model.")
+@click.option(
+    "--into",
+    metavar="MODEL",
+    shell_complete=complete_model,
+    help="Add it to this model of the same shapes instead, e.g. the instruct model.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -27,7 +33,12 @@ if TYPE_CHECKING:
 @click.option(
     "--untie", is_flag=True, help="Write embedding and output head apart where they are one and ADAPTER changes either."
 )
-@click.option("--bank", metavar="BANK", help="Bank of MODEL, for MiLoRA and PiSSA adapters. [default: the cached one]")
+@click.option(
+    "--bank",
+    metavar="BANK",
+    shell_complete=complete_bank,
+    help="Bank of MODEL, for MiLoRA and PiSSA adapters. [default: the cached one]",
+)
 @click.option("--per-weight", is_flag=True, help="A line for each weight instead of one for each role.")
 @with_output
 def fuse_command(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_bank
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output, dequantised, table
 
@@ -21,7 +22,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 @click.command("info", short_help="Describe a BANK, or how far the build of one is.")
-@click.argument("bank")
+@click.argument("bank", shell_complete=complete_bank)
 @click.option("--weights", is_flag=True, help="A row for each weight: its singular values' ends, condition, gap, certificate.")
 @click.option(
     "--csv", "as_csv", is_flag=True, help="The same rows with every column, as comma-separated text for other programs."
@@ -142,7 +143,8 @@ def _text(info: BankInfo) -> str:
     lines = [
         f"model       {info.model}{revision}",
         f"bank        {info.path}",
-        f"holds       {info.weights} weights, rank {info.rank}, side {info.side}, {info.dtype}, {size(info.nbytes)}, format {info.format}",
+        f"holds       {info.weights} weights, rank {info.rank}, side {info.side}, {info.dtype}, {size(info.nbytes)} of vectors, "
+        f"format {info.format}",
         f"base        {info.base_digest[:16]}",
         f"solved by   {solved}",
         *([f"quantised   {dequantised(info.quantised)}"] if info.quantised else []),

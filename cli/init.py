@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
+from svdbank_cli.completion import complete_adapter, complete_bank
 from svdbank_cli.options import find_options, with_output
 from svdbank_cli.output import Output, table
 from svdbank_cli.parameters import CountType, LayersType, PatternType
@@ -33,7 +34,7 @@ class _Options(TypedDict):
 
 
 @click.command("init", short_help="Write a fresh PEFT adapter from a bank: MiCA, MiLoRA or PiSSA.")
-@click.argument("source", metavar="MODEL|BANK")
+@click.argument("source", metavar="MODEL|BANK", shell_complete=complete_bank)
 @click.option("-r", "--rank", type=click.IntRange(min=1), help="Rank of the adapter. [default: 16]")
 @click.option("-o", "--output", "adapter", type=click.Path(), required=True, help="Adapter folder to write.")
 @click.option(
@@ -65,7 +66,12 @@ class _Options(TypedDict):
     help="Minor directions I to J-1 instead of the first; auto: the next band free beside --beside.",
 )
 @click.option(
-    "--beside", multiple=True, type=click.Path(), metavar="ADAPTER", help="Leave this adapter's bands free. Repeatable."
+    "--beside",
+    multiple=True,
+    type=click.Path(),
+    metavar="ADAPTER",
+    shell_complete=complete_adapter,
+    help="Leave this adapter's bands free. Repeatable.",
 )
 @click.option(
     "--residual-out",
@@ -126,6 +132,8 @@ def init_command(
             **options,
         )
     output.notes(written.notes)
+    if written.band is not None and (options["band"] == "auto" or options["beside"]):
+        output.say(f"band {written.band[0]}:{written.band[1]}, free beside {len(options['beside'])} adapters")
     output.data(written, _table if params is not None else str)
 
 

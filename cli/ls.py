@@ -35,7 +35,7 @@ def _text(banks: list[BankSummary]) -> str:
     if not banks:
         return "no banks yet: svdbank build MODEL makes one"
     rows = [(b.model, b.weights, f"{b.rank}", b.side, b.dtype, size(b.size), _used(b), b.path) for b in banks]
-    return table(("model", "weights", "rank", "side", "dtype", "size", "used", "path"), rows)
+    return table(("model", "weights", "rank", "side", "dtype", "on disk", "used", "path"), rows)
 
 
 def _used(bank: BankSummary) -> str:

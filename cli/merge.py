@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from svdbank_cli.completion import complete_adapter
 from svdbank_cli.options import composed_from, fit_options, with_output
 from svdbank_cli.output import Output, table
 
@@ -39,7 +40,7 @@ def _weights(context: click.Context, option: click.Parameter, value: str | None)
 
 
 @click.command("merge")
-@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
+@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...", shell_complete=complete_adapter)
 @click.option("-o", "--output", "adapter", required=True, type=click.Path(), help="Adapter folder to write.")
 @click.option("--weights", metavar="W,W", callback=_weights, help="One for each adapter. [default: 1/m each; 1 with ties]")
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import click
 
+from svdbank_cli.completion import complete_bank, complete_model
 from svdbank_cli.output import Output
 from svdbank_cli.parameters import RankType, SizeType
 
@@ -157,14 +158,19 @@ def composed_from(command: Command) -> Command:
             click.option(
                 "--bank",
                 metavar="BANK|MODEL",
+                shell_complete=complete_bank,
                 help="Bank of their base: recognises its directions in adapters that other programs saved. MiLoRA and PiSSA need it.",
             ),
             click.option(
-                "--rebase", metavar="BANK|MODEL", help="Carry adapters of other bases over to this bank's; says what is lost."
+                "--rebase",
+                metavar="BANK|MODEL",
+                shell_complete=complete_bank,
+                help="Carry adapters of other bases over to this bank's; says what is lost.",
             ),
             click.option(
                 "--base",
                 metavar="MODEL",
+                shell_complete=complete_model,
                 help="Their base model: what whole trained modules (modules_to_save) are counted from, and what modules of older "
                 "Transformers are called now. [default: the one they record, where it is on this machine]",
             ),
@@ -229,7 +235,7 @@ def fit_options(command: Command) -> Command:
                 metavar="FILE",
                 help="Choose the weights on this held-out text. Repeatable. Needs --model.",
             ),
-            click.option("--model", metavar="MODEL", help="The base to measure --fit on."),
+            click.option("--model", metavar="MODEL", shell_complete=complete_model, help="The base to measure --fit on."),
             click.option(
                 "--fit-tokens",
                 type=click.IntRange(min=1),

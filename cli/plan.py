@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from svdbank.core.units import duration, size
+from svdbank_cli.completion import complete_model
 from svdbank_cli.options import BuildOptions, build_options, device_option, with_output
 from svdbank_cli.output import Output, dequantised, named_by, table
 
@@ -20,7 +21,7 @@ _SHOWN_SKIPS = 3
 
 
 @click.command("plan", short_help="Show what building a bank of MODEL would do.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @build_options
 @device_option
 @click.option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_bank
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("publish", short_help="Close a build of several workers, once all is recorded.")
-@click.argument("bank")
+@click.argument("bank", shell_complete=complete_bank)
 @with_output
 def publish_command(bank: str, output: Output) -> None:
     """Publish the build in the folder BANK, where all of it is recorded.
@@ -38,4 +39,4 @@ def publish_command(bank: str, output: Output) -> None:
 
 def _text(report: PublishReport) -> str:
     what = f"published {report.published} weights" if report.published else "published already: nothing to do"
-    return f"{what}\n{report.weights} weights, {size(report.nbytes)} in {report.bank}"
+    return f"{what}\n{report.weights} weights, {size(report.nbytes)} of vectors in {report.bank}"

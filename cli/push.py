@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_bank
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output
 
@@ -25,7 +26,7 @@ class _Options(TypedDict):
 
 
 @click.command("push", short_help="Put a BANK on the Hub or in an object store, verified.")
-@click.argument("bank")
+@click.argument("bank", shell_complete=complete_bank)
 @click.argument("to", metavar="PLACE")
 @click.option(
     "--base",

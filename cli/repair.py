@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from svdbank.core.errors import DamageError
+from svdbank_cli.completion import complete_bank, complete_model
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 
 @click.command("repair", short_help="Make what is damaged in a BANK again, from a copy or its model.")
-@click.argument("bank", type=click.Path())
+@click.argument("bank", type=click.Path(), shell_complete=complete_bank)
 @click.option(
     "--source",
     "model",
     metavar="MODEL",
+    shell_complete=complete_model,
     help="The model it was built from; needed where that was a folder. Default: the repository and commit that the bank names.",
 )
 @click.option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_bank, complete_model, complete_source
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("report", short_help="Pictures and tables of banks and adapters, in one HTML file.")
-@click.argument("sources", nargs=-1, required=True, metavar="BANK|ADAPTER|STACK|EVAL.json...")
+@click.argument("sources", nargs=-1, required=True, metavar="BANK|ADAPTER|STACK|EVAL.json...", shell_complete=complete_source)
 @click.option(
     "-o",
     "--output",
@@ -29,9 +30,15 @@ if TYPE_CHECKING:
 @click.option(
     "--bank",
     metavar="BANK|MODEL",
+    shell_complete=complete_bank,
     help="Bank of the adapters' base: relates how far weights moved to the weights. [default: one that is named, or the cached one]",
 )
-@click.option("--base", metavar="MODEL", help="The adapters' base model: what whole trained modules are counted from.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    shell_complete=complete_model,
+    help="The adapters' base model: what whole trained modules are counted from.",
+)
 @click.option("--title", metavar="TEXT", help="Heading of the page.")
 @click.option("--force", is_flag=True, help="Replace FILE also where it is no report.")
 @with_output

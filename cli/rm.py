@@ -5,12 +5,13 @@ from __future__ import annotations
 import click
 
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_bank
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output
 
 
 @click.command("rm", short_help="Delete the folder of a BANK, finished or not.")
-@click.argument("bank", type=click.Path())
+@click.argument("bank", type=click.Path(), shell_complete=complete_bank)
 @with_output
 def rm_command(bank: str, output: Output) -> None:
     """Delete the folder of a BANK, finished or not. BANK is its path, as `svdbank ls` shows it; what is no bank is refused.

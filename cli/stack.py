@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from svdbank_cli.completion import complete_adapter
 from svdbank_cli.merge import fit_text
 from svdbank_cli.options import composed_from, fit_options, with_output
 from svdbank_cli.output import Output, table
@@ -43,7 +44,7 @@ def _scales(context: click.Context, option: click.Parameter, values: tuple[str, 
 
 
 @click.command("stack", short_help="Join adapters into their sum; each can be scaled and dropped later.")
-@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
+@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...", shell_complete=complete_adapter)
 @click.option("-o", "--output", "adapter", required=True, type=click.Path(), help="Adapter folder to write.")
 @click.option("--scale", multiple=True, metavar="NAME=NUMBER", callback=_scales, help="Strength of a domain. Repeatable.")
 @click.option("--drop", multiple=True, metavar="NAME", help="Domain to leave out. Repeatable.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from svdbank.core.units import duration, size
+from svdbank_cli.completion import complete_adapter, complete_bank, complete_model
 from svdbank_cli.options import find_options, report_option, with_output, write_page
 from svdbank_cli.output import Output
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("train", short_help="Train an adapter for MODEL on text; measure held-out loss.")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_model)
 @click.option("-o", "--output", "adapter", type=click.Path(), help="Adapter folder to write.")
 @click.option(
     "--data", multiple=True, metavar="FILE", help="Text, .jsonl, .csv, .parquet, a folder, org/name on the Hub. Repeatable."
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
     "--on-top-of",
     multiple=True,
     metavar="ADAPTER",
+    shell_complete=complete_adapter,
     help="Folder or org/name on the Hub that lies frozen beneath, in its own band. Repeatable.",
 )
 @click.option(
     "--bank",
     type=click.Path(),
+    shell_complete=complete_bank,
     help="Bank: its folder, or its address (hf://org/name). [default: the model's bank in the cache]",
 )
 @click.option("--build", is_flag=True, help="Build the bank into the cache first where there is none.")

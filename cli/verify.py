@@ -8,6 +8,7 @@ import click
 
 from svdbank.core.errors import DamageError
 from svdbank.core.units import size
+from svdbank_cli.completion import complete_bank, complete_model
 from svdbank_cli.options import with_output
 from svdbank_cli.output import Output
 from svdbank_cli.parameters import ShareType
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", short_help="Check a BANK against its records, or against its model.")
-@click.argument("bank")
+@click.argument("bank", shell_complete=complete_bank)
 @click.option("--data", is_flag=True, help="Hash every byte instead of looking at sizes.")
-@click.option("--source", "model", metavar="MODEL", help="Measure the bases against the weights they were made from.")
+@click.option(
+    "--source",
+    "model",
+    metavar="MODEL",
+    shell_complete=complete_model,
+    help="Measure the bases against the weights they were made from.",
+)
 @click.option(
     "--sample",
     type=ShareType(),

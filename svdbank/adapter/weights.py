@@ -41,12 +41,12 @@ class AdaptedWeight:
     experts: int = 0
 
     def total(self) -> Component:
-        """The sum of the components, as one: what PEFT sees. Made once."""
+        """The sum of the components, as one: what PEFT sees. Made once, and the same to the bit in whatever order they came."""
         return self._total
 
     @cached_property
     def _total(self) -> Component:
-        return combined([(1.0, component) for component in self.components.values()])
+        return combined([(1.0, self.components[name]) for name in sorted(self.components)])
 
     @cached_property
     def squared_norm(self) -> float:

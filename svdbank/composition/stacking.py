@@ -29,11 +29,8 @@ class Overlap(Struct, frozen=True):
 
 
 def stacked(domains: Mapping[str, Adapter], scales: Mapping[str, float]) -> Adapter:
-    """``Σ scaleᵢ ΔWᵢ`` with every domain as a component of its own.
-
-    Always in one order, so that a sum is the same to the bit however its domains came together.
-    """
-    return combination([(scales[name], domains[name]) for name in sorted(domains)])
+    """``Σ scaleᵢ ΔWᵢ`` with every domain as a component of its own, in the order given; the sum is the same to the bit in any."""
+    return combination([(scales[name], domain) for name, domain in domains.items()])
 
 
 def as_domain(adapter: Adapter, scale: float) -> Domain:
