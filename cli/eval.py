@@ -98,11 +98,11 @@ def _text(report: EvalReport) -> str:
             (
                 score.text,
                 score.adapter,
-                f"{score.loss:.4f} ± {score.error:.4f}",
+                f"{score.loss:.4f}{_error(score.error)}",
                 f"{score.perplexity:.2f}",
-                "" if score.adapter == "base" else f"{score.change:+.4f} ± {score.change_error:.4f}",
+                "" if score.adapter == "base" else f"{score.change:+.4f}{_error(score.change_error)}",
                 f"{score.tokens:,}",
-                f"{score.draws:,} {score.over}",
+                f"{score.draws:,} {score.over}" if score.draws != 1 else f"none: 1 {score.over.removesuffix('s')}",
             )
             for score in report.scores
         ]
@@ -119,3 +119,8 @@ def _text(report: EvalReport) -> str:
         ]
         parts.append(table(("task", "adapter", "metric", "value"), scores))
     return "\n\n".join(parts)
+
+
+def _error(error: float) -> str:
+    """Nothing where there is none, because one document or window is all that was measured."""
+    return f" ± {error:.4f}" if error == error else ""

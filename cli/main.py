@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from typing import NoReturn, TextIO
 
 import click
 
@@ -102,6 +103,7 @@ def main() -> NoReturn:
     ends at once: taking torch down module by module is half a second in which nothing is done.
     """
     ended: list[int] = []
+    warnings.showwarning = _noted
     atexit.register(lambda: os._exit(ended[0]) if ended else None)  # the first to be registered is the last to run
     signal.signal(signal.SIGTERM, _interrupt)
     if sys.argv[1:2] in (["train"], ["eval"]):
@@ -110,6 +112,21 @@ def main() -> NoReturn:
         spare_bitsandbytes()
     ended.append(_flushed(run(sys.argv[1:])))
     sys.exit(ended[0])
+
+
+def _noted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """svdbank's own warnings are notes here, without the line of Python that they come from; others' are shown as ever."""
+    if category.__module__.startswith("svdbank."):
+        click.echo(f"Note: {printable(message)}", err=True)
+    else:
+        (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _flushed(code: int) -> int:

@@ -96,7 +96,7 @@ SESSIONS = {
             Step("", f"svdbank train {SMOLLM2} -r 16 -o law --data law.txt --load-in 4bit {SHORT}"),
             Step(
                 "The same adapter on the full-precision base.",
-                f"svdbank eval {SMOLLM2} --adapter law --data law=law.txt --tokens 1000",
+                f"svdbank eval {SMOLLM2} --adapter law --data law=law.txt --length 64 --tokens 1000",
             ),
             Step("What a bank of the 4-bit weights would be: refused, with what to do.", "svdbank build ./quantised", 1),
         ),
@@ -136,7 +136,7 @@ SESSIONS = {
             Step("", f"svdbank repair small.bank --source {MINILM}"),
             Step("", "svdbank verify small.bank --data"),
             Step("A lost manifest is another matter: nothing else says which bytes are right.", "rm small.bank/manifest.json"),
-            Step("", "svdbank info small.bank"),
+            Step("", "svdbank info small.bank", 4),
             Step("", f"svdbank repair small.bank --source {MINILM}"),
             Step("", "svdbank verify small.bank --data"),
         ),
@@ -155,7 +155,7 @@ def record(name: str, models: Path, wheel: Path | None) -> None:
         environment = {
             **{k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "SVDBANK_HOME")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "SVDBANK_HOME": str(Path(scratch) / "home"),
+            "SVDBANK_HOME": str(Path(scratch) / "svdbank"),
             "HF_HUB_OFFLINE": "1",
             "COLUMNS": "110",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -170,7 +170,8 @@ def record(name: str, models: Path, wheel: Path | None) -> None:
             _quantised(folder / "quantised", models / SMOLLM2)
         parts = []
         for step in session.steps:
-            parts.append(played(step, folder, environment, hidden={str(folder): "~", scratch: "~/.cache"}))
+            hidden = {str(folder): "~", scratch: "~/.cache", str(Path.home()): "~"}
+            parts.append(played(step, folder, environment, hidden))
     TARGET.mkdir(exist_ok=True)
     (TARGET / f"{name}.md").write_text(page(session, parts), encoding="utf-8")
 
@@ -202,7 +203,10 @@ def played(step: Step, folder: Path, environment: dict[str, str], hidden: dict[s
     printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     for place, name in hidden.items():
         printed = printed.replace(place, name)
-    lines = [line.rpartition("\r")[2].rstrip() for line in printed.rstrip().splitlines()]
+    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in printed.rstrip().split("\n")]
+    lines = (
+        [line for line in lines if not line.startswith("WARNING: Location 'file:")] if printed.strip() else []
+    )  # pip, of its mirror
     if len(lines) > SHOWN:
         half = SHOWN // 2
         lines = [*lines[:half], f"… {len(lines) - 2 * half} more lines …", *lines[-half:]]

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from svdbank.core.specs import Progress, ignore_progress
+from svdbank.core.units import duration
 from svdbank.training import checkpoints
 from svdbank.training.attaching import activate
 from svdbank.training.best import Held, HeldOut
@@ -66,7 +67,7 @@ def watcher(run: Run, trainer: Any, held: Held | None, noticing: Noticing, every
         def _tell(self, state: Any) -> None:
             recent = fmean(clock.steps[1:][-20:] or clock.steps)
             left = recent * (state.max_steps - state.global_step)
-            speed = f"{run.a_step * run.length / recent:.0f} tokens/s, {left / 60:.1f} min left"
+            speed = f"{run.a_step * run.length / recent:.0f} tokens/s, {duration(left)} left"
             tell(Progress("training", state.global_step, state.max_steps, "step", self.loss + speed))
 
         def _measure(self, held: Held, args: Any, state: Any, control: Any) -> None:
