@@ -33,4 +33,4 @@ svdbank.stack([both], output=f"{both}-without-med", drop=["med"], force=True)  #
 texts = {domain: f"{folder}/{domain}-unseen.txt" for domain in domains}
 report = svdbank.eval(name, data=texts, adapters={"law": law, "both": both, "without med": f"{both}-without-med"})
 for score in report.scores:
-    print(f"{score.adapter or 'base':12} {score.text:4} {score.loss:.3f}")
+    print(f"{score.adapter:12} {score.text:4} {score.loss:.3f}")

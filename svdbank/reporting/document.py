@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from svdbank.core import units
 
@@ -22,9 +23,9 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     note: str = ""
 
-    @property
+    @cached_property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold numbers alone: they stand to the right."""
+        """Which columns hold numbers alone: they stand to the right. Made once: a page asks at every cell."""
         return tuple(
             bool(self.rows) and all(_NUMBER.fullmatch(row[column]) for row in self.rows) for column in range(len(self.header))
         )

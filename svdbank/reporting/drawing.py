@@ -274,8 +274,11 @@ def _drawn(height: float) -> Iterator[tuple[Any, Any]]:
 
 def _svg(figure: Any) -> str:
     """What matplotlib draws, without its own header and names, in the page's colours; hidden from screen readers, who get the table."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # Not savefig, which lays out and draws twice.
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(buffer.getvalue())
     for element in list(root):
