@@ -173,10 +173,10 @@ def run(arguments: list[str]) -> int:
         _debug()
         place = f"{error.filename}: " if error.filename else ""
         hint = {
-            errno.ENOSPC: "free some space, or choose another disk with -o; the same command goes on from what is finished",
-            errno.EDQUOT: "your quota is used up: free some space, or choose another disk with -o; the same command goes on",
+            errno.ENOSPC: "free some space, or name another disk (for the cache: SVDBANK_HOME); the same command goes on",
+            errno.EDQUOT: "your quota is used up: free some space, or name another disk; the same command goes on",
             errno.EACCES: "choose a folder you may write to with -o, or set SVDBANK_HOME",
-            errno.EROFS: "this disk is read-only: choose another with -o, or set SVDBANK_HOME",
+            errno.EROFS: "this disk is read-only: name another (for the cache: SVDBANK_HOME)",
         }.get(error.errno or 0)
         _complain(f"{place}{error.strerror or error}", hint)
         return 1

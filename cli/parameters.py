@@ -104,14 +104,14 @@ class ShareType(_ParamType):
 
 
 class AgeType(_ParamType):
-    """A length of time in seconds: ``30d``, ``12h``, ``8w``."""
+    """A length of time in seconds: ``30d``, ``12h``, ``8w``. An ``m`` would be minutes to some and months to others."""
 
     name = "TIME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([mhdw])", str(value).strip().lower())
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([hdw])", str(value).strip().lower())
         if found is None:
             self.fail(f"{value!r} is no length of time: 30d, 12h, 8w", param, ctx)
-        return float(found[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}[found[2]]
+        return float(found[1]) * {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}[found[2]]

@@ -160,8 +160,12 @@ def open(source: str | os.PathLike[str]) -> Bank:
     if isinstance(place, Nowhere) and place.is_path and "/" in place.text:  # a word alone may be a model of the Hub
         raise BankNotFoundError(f"{str(source)!r}: no such path", hint="svdbank ls shows the banks there are")
     if not candidates:
+        is_far = isinstance(place, OnHub) and remembered(parts_home(), f"hf://{place}") is not None
         raise BankNotFoundError(
-            f"no bank of {str(source)!r} in {home() / 'banks'}", hint=f"svdbank build {shlex.quote(os.fspath(source))}"
+            f"no bank of {str(source)!r} in {home() / 'banks'}",
+            hint=f"as a bank on the Hub it is named hf://{place}"
+            if is_far
+            else f"svdbank build {shlex.quote(os.fspath(source))}",
         )
     revisions = {manifest.base.revision for _, manifest in candidates}
     if len(revisions) > 1:
@@ -318,10 +322,21 @@ def last_used(root: Path) -> float:
     return latest or root.lstat().st_mtime
 
 
-def left_in_cache() -> list[Path]:
-    """What killed removals left in the cache."""
+def left_in_cache(before: float) -> list[Path]:
+    """What killed removals left in the cache, and what pulls that were stopped had brought when they last wrote, ``before`` that time."""
     left = [*(home() / "banks").glob(f"*/.*.rm{disk.TEMPORARY}"), *parts_home().glob(f".*.rm{disk.TEMPORARY}")]
+    left += [path for path in (home() / "banks").glob(f"*/.*.pull{disk.TEMPORARY}") if _last_written(path) <= before]
     return [path for path in left if path.is_dir() and not path.is_symlink()]
+
+
+def _last_written(folder: Path) -> float:
+    """When something in a folder last changed, in seconds since 1970."""
+    latest = 0.0
+    for place, _, names in os.walk(folder):
+        for name in ("", *names):
+            with contextlib.suppress(OSError):
+                latest = max(latest, os.lstat(f"{place}/{name}").st_mtime)
+    return latest
 
 
 def finish_removal(aside: Path, *, dry_run: bool) -> int:

@@ -53,7 +53,10 @@ def _fetched(place: OnHub) -> Path:
         listed = {file.rfilename: file for file in info.siblings or []}
         if CONFIG not in listed:
             raise CheckpointError(
-                f"{shown}: the repository holds no {CONFIG}, so it is no adapter", hint="name a LoRA's repository, or a folder"
+                f"{shown}: the repository holds no {CONFIG}, so it is no adapter",
+                hint=f"as a bank it is named hf://{shown}"
+                if "manifest.json" in listed
+                else "name a LoRA's repository, or a folder",
             )
         if WEIGHTS not in listed and _PICKLE in listed:
             raise CheckpointError(

@@ -21,7 +21,7 @@ from svdbank.bank.layout import CRC_BYTES, INDEX_ENTRY, MANIFEST, FileRecord, In
 from svdbank.bank.parts import Parts, remember, remembered
 from svdbank.bank.reading import Bank
 from svdbank.bank.sources import HubSource, OfflineError, Part, Source, StoreSource, read_all
-from svdbank.core.errors import BankNotFoundError, DamageError
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError
 from svdbank.core.places import InStore, OnHub
 from svdbank.core.specs import SourceFile
 
@@ -232,9 +232,11 @@ def open_afar(named: OnHub | InStore, home: Path, limit: int, *, anew: bool = Fa
     except BankNotFoundError:
         raise
     except FileNotFoundError as cause:
+        shown = source.place
+        is_model = isinstance(named, OnHub) and _has(source, "config.json")
         raise BankNotFoundError(
-            f"{source.place}: no bank there (it has no {MANIFEST})",
-            hint=f"svdbank build {named.repository}" if isinstance(named, OnHub) else None,
+            f"{shown}: {'a model, and ' if is_model else ''}no bank there (it has no {MANIFEST})",
+            hint=f"svdbank build {named}" if is_model else "check the spelling",
         ) from cause
     manifest = parse_manifest(data, source.place)
     parts = Parts(home / manifest.digest[:32], limit)
@@ -256,6 +258,15 @@ def _source(named: OnHub | InStore, place: str | None) -> Source:
     if isinstance(named, InStore):
         return StoreSource(named)
     return HubSource(named, None if place is None else place.rpartition("@")[2])
+
+
+def _has(source: Source, name: str) -> bool:
+    """Whether there is a small file of this name."""
+    try:
+        source.whole(name, _MANIFEST_BYTES)
+    except (BankError, OSError):
+        return False
+    return True
 
 
 def _as_published(data: bytes, digest: str) -> Manifest | None:

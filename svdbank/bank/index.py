@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from math import ceil
+from pathlib import Path
 from shlex import quote
 
 import msgspec
 
 from svdbank.bank.chunks import checked_crc
-from svdbank.bank.files import SMALL_FILE, Files, Range, read_small
+from svdbank.bank.files import SMALL_FILE, Files, Folder, Range, read_small
 from svdbank.bank.layout import (
     CRC_BYTES,
     INDEX_ENTRY,
@@ -30,6 +31,7 @@ from svdbank.bank.layout import (
     shard_file,
     vector_arrays,
 )
+from svdbank.bank.sessions import current_session
 from svdbank.bank.zarr_metadata import ArrayMetadata, checked_metadata
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError
 from svdbank.core.specs import BuildOptions, from_json
@@ -41,12 +43,17 @@ _LONGEST_NAME, _LONGEST_WEIGHT, _LARGEST = 250, 4096, 1 << 31
 def read_manifest(files: Files) -> Manifest:
     """The manifest of a published bank.
 
-    Raises BankNotFoundError where there is none (or one whose build has not finished), DamageError when it is not the bytes that were
-    published, BankError for a format this version does not know.
+    Raises BankNotFoundError where there is none (or one whose build has not finished), DamageError when it is lost or not the bytes that
+    were published, BankError for a format this version does not know.
     """
     try:
         data = read_small(files, MANIFEST)
     except FileNotFoundError:
+        if isinstance(files, Folder) and lost_manifest(files.root):
+            raise DamageError(
+                f"{files.place}/{MANIFEST}: lost; the bank was published",
+                hint=f"svdbank repair {quote(files.place)} --source MODEL",
+            ) from None
         if _is_begun(files):
             raise BankNotFoundError(
                 f"{files.place}: this bank's build has not finished", hint="run the same svdbank build again: it resumes"
@@ -55,6 +62,12 @@ def read_manifest(files: Files) -> Manifest:
             f"{files.place}: no bank here", hint="svdbank ls shows the banks there are; svdbank build makes one"
         ) from None
     return parse_manifest(data, files.place, hint=f"svdbank repair {quote(files.place)} --source MODEL")
+
+
+def lost_manifest(root: Path) -> bool:
+    """True for the folder of a published bank that has no manifest: a build has records until it is published, and no index before all is
+    recorded."""
+    return not (root / MANIFEST).exists() and current_session(root) is None and any(root.glob("index-*.json"))
 
 
 def parse_manifest(data: bytes, place: str, *, hint: str | None = None) -> Manifest:

@@ -105,9 +105,7 @@ class Mender:
         names = [weight.name for weight in family.weights[shard.start : shard.stop] if weight.name in self.wanted]
         for name in names:
             if self._checkpoint is None or name not in self._specs:
-                raise WrongBaseError(
-                    f"{self._bank.place}: the model has no {name}", hint=f"repair it from {self._bank.manifest.base.name}"
-                )
+                raise WrongBaseError(f"{self._bank.place}: the model has no {name}", hint=self._hint())
         return ShardWork(shard, family.spec, tuple(self._specs[name] for name in names))
 
     def _solved(self, batch: Batch, family: FamilyIndex, solver: CpuSolver | GpuSolver, threads: int) -> list[Mended]:
@@ -129,9 +127,17 @@ class Mender:
         if sha256 != record.source_sha256:
             raise WrongBaseError(
                 f"{self._bank.place} was built from another model: {spec.name} of {self._checkpoint.name} has other bytes",
-                hint=f"repair it from {self._bank.manifest.base.name}",
+                hint=self._hint(),
             )
         return spec, matrix, sha256
+
+    def _hint(self) -> str:
+        base = self._bank.manifest.base
+        return (
+            f"--source {base.name}@{base.revision}"
+            if base.revision
+            else f"--source names the folder that was called {base.name!r}"
+        )
 
     def _whole(
         self, family: FamilyIndex, shard: ShardSpec, solved: Mapping[str, tuple[Basis, tuple[float, ...]]]

@@ -60,5 +60,5 @@ def refuse_full_disk(root: Path, plan: Plan) -> None:
     if needed > (free := disk.free_bytes(root)):
         raise OptionError(
             f"{root}: the bank needs {gigabytes(needed)} more, {gigabytes(free)} are free",
-            hint="choose another disk with -o, a smaller --rank, --side left, or --dtype float16",
+            hint="choose another disk (-o, or SVDBANK_HOME for the cache), a smaller --rank, --side left, or --dtype float16",
         )

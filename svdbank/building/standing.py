@@ -6,12 +6,11 @@ import os
 import time
 from pathlib import Path
 
+from svdbank.bank.index import lost_manifest
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.leases import workers
 from svdbank.bank.sessions import Session, current_session
-from svdbank.building.checking import repair_command
 from svdbank.building.freezing import plan_under_way
-from svdbank.core.errors import DamageError
 from svdbank.core.places import OnDisk, locate, refuse_empty
 from svdbank.core.specs import Plan, Struct
 
@@ -55,17 +54,15 @@ class UnfinishedInfo(Struct, frozen=True):
 
 
 def unfinished_info(source: str | os.PathLike[str]) -> UnfinishedInfo | None:
-    """What stands at a folder where a build or an extension is under way or was stopped; None for anything else. DamageError for a
-    published bank that lost its manifest: a build has records until it is published, and no index before all is recorded."""
+    """What stands at a folder where a build or an extension is under way or was stopped; None for anything else."""
     refuse_empty(source, "the bank's name", "name a bank's folder or a model; svdbank ls shows the banks there are")
     place = locate(os.fspath(source))
     if not isinstance(place, OnDisk) or not (place.path / "plan.json").is_file():
         return None
     root = place.path
-    found = plan_under_way(root)
-    if not (root / MANIFEST).exists() and current_session(root) is None and any(root.glob("index-*.json")):
-        raise DamageError(f"{root}/{MANIFEST}: lost; the bank was published", hint=repair_command(str(root)))
-    return None if found is None else _info(root, found[1])
+    if lost_manifest(root) or (found := plan_under_way(root)) is None:
+        return None
+    return _info(root, found[1])
 
 
 def _info(root: Path, plan: Plan) -> UnfinishedInfo:

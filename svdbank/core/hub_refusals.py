@@ -27,14 +27,14 @@ _LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})
 
 def explain(cause: BaseException, shown: str) -> CheckpointError:
     """What a failure of the Hub client means to the person who named ``shown``. Never quotes a URL: it may be signed."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if isinstance(cause, CheckpointError):
         return cause
     if isinstance(cause, errors.GatedRepoError):
         return CheckpointError(
             f"{shown}: access to this repository must be granted first",
-            hint=f"ask for it on the model's page ({shown.split('@')[0]}), then: hf auth login",
+            hint=f"ask for it on its page, {constants.ENDPOINT}/{shown.removeprefix('hf://').split('@')[0]}, then: hf auth login",
         )
     if isinstance(cause, errors.RevisionNotFoundError):
         return CheckpointError(

@@ -18,7 +18,7 @@ from svdbank.building.loaded import Built, build_loaded
 from svdbank.building.request import build_request
 from svdbank.checkpoint.loaded import about_digest
 from svdbank.checkpoint.source import Checkpoint
-from svdbank.core.errors import OptionError, SvdbankError, abridge
+from svdbank.core.errors import BankError, OptionError, SvdbankError, abridge
 from svdbank.core.specs import ProgressCallback, ignore_progress
 from svdbank.peft.layers import Slot
 from svdbank.peft.lookup import check_ranks, check_shapes, match, recognise
@@ -46,6 +46,8 @@ class Automatic:
         targets = [target for layer in layers for target in layer.targets]
         check_ranks(targets)
         asked = max(target.rank for target in targets)
+        if self.rank is not None and type(self.rank) is not int:
+            raise OptionError(f"rank is a number, not {self.rank!r}", hint=f"rank={asked} or more, or leave it out")
         if self.rank is not None and self.rank < asked:
             raise OptionError(f"rank {self.rank} is below the {asked} that the adapter asks for", hint=f"rank={asked} or more")
         need = _Need(targets, method, self.rank or asked, getattr(root, "base_model_prefix", ""))
@@ -86,7 +88,15 @@ def make(
         place,
     )
     begun = time.perf_counter()
-    built = build_loaded(of.checkpoint, request, device=device, progress=progress)
+    try:
+        built = build_loaded(of.checkpoint, request, device=device, progress=progress)
+    except OSError as cause:
+        if isinstance(cause, SvdbankError):
+            raise
+        raise BankError(
+            f"{place}: the bank cannot be kept: {cause.strerror or cause}",
+            hint="SVDBANK_HOME names a folder for banks on a disk that takes them; what is finished is kept",
+        ) from cause
     _log.warning("%d weights decomposed in %.1f s; the next start is a lookup", built.solved, time.perf_counter() - begun)
     return built
 

@@ -21,6 +21,8 @@ _ASKED, _NAMED = 100, 3
 #: Seconds for the first answer. Whoever has no connection waits no longer for an error that is there already.
 _PATIENCE = 5.0
 
+_NAME, _COMMIT = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII), re.compile(r"[0-9a-f]{40}")
+
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -49,8 +51,8 @@ def opened(source: Bank | str | os.PathLike[str], *, find: bool = True) -> Bank:
         raise (with_found(missing, source) if find and not isinstance(source, Bank) else missing) from missing.__cause__
 
 
-def with_found(missing: BankNotFoundError, model: str | os.PathLike[str]) -> BankNotFoundError:
-    """The error, with the banks that are on the Hub for this model."""
+def with_found(missing: BankNotFoundError, model: str | os.PathLike[str], *, brings: str = "--pull") -> BankNotFoundError:
+    """The error, with the banks that are on the Hub for this model; ``brings`` is how one of them is asked for."""
     try:
         found = find_banks(model)
     except Exception:  # of a network, of a strange card: the bank is missing all the same
@@ -60,7 +62,7 @@ def with_found(missing: BankNotFoundError, model: str | os.PathLike[str]) -> Ban
     named = "; ".join(map(str, found[:_NAMED])) + (f" and {len(found) - _NAMED} more" if found[_NAMED:] else "")
     return BankNotFoundError(
         f"{missing}; on the Hub, of the same weight files as their cards say: {named}",
-        hint=f"--pull {found[0].repository} brings it, if you trust {found[0].owner}; or {missing.hint}",
+        hint=f"{brings} {found[0].repository} brings it, if you trust {found[0].owner}; or {missing.hint}",
     )
 
 
@@ -97,13 +99,36 @@ def check_named(model: str | os.PathLike[str], repository: str) -> bool:
         raise explained(cause, str(place), "looking at it") from cause
     card = _card(info)
     if card is None:
-        raise OptionError(f"{place}: its card names no bank", hint=f"svdbank info hf://{place} says what is there")
-    if not _is_of(card, known[1]):
-        raise WrongBaseError(
-            f"{place}: its card says that it is of other weight files than {os.fspath(model)}",
-            hint="name the revision of the model that it is of: MODEL@REVISION",
+        raise OptionError(
+            f"{place}: its card names no bank", hint="name a bank's repository, or leave --pull out to be told of some"
         )
+    if not _is_of(card, known[1]):
+        raise _other_base(str(place), info, card, os.fspath(model), known[0])
     return True
+
+
+def _other_base(place: str, info: Any, card: dict[str, Any], model: str, repository: str) -> WrongBaseError:
+    """The error for a bank that is not of the model's weight files, with what the card says that it is of."""
+    named, commit = getattr(getattr(info, "card_data", None), "base_model", None), card.get("base_commit")
+    base = far_bank(f"hf://{named}@{commit}") if _is_name(named) and _is_commit(commit) else None
+    if base is not None and named == repository:
+        return WrongBaseError(
+            f"{place}: its card says that it is of other weight files than {model}",
+            hint=f"name the revision of the model that it is of: {base}",
+        )
+    of = "other weight files than" if base is None else f"{base}, not of the weight files of"
+    return WrongBaseError(
+        f"{place}: its card says that it is of {of} {model}",
+        hint=f"leave --pull out to be told of banks of {repository}; or svdbank build {repository}",
+    )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def _is_commit(value: object) -> bool:
+    return isinstance(value, str) and _COMMIT.fullmatch(value) is not None
 
 
 def _weight_files(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]] | None:

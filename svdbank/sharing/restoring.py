@@ -55,7 +55,7 @@ def as_there(root: Path, far: Bank, why: str) -> tuple[Bank, list[Damage]]:
     if not _is_of(root, far.manifest):
         raise BankError(
             f"{far.place} is not the bank that {root} was: their manifests, or else their plans and indexes, differ",
-            hint="leave --from out: then all is solved again",
+            hint="name the address that it came from, or leave --from out",
         )
     try:
         read_manifest(Folder(root))

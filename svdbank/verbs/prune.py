@@ -27,7 +27,8 @@ def prune(older_than: float | datetime.timedelta, *, dry_run: bool = False) -> P
     """Delete the cached banks, finished, unfinished or damaged, whose last use is longer ago than ``older_than`` (seconds).
 
     A bank is used when it is opened, by whichever verb, and when it is built. Banks outside the cache are left alone, and so are those
-    that somebody writes into. What a killed ``rm`` left in the cache goes too. Raises :class:`OptionError` for a time that is none.
+    that somebody writes into. What a killed ``rm`` left in the cache goes too, and
+    what a ``pull`` that was stopped had brought, once that is as old. Raises :class:`OptionError` for a time that is none.
     """
     age = older_than.total_seconds() if isinstance(older_than, datetime.timedelta) else float(older_than)
     if not (math.isfinite(age) and age >= 0):
@@ -48,6 +49,6 @@ def prune(older_than: float | datetime.timedelta, *, dry_run: bool = False) -> P
                 continue
         removed.append(bank)
         freed += bank.size
-    for left in cache.left_in_cache():
+    for left in cache.left_in_cache(before):
         freed += cache.finish_removal(left, dry_run=dry_run)
     return PruneReport(tuple(removed), kept, tuple(busy), freed, dry_run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Literal, cast
 
 from svdbank import cache
@@ -11,10 +12,12 @@ from svdbank.adapter.base import is_bank
 from svdbank.bank.afar import Afar
 from svdbank.bank.files import Folder
 from svdbank.bank.index import read_manifest
-from svdbank.bank.reading import Bank
-from svdbank.core.errors import BankError, BankNotFoundError, OptionError
+from svdbank.bank.reading import Bank, open_bank
+from svdbank.building.checking import examine
+from svdbank.core.errors import BankError, BankNotFoundError, DamageError, OptionError
 from svdbank.core.places import far_bank, refuse_empty
 from svdbank.core.specs import ProgressCallback, Struct, ignore_progress
+from svdbank.sharing.finding import check_named, with_found
 from svdbank.sharing.pulling import lacking, open_there, pull_part, pull_whole
 
 
@@ -68,7 +71,10 @@ def pull(
         refuse_empty(into, "the bank's name", "leave --into out for a bank in the cache, or name a folder")
     if rank is not None and rank < 1:
         raise OptionError(f"rank {rank} is none", hint="--rank 16")
-    bank = open_there(source)
+    try:
+        bank = open_there(source)
+    except BankNotFoundError as missing:
+        raise with_found(missing, source, brings="svdbank pull") from missing.__cause__
     if rank is None and side is None:
         return _whole(bank, into, tell)
     if side == "both" and bank.side == "left":
@@ -86,8 +92,6 @@ def pull(
 def pulled(model: str | os.PathLike[str] | Bank, repository: str, progress: ProgressCallback | None) -> Bank:
     """The bank that ``--pull REPOSITORY`` names for a model, brought into the cache whole. WrongBaseError where it is of other weights:
     by the Hub's ids of their files before anything is fetched, or else by the weights themselves."""
-    from svdbank.sharing.finding import check_named
-
     if isinstance(model, Bank) or is_bank(model) or far_bank(model) is not None:
         shown = model.place if isinstance(model, Bank) else os.fspath(model)
         raise OptionError(f"{shown} is a bank already", hint="leave --pull out, or name the model")
@@ -107,6 +111,11 @@ def _whole(bank: Bank, into: str | os.PathLike[str] | None, progress: ProgressCa
     target = target.resolve()
     if not _is_here(bank, target):
         pull_whole(bank, target, progress)
+    elif damage := examine(open_bank(target)).damage:
+        raise DamageError(
+            f"{target} is here already, and damaged: {damage[0].file}: {damage[0].what}",
+            hint=f"svdbank repair {quote(str(target))} --from {quote(bank.place)}",
+        )
     return _report(bank, target, rank=bank.manifest.options.rank, side=bank.side, lacks=None, size=cache.bytes_in(target))
 
 

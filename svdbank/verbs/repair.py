@@ -153,7 +153,7 @@ def _anew(
     """Without index or manifest nothing says which bytes are right: the bank is built again, as its plans say, and takes the place."""
     from svdbank.verbs.build import build
 
-    damage = (Damage("manifest.json", why.removeprefix(f"{root}/")),)
+    damage = (Damage(MANIFEST, why.removeprefix(f"{root}/").removeprefix(f"{MANIFEST}: ")),)
     try:
         plans = [read_plan(path) for path in sorted(root.glob("plan*.json"))]
     except BankError:

@@ -63,7 +63,7 @@ def verify(
     try:
         bank = cache.open(source) if far is None or cache.is_base(far) else cache.open_elsewhere(far)
     except DamageError as error:
-        return _report(os.fspath(source), level, None, damage=(Damage(MANIFEST, str(error)),))
+        return _report(os.fspath(source), level, None, damage=(_unreadable(error, os.fspath(source)),), files=1)
     parts = far is None and isinstance(bank.files, Afar)
     if parts and model is None:
         level = "parts"
@@ -108,6 +108,12 @@ def _report(
         sound=not damage,
         next=_next(path, bank) if damage else None,
     )
+
+
+def _unreadable(error: DamageError, place: str) -> Damage:
+    """What makes a bank no bank: its manifest, or the index that this names."""
+    name, sign, what = str(error).removeprefix(f"{place.rstrip('/')}/").partition(": ")
+    return Damage(name, what) if sign and name.endswith(".json") and "/" not in name else Damage(MANIFEST, str(error))
 
 
 def _next(path: str, bank: Bank | None) -> str | None:

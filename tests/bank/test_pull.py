@@ -54,6 +54,11 @@ def test_a_bank_pulled_whole_is_the_bank_and_serves_its_address_and_its_model_of
 def test_pull_into_a_folder_refuses_what_stands_there_and_knows_its_own(far: LocalHub, tmp_path: Path) -> None:
     place = tmp_path / "bank"
     assert svdbank.pull(NAME, into=place).path == svdbank.pull(NAME, into=place).path == str(place)
+    path = next(place.rglob("c/0/0/0"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(svdbank.DamageError, match="is here already, and damaged") as caught:
+        svdbank.pull(NAME, into=place)
+    assert caught.value.hint is not None and run([*caught.value.hint.split()[1:], "-q"]) == 0 and svdbank.pull(NAME, into=place)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_bytes(b"")
     for into in (tmp_path / "other", tmp_path / "other" / "file", "hf://org/copy"):

@@ -109,6 +109,9 @@ def test_after_any_harm_the_bank_is_what_it_was(harm: str, kind: str, whole: Pat
     bank = Path(shutil.copytree(whole, memory_disk / "bank"))
     (path,) = bank.glob(KINDS[kind])
     HARMS[harm](path)
+    if kind in ("manifest", "index"):
+        (damage,) = svdbank.verify(bank).damage
+        assert damage.file == path.name and path.name not in damage.what and str(bank) not in damage.what
     report = repaired(bank, model)
     expected = {"left": 1, "right": 1, "sigma": 3, "metadata of sigma": 3, "probe": 3, "manifest": 3, "index": 3}
     assert report.solved == expected.get(kind, 0)

@@ -165,6 +165,8 @@ def test_the_rank_is_that_asked_for_or_above(folders: dict[str, Path]) -> None:
         get_peft_model(load(folders["llama"]), mica(4), bank="auto", rank=3)
     with pytest.raises(OptionError, match=r"outside 1\.\.12"):
         get_peft_model(load(folders["llama"]), mica(13), bank="auto")
+    with pytest.raises(OptionError, match="rank is a number, not '8'"):
+        get_peft_model(load(folders["llama"]), mica(4), bank="auto", rank="8")  # type: ignore[arg-type]
     found = attachment(get_peft_model(load(folders["llama"]), mica(4, target_modules=["q_proj"]), bank="auto", rank=16))
     assert svdbank.open(found.bank).rank == 16 and found.decomposed == 2
     more = attachment(get_peft_model(load(folders["llama"]), mica(8), bank="auto", rank=16))
@@ -247,6 +249,16 @@ def test_what_a_killed_start_left_is_finished_by_the_next_whatever_that_asks_for
         bank = svdbank.open(found.bank)
         assert svdbank.verify(bank.path, data=True, model=folders["llama"]).sound
         assert all(torch.equal(bank[name].left(4), left) for name, left in digests.items())
+
+
+def test_a_cache_that_takes_no_bank_is_named_and_the_model_stays_as_it_was(folders: dict[str, Path], home: Path) -> None:
+    home.mkdir()
+    (home / "banks").symlink_to(home / "banks")  # nothing can be made there, whoever asks
+    model = load(folders["llama"])
+    with pytest.raises(svdbank.BankError, match="cannot be kept") as caught:
+        get_peft_model(model, mica(4), bank="auto")
+    assert "SVDBANK_HOME" in str(caught.value.hint) and not lora_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_of_two_that_start_at_once_one_builds(folders: dict[str, Path], home: Path) -> None:

@@ -125,8 +125,18 @@ def test_a_bank_of_other_weights_is_refused_before_it_is_pulled(
     hub: LocalHub, pushed: str, base_files: dict[str, bytes], small_base: Path, tmp_path: Path
 ) -> None:
     hub.commit("org/other", {**base_files, "model.safetensors": base_files["model.safetensors"][:-1] + b"\0"})
-    with pytest.raises(WrongBaseError):
+    old = hub.repositories[BASE].branches["main"]
+    with pytest.raises(WrongBaseError, match=f"it is of {BASE}@{old}, not of the weight files of org/other") as caught:
         svdbank.init("org/other", output=tmp_path / "adapter", pull="me/bank")
+    assert caught.value.hint and caught.value.hint.endswith("svdbank build org/other")
+    hub.commit("you/silent", {"README.md": card_of(hub, base_commit="--pull x")})
+    with pytest.raises(WrongBaseError, match="of other weight files than org/other"):
+        svdbank.init("org/other", output=tmp_path / "adapter", pull="you/silent")
+    hub.commit(BASE, {"model.safetensors": base_files["model.safetensors"][:-1] + b"\1"})
+    with pytest.raises(WrongBaseError) as caught:
+        svdbank.init(BASE, output=tmp_path / "adapter", pull="me/bank")
+    assert caught.value.hint == f"name the revision of the model that it is of: {BASE}@{old}"
+    hub.commit(BASE, base_files)
     with pytest.raises(OptionError, match="no bank"):
         svdbank.init(BASE, output=tmp_path / "adapter", pull="org/other")
     assert not [one for one in hub.requests if "me/bank/resolve" in one]

@@ -81,8 +81,17 @@ def test_what_is_typed_wrong_ends_with_its_code_and_makes_nothing(
     typed(f"push {small_base} me/new", capsys, 10)
     typed(f"push {bank} another/new", capsys, 1)
     assert set(hub.repositories) == {BASE}
-    typed(f"pull {BASE}", capsys, 10)
+    said = typed(f"pull {BASE}", capsys, 10)[1]
+    assert f"hf://{BASE}: a model, and no bank there" in said and f"→ svdbank build {BASE}" in said
+    hub.commit("me/notes", {"README.md": b"no model and no bank"})
+    assert "check the spelling" in typed("pull me/notes", capsys, 10)[1]
     svdbank.push(bank, "me/bank")
+    svdbank.push(bank, "me/public", public=True)
+    said = typed(f"pull {BASE}", capsys, 10)[1]
+    assert "svdbank pull me/bank brings it" in said or "svdbank pull me/public brings it" in said
+    assert "hf://me/bank" in typed(f"report me/bank -o {tmp_path / 'r.html'}", capsys, 1)[1]
+    typed("pull me/bank --rank 1", capsys)
+    assert "named hf://me/bank" in typed("info me/bank", capsys, 10)[1]
     for into in (changed, changed / "config.json"):
         assert "--into" in typed(f"pull me/bank --into {into}", capsys, 2)[1]
     typed("pull me/nowhere", capsys, 10)

@@ -56,10 +56,28 @@ def test_what_was_not_used_for_long_goes_and_a_dry_run_says_so_first(home: Path,
     assert run(["prune", "--older-than", "45d"]) == 0
     assert "deleted 2 banks" in capsys.readouterr().out
     assert names(svdbank.ls()) == {"model-new", "model-old"}
-    for wrong in (["prune"], ["prune", "--older-than", "soon"], ["prune", "--older-than", "-1d"]):
+    for wrong in (
+        ["prune"],
+        ["prune", "--older-than", "soon"],
+        ["prune", "--older-than", "-1d"],
+        ["prune", "--older-than", "1m"],
+    ):
         assert run(wrong) == 2
     with pytest.raises(OptionError, match="no length of time"):
         svdbank.prune(float("nan"))
+
+
+def test_what_a_stopped_pull_left_goes_once_it_is_as_old(home: Path) -> None:
+    for name, days in (("young", 10), ("old", 50)):
+        work = home / "model-new" / f".{name}.pull.tmp"
+        (work / "new").mkdir(parents=True)
+        (work / "new" / "file").write_bytes(b"x" * 1000)
+        then = time.time() - days * DAY
+        for path in (work / "new" / "file", work / "new", work):
+            os.utime(path, (then, then))
+    assert svdbank.prune(70 * DAY).freed == 0 and svdbank.prune(45 * DAY, dry_run=True).freed > 1000
+    svdbank.prune(45 * DAY)
+    assert [path.name for path in (home / "model-new").glob(".*.pull.tmp")] == [".young.pull.tmp"]
 
 
 def test_opening_a_bank_by_its_place_or_its_model_is_using_it(home: Path) -> None:
