@@ -30,6 +30,7 @@ from svdbank.core.errors import (
     SvdbankError,
     WrongBaseError,
 )
+from svdbank.core.locks import locked
 from svdbank.core.places import InStore, Nowhere, OnDisk, OnHub, far_bank, locate, refuse_address, refuse_empty
 from svdbank.core.specs import BuildOptions, Plan, from_json
 
@@ -250,7 +251,7 @@ def remove(root: Path) -> int:
     one, with a lock of its own. What a run that was killed then leaves is removed by the next one (:func:`remove_left`).
     """
     freed = remove_left(root)
-    with disk.locked(root):
+    with locked(root):
         refuse_claimed(root)
         freed += bytes_in(root)
         aside = _aside(root)
@@ -263,7 +264,7 @@ def remove_left(root: Path) -> int:
     """Finish what a killed :func:`remove` of this place left; the bytes freed, 0 where there is nothing."""
     aside, freed = _aside(root), 0
     if aside.is_dir() and not aside.is_symlink():
-        with disk.locked(aside):  # LockedError where another one is at it now
+        with locked(aside):  # LockedError where another one is at it now
             freed = bytes_in(aside)
             disk.remove_tree(aside)
     return freed
@@ -343,7 +344,7 @@ def finish_removal(aside: Path, *, dry_run: bool) -> int:
     """Delete what a killed removal left; the bytes, also where ``dry_run`` leaves them. 0 where another process is at it."""
     if dry_run:
         return bytes_in(aside)
-    with contextlib.suppress(LockedError), disk.locked(aside):
+    with contextlib.suppress(LockedError), locked(aside):
         freed = bytes_in(aside)
         disk.remove_tree(aside)
         return freed

@@ -23,7 +23,7 @@ from svdbank.building.records import Solved, log, shard_record
 from svdbank.building.request import build_request
 from svdbank.building.shards import shard_works
 from svdbank.checkpoint.source import Checkpoint, open_local
-from svdbank.core import disk
+from svdbank.core.locks import locked
 from svdbank.core.probe import taken
 from svdbank.core.specs import ignore_progress
 from svdbank.solver import minor_basis
@@ -114,7 +114,7 @@ def _made(folder: Path, shape: tuple[int, int], *, count: int, families: int = 1
                 each.append(time.perf_counter() - begun)
         busy = time.process_time() - busy
         begun = time.perf_counter()
-        with disk.locked(prepared.root):
+        with locked(prepared.root):
             manifest = publish(prepared.root, prepared.plan, 0, progress=ignore_progress)
         published = time.perf_counter() - begun
     weights, shards = count * families, len(prepared.todo)
@@ -133,7 +133,7 @@ def _checkpoint(folder: Path, matrix: torch.Tensor, count: int, families: int) -
 
 def _prepared(checkpoint: Checkpoint, model: Path, bank: Path, rank: int) -> PreparedBuild:
     request = build_request(model, bank, rank=rank, device="cpu", jobs=1)
-    with disk.locked(bank):
+    with locked(bank):
         return prepare(checkpoint, request, device="cpu", progress=ignore_progress)
 
 

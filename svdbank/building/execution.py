@@ -26,8 +26,8 @@ from svdbank.building.shards import Batch, batched, in_order, shard_works
 from svdbank.building.solving import BatchSolver, GpuSolver, batch_solver
 from svdbank.building.stopwatch import Stopwatch
 from svdbank.checkpoint.source import Checkpoint
-from svdbank.core import disk
 from svdbank.core.errors import OptionError
+from svdbank.core.locks import locked
 from svdbank.core.probe import taken
 from svdbank.core.processors import available_cpus
 from svdbank.core.specs import Plan, Progress, ProgressCallback, ShardSpec, WeightSpec
@@ -85,7 +85,7 @@ def work(
 def lease_of(session: Session, device: str) -> Iterator[Lease]:
     """A worker's lease in a session, taken with the bank's lock: nobody deletes the bank or begins another session at that moment."""
     with contextlib.ExitStack() as stack:
-        with disk.locked(session.root, waiting=lambda _: None):
+        with locked(session.root, waiting=lambda _: None):
             if current_session(session.root) != session:
                 raise session_over(session.root)
             lease = stack.enter_context(Lease(session, device=device))

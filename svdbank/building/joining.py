@@ -32,6 +32,7 @@ from svdbank.checkpoint.planned import open_planned
 from svdbank.checkpoint.source import Checkpoint, open_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import LockedError, SvdbankError, WrongBaseError
+from svdbank.core.locks import locked
 from svdbank.core.places import OnHub, locate
 from svdbank.core.specs import Plan, Progress, ProgressCallback, Sources
 
@@ -75,7 +76,7 @@ def joined(
             checkpoint = checkpoint or stack.enter_context(open_checkpoint(request.model))
             root = place(checkpoint, request)
         refuse_foreign_folder(root)
-        with _nothing_left_of_a_refusal(root), disk.locked(root, waiting=waiting if join else None):
+        with _nothing_left_of_a_refusal(root), locked(root, waiting=waiting if join else None):
             if checkpoint is None:
                 checkpoint = stack.enter_context(_opened(request, root, join=join))
             prepared = prepare(checkpoint, request, device=device, progress=progress, join=join)
@@ -192,7 +193,7 @@ def finished(prepared: PreparedBuild, *, progress: ProgressCallback, facts: Call
     """Publish, unless another has been quicker. Raises UnfinishedError where something is missing."""
     if prepared.session is None:
         return
-    with disk.locked(prepared.root, waiting=lambda who: progress(Progress("wait for the bank's lock", 0, 1, "locks", who))):
+    with locked(prepared.root, waiting=lambda who: progress(Progress("wait for the bank's lock", 0, 1, "locks", who))):
         if not is_published(prepared):
             publish(prepared.root, prepared.plan, prepared.generation, progress=progress, facts=facts())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from svdbank.core import disk
 from svdbank.core.errors import SvdbankError
+from svdbank.core.locks import locked
 from svdbank.core.places import refuse_address, refuse_empty
 
 
@@ -24,7 +25,7 @@ def output_folder(output: str | os.PathLike[str]) -> Path:
     if work.is_dir() and not work.is_symlink() and path.exists():
         with contextlib.suppress(OSError, SvdbankError):
             if not {entry.name for entry in work.iterdir()} - {".lock", ".lock.owner"}:
-                with disk.locked(work):
+                with locked(work):
                     pass  # its files go with the lock
                 disk.remove_empty(work)
     return path
@@ -50,7 +51,7 @@ def appearing(output: Path, *, replacing: bool = False, check: Callable[[], None
     folder, replaced = work / "new", work / "replaced"
     disk.make_dirs(output.parent)
     try:
-        with disk.locked(work):
+        with locked(work):
             if replaced.exists() and not output.exists():
                 disk.replace(replaced, output)
                 if check is not None:

@@ -18,6 +18,7 @@ from svdbank.bank.reading import Bank, open_bank
 from svdbank.bank.sources import OfflineError, read_all
 from svdbank.core import disk
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError
+from svdbank.core.locks import locked
 from svdbank.core.places import far_bank, refuse_empty
 from svdbank.core.specs import Progress, ProgressCallback, SourceFile
 
@@ -42,7 +43,7 @@ def pull_whole(bank: Bank, target: Path, progress: ProgressCallback) -> None:
     folder = work / "new"
     disk.make_dirs(target.parent)
     try:
-        with disk.locked(work):
+        with locked(work):
             disk.make_dirs(folder)
             left = dict(_left(bank, folder, progress))
             need = sum(record.size for record in left.values())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, OptionError
+from svdbank.core.locks import locked
 from svdbank.core.specs import Struct, from_json, to_json
 
 SEAL = "svdbank-seal.json"
@@ -85,7 +86,7 @@ def begun(folder: Path, record: RunRecord, *, force: bool = False) -> Iterator[N
         raise OptionError(
             f"{folder} exists and is no folder of checkpoints", hint="name another output with -o, or move it away"
         )
-    with disk.locked(folder):
+    with locked(folder):
         _begin(folder, record, force)
         yield
 

@@ -13,6 +13,7 @@ from svdbank.building.freezing import plan_under_way
 from svdbank.building.publication import publish as publish_records
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError
+from svdbank.core.locks import locked
 from svdbank.core.places import refuse_address, refuse_empty
 from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
 
@@ -45,7 +46,7 @@ def publish(
         raise BankNotFoundError(
             f"{root}: no bank here, and no build that has begun", hint="svdbank ls shows the banks there are"
         )
-    with disk.locked(root, waiting=lambda who: tell(Progress("wait for the bank's lock", 0, 1, "locks", who))):
+    with locked(root, waiting=lambda who: tell(Progress("wait for the bank's lock", 0, 1, "locks", who))):
         before = read_manifest(Folder(root)).weights if (root / MANIFEST).exists() else 0
         found = plan_under_way(root)
         if found is not None:

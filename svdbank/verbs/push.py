@@ -12,8 +12,8 @@ from svdbank import cache
 from svdbank.bank.reading import Bank
 from svdbank.building.checking import examine, repair_command
 from svdbank.building.space import refuse_many_files
-from svdbank.core import disk
 from svdbank.core.errors import DamageError, OptionError
+from svdbank.core.locks import locked
 from svdbank.core.places import InStore, OnHub, far_bank, refuse_empty
 from svdbank.core.specs import ProgressCallback, Struct, ignore_progress
 from svdbank.sharing import repository as hub
@@ -195,5 +195,5 @@ def _url(repository: str) -> str:
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Nobody else writes into the bank meanwhile; nobody can where the folder takes no lock."""
-    with disk.locked(root) if os.access(root, os.W_OK) else contextlib.nullcontext():
+    with locked(root) if os.access(root, os.W_OK) else contextlib.nullcontext():
         yield

@@ -22,6 +22,7 @@ from svdbank.checkpoint.naming.selection import decomposable
 from svdbank.checkpoint.source import open_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import BankError, BankNotFoundError, DamageError
+from svdbank.core.locks import locked
 from svdbank.core.places import refuse_address, refuse_empty
 from svdbank.core.specs import Progress, ProgressCallback, Struct, ignore_progress
 from svdbank.sharing.restoring import as_there, bring, fetchable, origin_of
@@ -102,7 +103,7 @@ def repair(
     root, tell, begun = disk.expanded(bank), progress or ignore_progress, time.perf_counter()
     if not cache.is_bank(root) and not (root / "plan.json").exists() and not (root / "manifest.json").exists():
         raise BankNotFoundError(f"{root}: no bank here", hint="svdbank ls shows the banks there are")
-    with contextlib.nullcontext() if dry_run else disk.locked(root):
+    with contextlib.nullcontext() if dry_run else locked(root):
         if not dry_run:
             refuse_claimed(root)
         far, lost, damage, changed = None, "", list[Damage](), tuple[str, ...]()

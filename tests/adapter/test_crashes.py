@@ -16,6 +16,7 @@ from svdbank.adapter.writing import write_adapter
 from svdbank.bank.reading import Bank
 from svdbank.core import disk
 from svdbank.core.errors import LockedError, OptionError
+from svdbank.core.locks import locked
 from tests.building.crashes import Crash, FaultyDisk
 
 Make = Callable[[Path], object]
@@ -179,7 +180,7 @@ def test_folders_are_exchanged_in_one_step(tmp_path: Path) -> None:
 
 def test_two_at_one_place_do_not_mix(make: Callable[[str, int], Make], tmp_path: Path) -> None:
     write = make("lora", 0)
-    with disk.locked(tmp_path / ".out.tmp"), pytest.raises(LockedError):
+    with locked(tmp_path / ".out.tmp"), pytest.raises(LockedError):
         write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

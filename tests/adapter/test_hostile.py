@@ -16,9 +16,9 @@ import pytest
 import svdbank
 from svdbank.adapter.settings import CACHE, CONFIG, WEIGHTS
 from svdbank.bank.reading import Bank
-from svdbank.core import disk
 from svdbank.core.errors import CheckpointError, LockedError, OptionError, SvdbankError
 from svdbank.core.folders import appearing
+from svdbank.core.locks import locked
 
 #: On a name that does not match, ``re`` would be at it for ever.
 CATASTROPHIC = "(.|..|encoder|layer|[a-z]+)+x{3}!"
@@ -180,11 +180,11 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_not_followed(name: str, kind: str, t
         (tmp_path / "out").rmdir()
         work.mkdir()
         os.mkfifo(work / name)
-        lock = disk.locked(work)
+        lock = locked(work)
         lock.__enter__()
         (work / name).unlink()
         os.mkfifo(work / name)
-        with pytest.raises(LockedError), disk.locked(work):
+        with pytest.raises(LockedError), locked(work):
             pass
         lock.__exit__(None, None, None)
     assert victim.read_text() == "precious"

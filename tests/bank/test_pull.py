@@ -13,6 +13,7 @@ import zarr
 
 import svdbank
 from svdbank.core import disk
+from svdbank.core.locks import locked
 from svdbank.core.specs import Progress
 from svdbank_cli.main import run
 from tests.building.small import tree
@@ -249,6 +250,6 @@ def test_verbs_that_change_a_folder_refuse_an_address(verb: str, far: LocalHub) 
 
 
 def test_two_pulls_at_once_do_not_meet(far: LocalHub, tmp_path: Path) -> None:
-    with disk.locked(tmp_path / ".bank.pull.tmp"), pytest.raises(svdbank.LockedError):
+    with locked(tmp_path / ".bank.pull.tmp"), pytest.raises(svdbank.LockedError):
         svdbank.pull(NAME, into=tmp_path / "bank")
     svdbank.pull(NAME, into=tmp_path / "bank")

@@ -282,8 +282,8 @@ def test_two_builds_at_once_one_is_told_who_the_other_is(model: Path, tmp_path: 
         [
             sys.executable,
             "-c",
-            "import sys, pathlib\nfrom svdbank.core import disk\n"
-            "with disk.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()",
+            "import sys, pathlib\nfrom svdbank.core.locks import locked\n"
+            "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()",
             str(tmp_path / "bank"),
         ],
         stdin=subprocess.PIPE,

@@ -12,18 +12,19 @@ import pytest
 import svdbank
 from svdbank.core import disk
 from svdbank.core.errors import BankNotFoundError, LockedError
+from svdbank.core.locks import locked
 from tests.building.crashes import Crash, FaultyDisk
 from tests.building.small import tree, write_small_checkpoint
 
 # Adds 1 to a number in a file, in steps that another process inside the lock would spoil, as often as it is told.
 _COUNTING = """
 import pathlib, sys, time
-from svdbank.core import disk
 from svdbank.core.errors import LockedError
+from svdbank.core.locks import locked
 folder, counter, times = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
 while times:
     try:
-        with disk.locked(folder):
+        with locked(folder):
             value = int(counter.read_text())
             time.sleep(0.0005)
             counter.write_text(str(value + 1))
@@ -48,11 +49,11 @@ def test_two_processes_that_hammer_a_lock_are_never_in_it_together(memory_disk: 
 def test_a_folder_made_anew_by_another_keeps_the_others_lock(tmp_path: Path) -> None:
     """Who removes or renames the folder it has locked must not take away the lock of the next one."""
     folder = tmp_path / "folder"
-    with disk.locked(folder):
+    with locked(folder):
         disk.replace(folder, tmp_path / "moved")
-        second = disk.locked(folder)
+        second = locked(folder)
         second.__enter__()
-    with pytest.raises(LockedError), disk.locked(folder):
+    with pytest.raises(LockedError), locked(folder):
         pass
     second.__exit__(None, None, None)
     assert not list(folder.glob(".lock*"))
@@ -78,7 +79,7 @@ def test_a_build_that_starts_while_its_folder_is_deleted_keeps_what_it_writes(mi
 
 def test_a_bank_that_is_being_written_is_not_deleted(minilm: Path, tmp_path: Path) -> None:
     bank = svdbank.build(write_small_checkpoint(tmp_path / "model", minilm), tmp_path / "bank", rank=2)
-    with disk.locked(bank.path), pytest.raises(LockedError):
+    with locked(bank.path), pytest.raises(LockedError):
         svdbank.rm(bank.path)
     assert svdbank.verify(bank.path, data=True).sound
 

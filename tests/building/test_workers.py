@@ -24,6 +24,7 @@ from svdbank.building.request import BuildRequest, build_request
 from svdbank.checkpoint import open_checkpoint
 from svdbank.core import disk
 from svdbank.core.errors import UnfinishedError
+from svdbank.core.locks import locked
 from svdbank.core.specs import Progress, ignore_progress
 from tests.building.small import tree, write_small_checkpoint
 
@@ -65,7 +66,7 @@ def request(model: Path, bank: Path) -> BuildRequest:
 
 
 def prepared_build(model: Path, bank: Path) -> PreparedBuild:
-    with open_checkpoint(model) as checkpoint, disk.locked(bank):
+    with open_checkpoint(model) as checkpoint, locked(bank):
         return prepare(checkpoint, request(model, bank), device="cpu", progress=ignore_progress)
 
 
@@ -82,7 +83,7 @@ def worked(model: Path, prepared: PreparedBuild, *, shards: slice = slice(None))
 
 
 def published(prepared: PreparedBuild) -> None:
-    with disk.locked(prepared.root):
+    with locked(prepared.root):
         publish(prepared.root, prepared.plan, prepared.generation, progress=ignore_progress)
 
 

@@ -126,8 +126,8 @@ def test_another_base_has_exit_code_12(minilm: Path, tmp_path: Path, capsys: pyt
 
 
 def test_a_lock_has_exit_code_11(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import sys, pathlib\nfrom svdbank.core import disk\n"
-    code += "with disk.locked(pathlib.Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
+    code = "import sys, pathlib\nfrom svdbank.core.locks import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "bank")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:

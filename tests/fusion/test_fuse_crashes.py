@@ -17,6 +17,7 @@ import torch
 import svdbank
 from svdbank.core import disk
 from svdbank.core.errors import LockedError, OptionError
+from svdbank.core.locks import locked
 from tests.building.crashes import Crash, FaultyDisk
 from tests.fusion.conftest import adapter, saved, small_model
 
@@ -93,7 +94,7 @@ def test_a_real_kill_leaves_nothing_that_looks_like_a_checkpoint(inputs: tuple[P
 
 
 def test_two_at_one_place_do_not_mix(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    with disk.locked(tmp_path / ".fused.tmp"), pytest.raises(LockedError):
+    with locked(tmp_path / ".fused.tmp"), pytest.raises(LockedError):
         svdbank.fuse(*inputs, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
 

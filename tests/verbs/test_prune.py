@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import svdbank
-from svdbank.core import disk
 from svdbank.core.errors import OptionError
+from svdbank.core.locks import locked
 from svdbank_cli.main import run
 from tests.structure.source import ROOT
 
@@ -93,6 +93,6 @@ def test_a_bank_that_is_written_stays_and_what_a_killed_rm_left_goes(home: Path)
     left = home / "model-new" / ".0123456789abcdef.rm.tmp"
     left.mkdir()
     (left / "x").write_bytes(b"1234")
-    with disk.locked(busy):
+    with locked(busy):
         report = svdbank.prune(45 * DAY)
     assert report.busy == (str(busy),) and names(report.removed) == {"model-begun"} and not left.exists()
