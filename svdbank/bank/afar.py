@@ -122,6 +122,8 @@ class Afar:
                         self.parts.keep_small(wanted[name], data)
                 elif not again:
                     raise self._damage(f"{self.place}/{name}: not the bytes that were published")
+        if not self.strict:
+            self.parts.trim()
         return found
 
     def _held(self, wanted: dict[str, set[int]]) -> dict[tuple[str, int], bytes]:

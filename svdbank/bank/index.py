@@ -212,6 +212,8 @@ def _check_consistent(place: str, manifest: Manifest, index: Index) -> None:
     for plan in manifest.plans:
         if not _is_plain(plan) or plan not in manifest.files:
             raise DamageError(f"{place}/{MANIFEST}: the plan {plan[:200]!r} is not among its files")
+    if not index.families:
+        raise DamageError(f"{place}: the index holds no weight")
     seen: set[str] = set()
     named = [*(weight.name for family in index.families for weight in family.weights), *(alias.name for alias in index.aliases)]
     if not all(0 < len(name) <= _LONGEST_WEIGHT for name in named):

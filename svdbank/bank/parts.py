@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -89,12 +90,16 @@ class Parts:
             with contextlib.suppress(OSError):
                 disk.unlink(self.root / name)
             return None
+        if data is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self.root / name)
         return data
 
     def keep_small(self, record: FileRecord, data: bytes) -> None:
         """Keep a small file that was checked."""
         disk.make_dirs(self.root / SMALL)
         self._replace(f"{SMALL}/{record.sha256}", data)
+        self._written += len(data)
 
     def read(self, file: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """What stands at (start, stop) of a file of vectors, unchecked: empty where nothing is, zeros in holes, fewer bytes at the end."""
@@ -134,7 +139,8 @@ class Parts:
             disk.unlink(self.vectors(file))
 
     def trim(self) -> None:
-        """Remove the files of vectors that were used longest ago, of whichever bank, until the rest is within the limit.
+        """Remove the files, small ones and those of vectors, that were used longest ago, of whichever bank, until the rest is within the
+        limit.
 
         Banks of which something was brought by name are left alone and do not count.
         """
@@ -145,7 +151,7 @@ class Parts:
         for root in _folders(self.root.parent):
             if (origin := read_origin(root)) is not None and origin.brought:
                 continue
-            for place, _, names in os.walk(root / VECTORS):
+            for place, _, names in chain(os.walk(root / SMALL), os.walk(root / VECTORS)):
                 for name in names:
                     with contextlib.suppress(OSError):
                         status = os.lstat(f"{place}/{name}")

@@ -98,3 +98,12 @@ def test_what_made_trouble_once_is_refused_by_name(trouble: dict[str, Any], tmp_
     assert (
         time.process_time() - begun < 20
     )  # the worst of them took minutes or gigabytes; processor time, so that load does not count
+
+
+def test_a_bank_of_no_weight_is_refused_by_name(tmp_path: Path) -> None:
+    """Its counts fit each other and its hashes too; whoever takes the largest of its ranks found none."""
+    bank = Path(shutil.copytree(ROOT / "tests" / "data" / "format-1", tmp_path / "bank"))
+    manifest = json.loads((bank / MANIFEST).read_bytes())
+    publish(bank, manifest | {"weights": 0, "nbytes": 0}, {"families": [], "aliases": []}, manifest["index"])
+    with pytest.raises(DamageError, match="holds no weight"):
+        svdbank.open(bank)
