@@ -21,6 +21,9 @@ from svdbank.core.basis import unresolved_ranks
 from svdbank.core.errors import BankError, DamageError
 from svdbank.core.specs import Progress, ProgressCallback, Struct
 
+#: What is wrong with a manifest that is a bank's, and not this one's.
+ANOTHER = "of another bank than when this address was last looked at"
+
 #: Bytes hashed at a time.
 _PIECE = 8 << 20
 
@@ -96,8 +99,10 @@ def examine(bank: Bank, *, data: bool = False, progress: ProgressCallback | None
     """Every recorded file's presence and size, and the bytes of all metadata; with ``data`` the bytes of every file. Of a bank elsewhere
     as the place has them now."""
     files = Direct(bank.files) if isinstance(bank.files, Afar) else bank.files
-    damage: list[Damage] = []
     recorded = dict(_recorded(bank))
+    damage = list(_same_manifest(files, bank)) if isinstance(files, Direct) else []
+    if any(one.what == ANOTHER for one in damage):  # of which nothing else is as here either
+        return Examination(len(recorded), sum(record.size for record in recorded.values()), tuple(damage), ())
     hashed = [name for name, record in recorded.items() if data or "/c/" not in name or record.chunk_bytes == 0]
     for name in recorded.keys() - set(hashed):
         damage += _examine_file(files, name, recorded[name], hashed=False)
@@ -105,8 +110,6 @@ def examine(bank: Bank, *, data: bool = False, progress: ProgressCallback | None
         damage += _examine_file(files, name, recorded[name], hashed=True)
         if progress is not None:
             progress(Progress("verify", done + 1, len(hashed), "files", name))
-    if isinstance(files, Direct):
-        damage += _same_manifest(files, bank)
     if not damage:
         damage += _contradictions(bank)
     listed = files if isinstance(files, Direct) else Folder(bank.path)
@@ -130,7 +133,7 @@ def examine_parts(bank: Bank) -> Examination:
 def _same_manifest(files: Direct, bank: Bank) -> Iterator[Damage]:
     try:
         if read_manifest(files).digest != bank.manifest.digest:
-            yield Damage(MANIFEST, "another one than when this bank was first opened: svdbank pull takes it")
+            yield Damage(MANIFEST, ANOTHER)
     except BankError as error:
         yield Damage(MANIFEST, str(error).removeprefix(f"{files.place}/{MANIFEST}: "))
 

@@ -39,12 +39,14 @@ def open_store(address: str) -> Any:
 
 @contextmanager
 def explained(place: str, name: str, *, doing: str = "read") -> Iterator[None]:
-    """What a failure of a store means: FileNotFoundError stays one, everything else becomes a BankError that names the file and says what
-    cannot be done with it."""
+    """What a failure of a store means: of reading, FileNotFoundError stays one; everything else becomes a BankError that names the file
+    and says what cannot be done with it."""
     try:
         yield
     except FileNotFoundError as cause:
-        raise FileNotFoundError(f"{place}/{name}") from cause
+        if doing == "read":
+            raise FileNotFoundError(f"{place}/{name}") from cause
+        raise BankError(f"{place}: {name} cannot be {doing}: no such place", hint="check the name of the bucket") from cause
     except (BankError, ImportError):
         raise
     except Exception as cause:

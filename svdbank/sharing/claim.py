@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from svdbank.core import stores
@@ -62,7 +63,7 @@ class Claim:
 
     def give_up(self) -> None:
         """Remove the claim, once all is done."""
-        with stores.explained(self._place.address, CLAIM, doing="deleted"):
+        with stores.explained(self._place.address, CLAIM, doing="deleted"), suppress(FileNotFoundError):
             self._store.delete(CLAIM)
 
     def _there(self) -> bytes | None:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def _put(store: Any, place: InStore, file: LocalFile) -> str:
 
 
 def _delete(store: Any, place: InStore, name: str) -> None:
-    with stores.explained(place.address, name, doing="deleted"):
+    with stores.explained(place.address, name, doing="deleted"), suppress(FileNotFoundError):
         store.delete(name)
 
 

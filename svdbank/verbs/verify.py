@@ -11,7 +11,7 @@ from svdbank import cache
 from svdbank.bank.afar import Afar
 from svdbank.bank.layout import MANIFEST
 from svdbank.bank.reading import Bank
-from svdbank.building.checking import Damage, examine, examine_parts, repair_command
+from svdbank.building.checking import ANOTHER, Damage, examine, examine_parts, repair_command
 from svdbank.building.sampling import Sample, draw
 from svdbank.core.errors import DamageError, OptionError
 from svdbank.core.places import far_bank
@@ -106,7 +106,7 @@ def _report(
         damage=damage,
         unrecorded=unrecorded,
         sound=not damage,
-        next=_next(path, bank) if damage else None,
+        next=_next(path, bank, damage) if damage else None,
     )
 
 
@@ -116,8 +116,10 @@ def _unreadable(error: DamageError, place: str) -> Damage:
     return Damage(name, what) if sign and name.endswith(".json") and "/" not in name else Damage(MANIFEST, str(error))
 
 
-def _next(path: str, bank: Bank | None) -> str | None:
+def _next(path: str, bank: Bank | None, damage: tuple[Damage, ...]) -> str | None:
     """The command that helps; nobody can repair what lies elsewhere."""
+    if damage[0].what == ANOTHER:
+        return f"svdbank pull {quote(path)} takes that one"
     if bank is not None and isinstance(bank.files, Afar):
         return f"svdbank rm {quote(path)}" if far_bank(path) is None else None
     return repair_command(path) if far_bank(path) is None else None

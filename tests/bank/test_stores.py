@@ -150,8 +150,10 @@ def test_a_bank_that_was_published_over_another_is_refused_and_pull_finds_it(
     site.files = tree(other.path)
     with pytest.raises(svdbank.DamageError, match=r"right/zarr.json: not the bytes that were published"):
         svdbank.open(site.address).right(near.names, 16)
+    report = svdbank.verify(site.address)
+    assert [damage.file for damage in report.damage] == ["manifest.json"] and str(report.next).startswith("svdbank pull http")
     svdbank.pull(site.address, rank=16)
-    assert svdbank.open(site.address).names == other.names
+    assert svdbank.open(site.address).names == other.names and svdbank.verify(site.address).sound
 
 
 def test_credentials_are_in_no_message(addresses: dict[str, str], own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

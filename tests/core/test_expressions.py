@@ -115,3 +115,18 @@ def test_many_patterns_of_plain_names_cost_no_expression() -> None:
     begun = time.process_time()
     assert all(sum(ends(name, own) for own in names) == 1 for name in names)
     assert time.process_time() - begun < 2
+
+
+def test_time_in_which_nothing_was_matched_counts_against_no_pattern() -> None:
+    """A process that stands still, a machine that does something else: an honest pattern matches all the same."""
+    expression = Expression(r".*")
+    left = expression._left
+    stalls = [True, True, False]
+
+    def stalled(name: str, timeout: float) -> bool:
+        time.sleep(0.03)
+        if stalls.pop(0):
+            raise TimeoutError
+        return True
+
+    assert expression._ask(stalled, "q_proj") and expression._left == left and not stalls

@@ -172,6 +172,26 @@ def test_what_somebody_else_changes_meanwhile_is_seen_before_the_manifest_is_put
     assert svdbank.push(banks["hub"], address).changed == 2 and held(address) == tree(banks["hub"])
 
 
+def test_a_store_without_conditional_requests_takes_a_bank_too(
+    running: None, banks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a bucket that is not there is said not to be."""
+    from moto.s3.responses import S3Response
+
+    real = S3Response.put_object
+
+    def put_object(self: Any) -> Any:
+        return (501, {}, "") if self.headers.get("If-None-Match") else real(self)
+
+    monkeypatch.setattr(S3Response, "put_object", put_object)
+    monkeypatch.setattr("svdbank.core.stores._TRIES", 0)
+    svdbank.push(banks["hub"], "s3://bucket/plain")
+    assert held("s3://bucket/plain") == tree(banks["hub"])
+    for scheme in ("s3", "gs"):
+        with pytest.raises(svdbank.BankError, match="cannot be"):
+            svdbank.push(banks["hub"], f"{scheme}://nobucket/x")
+
+
 def test_what_is_harmed_there_is_sent_again(address: str, banks: dict[str, Path]) -> None:
     svdbank.push(banks["hub"], address)
     name = next(name for name in held(address) if "/c/" in name)
