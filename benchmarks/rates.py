@@ -99,7 +99,7 @@ def run(model: Path, data: Path, method: str, rate: float | None, seed: int, bat
         **(
             {}
             if found is None
-            else {"bend": found.bend, "calibration": found.curve, "calibration_share": report.calibration_share}
+            else {"limit": found.limit, "calibration": found.curve, "calibration_share": report.calibration_share}
         ),
         "measuring_share": report.measuring_share,
         "notices": report.notices,

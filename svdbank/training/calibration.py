@@ -1,21 +1,22 @@
-"""A peak rate for AdamW that follows the model.
+"""A peak rate for AdamW that follows the model: a range test on the first steps, which moves nothing for good.
 
 From the untrained adapter, :data:`STEPS` gradients of training batches go through AdamW's own moments, without moving. What a unit of rate
-would have moved by then is a direction in the trainable factors. Forward passes on other training blocks, as far behind the start as
-before it, give the curvature of the loss along it: the rate at which the mean of both lies :data:`RISE` nats a token above the start. The
-slope, which is in the difference of both, is left out of it: from few blocks it is mostly noise. The peak rate is that rate, times a small
-constant of the method. It follows whatever the loss depends on: norm gains and weights written otherwise, rank, alpha, the batch.
+would have moved by then is a direction in the trainable factors. Forward passes on other training blocks find how far along it the loss
+of the middle one of them is :data:`RISE` nats a token higher than at the start: the rate at which these steps do harm. The peak rate is a
+fixed share of that, by method. It follows whatever the loss depends on: norm gains and weights written otherwise, rank, alpha, the batch.
 
-Forward passes on both sides of the start along the optimiser's own step: generalized Newton (GeN, arXiv 2407.02772). That the curvature
-along it limits the peak rate: arXiv 2406.09405. Why the best of a few trial steps is not asked for: greedy short horizons prefer other
-rates than runs do (arXiv 1803.02021).
+Why the middle one: text repeats itself, and a block that is nearly one of those that gave the direction changes ten times as much as any
+other. Why so far out: near the start the change is mostly slope, which a few blocks do not know, and its curvature says little of what a
+run may do where the loss is no parabola. That it is not symmetric, so that behind the start it tells nothing of what lies ahead, was seen
+on SmolLM2. Range tests: arXiv 1506.01186. That a few trial steps are not simply compared and the best is taken, because greedy short
+horizons prefer other rates than runs do: arXiv 1803.02021.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -26,35 +27,30 @@ from svdbank.core.specs import Progress
 from svdbank.lm.blocks import first
 from svdbank.training.best import FORWARDS, SHARE
 from svdbank.training.generators import generators_kept
+from svdbank.training.limits import BEGIN, RISE, find_limit, middle
 from svdbank.training.report import Calibration
 from svdbank.training.run import Run
 
 #: Gradients whose direction is taken, a step's blocks each.
 STEPS = 2
 
-#: Nats a token that the loss lies higher at the rate looked for, in the mean of both sides.
-RISE = 0.05
-
-#: The peak rate over that rate, by method: within these, five models whose best rates lie a factor of thirty apart for one method, and
-#: of twenty for one model, agree (docs/training.md). The directions of PiSSA are steep at the start above all.
-OVER = {"mica": 1.5, "milora": 1.0, "pissa": 2.5, "lora": 1.2}
+#: The peak rate over that rate, by method: with these, five models whose best rates lie a factor of thirty apart for one method, and of
+#: twenty for one model, agree (docs/training.md).
+SHARES = {"mica": 0.35, "milora": 0.28, "pissa": 0.55, "lora": 0.25}
 
 #: Tokens set aside at least, and of a step's blocks at least where the run is too short for all of them.
 TOKENS, FEWEST = 512, 256
 
+#: Tokens at the head of a block set aside that are looked at: several blocks, and not one long one.
+HEAD = 128
+
 #: Forward passes over the blocks set aside that the search makes as a rule.
 PASSES = 5
-
-#: Where the search begins, between which rates it stays, and how many pairs of forward passes it makes at most.
-BEGIN, LEAST, MOST, PAIRS = 2e-3, 1e-8, 10.0, 8
-
-#: What stands for a loss that is no number, in nats.
-NO_NUMBER = 1e6
 
 #: The rate at most over the entries of LoRA's random A (root mean square): Adam moves each by about the rate in a step.
 LARGEST = 0.25
 
-#: What is left of the rate where the steps raise the loss of other blocks by more than the bend does.
+#: The rate over the smallest one tried, where none of them does harm, or all do.
 CAUTION = 0.1
 
 
@@ -75,16 +71,17 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
             direction = _direction(trainer, factors, groups, options)
             run.tell(Progress("finding a rate", STEPS, total, "steps"))
             trainer.model.eval()
-            before = _loss(trainer, aside, options.batch_size)
+            before = _losses(trainer, aside)
 
-            def change(rate: float) -> float:
+            def change(rate: float, rows: list[Any], before: list[float]) -> float:
                 with torch.no_grad():
                     for factor, initial, by in zip(factors, start, direction, strict=True):
                         factor.copy_(initial - rate * by)
-                found = _loss(trainer, aside, options.batch_size) - before
-                return found if math.isfinite(found) else NO_NUMBER
+                return middle(_losses(trainer, rows), before)
 
-            bend, curve = find_bend(change)
+            # Where about, from one block (of each process); then from all.
+            near, _ = find_limit(lambda rate: change(rate, aside[:1], before[:: len(aside)]), within=4.0)
+            limit, curve = find_limit(lambda rate: change(rate, aside, before), begin=near or BEGIN, step=2.0 if near else 4.0)
         finally:
             with torch.no_grad():
                 for factor, initial in zip(factors, start, strict=True):
@@ -94,13 +91,13 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
     size = (
         median(float(factor.square().mean().sqrt()) for factor in start if factor.any()) if options.method == "lora" else None
     )
-    rate, why = choose(options.method, bend, curve, size)
+    rate, why = choose(options.method, limit, curve, size)
     rate = _agreed(rate, run)
     run.tell(Progress("finding a rate", total, total, "steps", f"{rate:.3g}"))
     processes = run.processes.num_processes
     return Calibration(
         rate=rate,
-        bend=bend,
+        limit=limit,
         curve=curve,
         steps=STEPS,
         blocks=processes * sum(map(len, groups)),
@@ -110,55 +107,16 @@ def calibrate(run: Run, trainer: Any, training: Any) -> Calibration:
     )
 
 
-def find_bend(change: Callable[[float], float]) -> tuple[float | None, tuple[tuple[float, float, float], ...]]:
-    """The rate where the mean of ``change`` ahead (at the rate) and behind (at minus it) is :data:`RISE`; and what was asked, by rate.
-
-    The mean grows with the square of the rate where the loss is a parabola, so that two or three pairs are enough; it is taken once it
-    lies between a half and twice of what is looked for. None where that is not between :data:`LEAST` and :data:`MOST`.
-    """
-    found: dict[float, tuple[float, float]] = {}
-    low, high = (LEAST, 0.0), (MOST, math.inf)
-    rate = BEGIN
-    for _ in range(PAIRS):
-        ahead, behind = change(rate), change(-rate)
-        found[rate] = ahead, behind
-        mean = (ahead + behind) / 2
-        if RISE / 2 <= mean <= 2 * RISE:
-            return rate * math.sqrt(RISE / mean), _curve(found)
-        low, high = ((rate, mean), high) if mean < RISE else (low, (rate, mean))
-        if low[0] > LEAST and high[0] < MOST:
-            rate = _between(low, high)
-        else:
-            rate = min(max(rate * math.sqrt(RISE / mean) if mean > 0 else math.inf, rate / 10, LEAST), rate * 10, MOST)
-    return (_between(low, high) if low[0] > LEAST and high[0] < MOST else None), _curve(found)
-
-
-def _between(low: tuple[float, float], high: tuple[float, float]) -> float:
-    """Where a power of the rate through both points is :data:`RISE`, kept off their ends; the middle where one of them is far off."""
-    share = 0.5
-    if low[1] > 0 and high[1] < 100 * RISE:
-        share = min(max(math.log(RISE / low[1]) / math.log(high[1] / low[1]), 0.1), 0.9)
-    return float(low[0] * (high[0] / low[0]) ** share)
-
-
-def _curve(found: dict[float, tuple[float, float]]) -> tuple[tuple[float, float, float], ...]:
-    return tuple((rate, *found[rate]) for rate in sorted(found))
-
-
 def choose(
-    method: str, bend: float | None, curve: tuple[tuple[float, float, float], ...], size: float | None = None
+    method: str, limit: float | None, curve: tuple[tuple[float, float], ...], size: float | None = None
 ) -> tuple[float, str]:
     """The peak rate, and why. ``size`` is that of the entries of random factors, where there are some."""
-    if bend is None:
+    if limit is None:
         return curve[0][0] * CAUTION, (
-            f"no rate tried raised the loss by {RISE} nats in the mean of both sides: a tenth of the smallest one; give --learning-rate"
+            f"no rate tried raised the loss by {RISE} nats, or all did: a tenth of the smallest one; give --learning-rate"
         )
-    rate = OVER[method] * bend
-    why = f"at {bend:.2g} the first {STEPS} steps bend the loss of others up by {RISE} nats; {method} takes {OVER[method]:g} times that"
-    _, ahead, behind = min(curve, key=lambda point: abs(math.log(point[0] / bend)))
-    if (ahead - behind) / 2 > RISE:
-        rate *= CAUTION
-        why += f"; a tenth of it, because those steps raise the loss of other blocks ({ahead:+.3f} ahead, {behind:+.3f} behind)"
+    rate = SHARES[method] * limit
+    why = f"at {limit:.2g} the first {STEPS} steps raise the loss of others by {RISE} nats; {method} takes {SHARES[method]:g} of that"
     if size is not None and rate > LARGEST * size:
         rate = LARGEST * size
         why += f"; no more than {LARGEST:g} of the entries of A, {size:.2g}, which a few steps would write over"
@@ -171,8 +129,9 @@ def blocks_of(steps: int, a_step: int, length: int, processes: int = 1) -> tuple
     Those of a step are as many as the run has, ``a_step``, or fewer in a short run, so that all takes a tenth of the time of its
     ``steps`` where :data:`FEWEST` tokens are enough for that.
     """
-    aside = max(processes, -(-TOKENS // length))
-    passes = SHARE * steps * a_step * FORWARDS - PASSES * aside / processes
+    head = min(length, HEAD)
+    aside = processes * -(-TOKENS // (head * processes))
+    passes = SHARE * steps * a_step * FORWARDS - PASSES * aside * head / (length * processes)
     return aside, min(a_step, max(1, -(-FEWEST // length), int(passes / (STEPS * FORWARDS))))
 
 
@@ -186,11 +145,22 @@ def _blocks(training: Any, run: Run) -> tuple[list[Any], list[list[Any]]]:
     if hasattr(training, "select"):
         training = training.shuffle(seed=run.options.seed + 1)
     aside, a_step = blocks_of(steps, run.options.batch_size * run.options.accumulation, run.length, processes)
-    rows = list(first(training, aside + STEPS * a_step * processes))
-    aside = max(1, min(aside, len(rows) // 2))
+    wanted = aside + STEPS * a_step * processes
+    rows = list(first(training, wanted))
+    if len(rows) < wanted:
+        aside = max(1, min(aside, len(rows) // 2))
     rest = rows[aside:] or rows
     groups = [[rest[((step * processes + own) * a_step + i) % len(rest)] for i in range(a_step)] for step in range(STEPS)]
-    return rows[:aside][own::processes] or rows[:1], groups
+    # Each process has as many: those of all are put together.
+    return [_head(rows[(own + i * processes) % aside]) for i in range(-(-aside // processes))], groups
+
+
+def _head(block: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "input_ids": block["input_ids"][:HEAD],
+        "starts": [start for start in block["starts"] if start < HEAD],
+        "context": block["context"],
+    }
 
 
 def _direction(trainer: Any, factors: list[Any], groups: list[list[Any]], options: Any) -> list[Tensor]:
@@ -230,13 +200,14 @@ def _gradient(trainer: Any, factors: list[Any], rows: list[Any], options: Any) -
     return gradients
 
 
-def _loss(trainer: Any, rows: list[Any], batch: int) -> float:
-    """Mean loss of the blocks of all processes."""
-    from accelerate.utils import reduce
+def _losses(trainer: Any, rows: list[Any]) -> list[float]:
+    """Loss of each block, of those of all processes."""
+    from accelerate.utils import gather
 
     with torch.no_grad():
-        losses = torch.stack([_computed(trainer, inputs).float() for inputs in _batches(trainer, rows, batch)])
-    return float(reduce(losses.mean(), "mean"))
+        losses = torch.stack([_computed(trainer, inputs).float() for inputs in _batches(trainer, rows, 1)])
+    found: list[float] = gather(losses).tolist()
+    return found
 
 
 def _batches(trainer: Any, rows: list[Any], batch: int) -> Iterator[Any]:

@@ -24,14 +24,14 @@ class Change(Struct, frozen=True):
 class Calibration(Struct, frozen=True):
     """How a rate was found.
 
-    ``curve`` holds (rate, change ahead, change behind) by rate: of the loss on ``aside`` training blocks in nats a token, along the
-    direction of the first ``steps`` steps of AdamW on ``blocks`` other ones and against it. At ``bend`` the mean of both is 0.05 nats;
-    None where no such rate was found. ``seconds`` is the time that it took.
+    ``curve`` holds (rate, change) by rate: of the loss of the middle one of ``aside`` other training blocks, in nats a token, so far
+    along the first ``steps`` steps of AdamW on ``blocks`` blocks. At ``limit`` it is 0.2 nats; None where no such rate was found.
+    ``seconds`` is the time that it took.
     """
 
     rate: float
-    bend: float | None
-    curve: tuple[tuple[float, float, float], ...]
+    limit: float | None
+    curve: tuple[tuple[float, float], ...]
     steps: int
     blocks: int
     aside: int

@@ -1,0 +1,66 @@
+"""Up to which rate a step does no harm: the search of a range test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+
+#: Nats a token that the loss lies higher at the rate looked for.
+RISE = 0.2
+
+#: Where the search begins, between which rates it stays, and how many of them it tries at most.
+BEGIN, LEAST, MOST, TRIES = 5e-3, 1e-8, 10.0, 16
+
+#: The rate is known where two that were tried, below and above it, are no further apart than this factor, or the rise is as close.
+WITHIN = 1.5
+
+#: What stands for a loss that is no number, in nats.
+NO_NUMBER = 1e6
+
+
+def middle(after: Sequence[float], before: Sequence[float]) -> float:
+    """The change of the middle one of the blocks, in nats a token; a loss that is no number counts as the largest."""
+    changes = [now - then for now, then in zip(after, before, strict=True)]
+    return median(change if math.isfinite(change) else NO_NUMBER for change in changes)
+
+
+def find_limit(
+    change: Callable[[float], float], *, begin: float = BEGIN, step: float = 4.0, within: float = WITHIN
+) -> tuple[float | None, tuple[tuple[float, float], ...]]:
+    """The rate at which ``change`` of the loss reaches :data:`RISE`, known ``within`` a factor; and what was tried, by rate.
+
+    From ``begin`` it goes up or down by ``step`` until the limit lies between two. None where that is not between :data:`LEAST` and
+    :data:`MOST`.
+    """
+    found: dict[float, float] = {}
+    low = high = None
+    rate = begin
+    for _ in range(TRIES):
+        found[rate] = change(rate)
+        if RISE / within <= found[rate] <= RISE * within:
+            return rate, _curve(found)
+        if found[rate] < RISE:
+            low = rate
+        else:
+            high = rate
+        if low is None or high is None:
+            if rate in (LEAST, MOST):
+                return None, _curve(found)
+            rate = min(rate * step, MOST) if high is None else max(rate / step, LEAST)
+            continue
+        rate = _between(low, found[low], high, found[high])
+        if high <= low * within:
+            return rate, _curve(found)
+    return rate, _curve(found)
+
+
+def _between(low: float, below: float, high: float, above: float) -> float:
+    """Where a line over the logarithm of the rate is :data:`RISE`, kept off the ends; what is far off them pulls no further."""
+    below, above = max(below, -RISE), min(above, 4 * RISE)
+    share = min(max((RISE - below) / (above - below), 0.2), 0.8)
+    return float(low * (high / low) ** share)
+
+
+def _curve(found: dict[float, float]) -> tuple[tuple[float, float], ...]:
+    return tuple(sorted(found.items()))
