@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What is measured on a GPU, in order: the tests that need one, the solver, attaching, a whole build.
+# What is measured on a GPU, in order: the tests that need one, the solver, attaching, a whole build, where a short training's seconds go.
 #
-#   benchmarks/on_gpu.sh [tests|solver|attach|build ...]     all four by default
+#   benchmarks/on_gpu.sh [tests|solver|attach|build|train ...]     all five by default
 #
 # Started in the root of the repository, with what the project imports on PYTHONPATH or installed. Logs and JSON go to ${OUT:-gpu-results},
 # two files a section; the tables are printed again at the end. Nothing is fetched from anywhere.
@@ -10,7 +10,7 @@
 #   QUICK=1              small shapes
 #   TESTS="..."          what pytest is given besides: folders, options; by default all tests that take a device
 #   SVDBANK_COMMIT=...   the commit, where there is no git
-#   LIMIT_tests, LIMIT_solver, LIMIT_attach, LIMIT_build     seconds a section may take
+#   LIMIT_tests, LIMIT_solver, LIMIT_attach, LIMIT_build, LIMIT_train     seconds a section may take
 set -uo pipefail
 
 out=${OUT:-gpu-results}
@@ -22,12 +22,12 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 PY
 export PYTHONPATH="$PWD:$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
 sections=("$@")
-[ ${#sections[@]} -eq 0 ] && sections=(tests solver attach build)
+[ ${#sections[@]} -eq 0 ] && sections=(tests solver attach build train)
 for section in "${sections[@]}"; do
     case $section in
-        tests | solver | attach | build) ;;
+        tests | solver | attach | build | train) ;;
         *)
-            echo "no section is called $section; there are tests, solver, attach, build" >&2
+            echo "no section is called $section; there are tests, solver, attach, build, train" >&2
             exit 2
             ;;
     esac
@@ -52,6 +52,7 @@ run() {
         solver) limited solver 300 "$python" -m benchmarks.solver --device "$device" --json "$out/solver.json" "${quick[@]}" ;;
         attach) limited attach 240 "$python" -m benchmarks.attach --device "$device" --json "$out/attach.json" "${quick[@]}" ;;
         build) limited build 240 "$python" -m benchmarks.build --device "$device" --json "$out/build.json" "${quick[@]}" ;;
+        train) limited train 240 "$python" -m benchmarks.stages --device "$device" --json "$out/train.json" "${quick[@]}" ;;
     esac
 }
 

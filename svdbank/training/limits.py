@@ -10,7 +10,7 @@ from statistics import median
 RISE = 0.2
 
 #: Where the search begins, between which rates it stays, and how many of them it tries at most.
-BEGIN, LEAST, MOST, TRIES = 5e-3, 1e-8, 10.0, 16
+BEGIN, LEAST, MOST, TRIES = 5e-3, 1e-8, 1e4, 20
 
 #: The rate is known where two that were tried, below and above it, are no further apart than this factor, or the rise is as close.
 WITHIN = 1.5

@@ -49,16 +49,17 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
     tell(Progress("loading the model", 1, 1, "model", run.model.name))
-    initial = initial_factors(model, options)
-    trainer = transformers.Trainer(
-        model=model,
-        args=run.arguments,
-        train_dataset=data.training,
-        data_collator=collator(run.model.tokenizer, packing=options.packing),
-        preprocess_logits_for_metrics=summed,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    spare_memory(trainer, options.batch_size * run.length)
+    with run.watch.spending("preparing"):
+        initial = initial_factors(model, options)
+        trainer = transformers.Trainer(
+            model=model,
+            args=run.arguments,
+            train_dataset=data.training,
+            data_collator=collator(run.model.tokenizer, packing=options.packing),
+            preprocess_logits_for_metrics=summed,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        spare_memory(trainer, options.batch_size * run.length)
     noticing = Noticing(lambda text: tell(Progress("note", 1, 1, "note", text)), clip=options.clip)
     with run.watch.spending("measuring before"):
         before = _before(run, trainer, data, noticing)

@@ -61,8 +61,9 @@ class TrainReport(Struct, frozen=True):
     this process but the first; ``peak_bytes`` is the most GPU memory that tensors took, or without a GPU the most memory this
     process had. ``resumed_from`` is the step of the checkpoint this process began at. ``left_out`` are names in the bank of weights that
     ``all-linear`` selects and that have too few directions for the rank. ``stages`` are seconds of this process by what they were spent on:
-    opening (imports, config, tokenizer, bank), text, rehearsal, loading, attaching, measuring before, calibration, training (with what
-    is measured and saved meanwhile), measuring after.
+    opening (config, tokenizer, bank, what they import), imports (torch, PEFT, the Trainer, as far as left), text, rehearsal, loading,
+    attaching, preparing (the Trainer), measuring before, calibration, training (with what is measured and saved meanwhile), measuring
+    after. Writing the adapter is in none of them.
     """
 
     adapter: str

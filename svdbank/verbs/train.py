@@ -69,6 +69,7 @@ def train(
     with watch.spending("opening"):
         run = _prepare(chosen, build=build, force=force, pull=pull, find=find, tell=progress or ignore_progress)
         run.watch = watch
+    with watch.spending("imports"):
         # torch and PEFT, which nothing above needs to refuse what cannot be meant.
         from svdbank.training.ending import TrainingError
         from svdbank.training.loop import train_adapter
