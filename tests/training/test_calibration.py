@@ -51,6 +51,16 @@ def test_a_loss_that_is_flat_below_and_no_number_above_still_has_a_limit() -> No
     assert limit is not None and 1e-4 / WITHIN < limit < 1e-4 * WITHIN
 
 
+def test_a_loss_that_falls_by_nats_has_its_limit_on_the_way_up_from_there() -> None:
+    """Where the text costs a model far more than it could, what destroys it may still lie below the start."""
+
+    def change(rate: float) -> float:
+        return 5 * min(math.log10(rate / 1e-2) ** 2 - 1, -0.1)  # from −0.5 at 2e-3 to −5 at 1e-2, and never above −0.5 again
+
+    limit, _ = find_limit(change)
+    assert limit is not None and 1e-2 < limit < 5e-2
+
+
 def test_a_search_goes_on_from_where_another_ended() -> None:
     """One block says about where, all of them where: few passes over all."""
     tried: list[float] = []
