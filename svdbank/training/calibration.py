@@ -116,7 +116,7 @@ def choose(
             f"no rate tried raised the loss by {RISE} nats, or all did: a tenth of the smallest one; give --learning-rate"
         )
     rate = SHARES[method] * limit
-    why = f"at {limit:.2g} the first {STEPS} steps do harm to others, {RISE} nats; {method} takes {SHARES[method]:g} of that"
+    why = f"at {limit:.2g} the first {STEPS} steps harm other blocks; {method} takes {SHARES[method]:g} of that"
     if size is not None and rate > LARGEST * size:
         rate = LARGEST * size
         why += f"; no more than {LARGEST:g} of the entries of A, {size:.2g}, which a few steps would write over"

@@ -25,8 +25,8 @@ class Calibration(Struct, frozen=True):
     """How a rate was found.
 
     ``curve`` holds (rate, change) by rate: of the loss of the middle one of ``aside`` other training blocks, in nats a token, so far
-    along the first ``steps`` steps of AdamW on ``blocks`` blocks. At ``limit`` it is 0.2 nats, or 1 above the lowest; None where no such rate was found.
-    ``seconds`` is the time that it took.
+    along the first ``steps`` steps of AdamW on ``blocks`` blocks. At ``limit`` it is 0.2 nats, or 1 above the lowest; None where no such
+    rate was found. ``seconds`` is the time that it took.
     """
 
     rate: float
