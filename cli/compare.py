@@ -77,5 +77,10 @@ def _relations(pair: Pair, by: str) -> tuple[Relation, ...]:
 
 def _row(pair: Pair, relation: Relation, by: str) -> tuple[object, ...]:
     where = () if by == "all" else (relation.where,)
-    figures = (f"{relation.cosine:+.3f}", f"{relation.agreement:.3f}", f"{relation.conflict:.3f}", f"{relation.overlap:.0%}")
+    figures = (
+        f"{round(relation.cosine, 3) + 0.0:+.3f}",
+        f"{relation.agreement:.3f}",
+        f"{relation.conflict:.3f}",
+        f"{relation.overlap:.0%}",
+    )
     return (f"{pair.one} · {pair.other}", *where, *figures, relation.weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -43,9 +45,10 @@ def _text(report: DemoReport) -> str:
     built = f"{duration(report.build_seconds)}" + (
         f" ({report.weights_reused} weights were there already)" if report.weights_reused else ""
     )
+    program = "svdbank" if shutil.which("svdbank") else quote(sys.argv[0])  # make demo's lies in .venv/bin
     return "\n".join(
         (
-            f"bank           {report.weights} weights decomposed once, {size(report.bank_bytes)}, in {built}",
+            f"bank           {report.weights} weights decomposed once, {size(report.bank_bytes)} of vectors, in {built}",
             f"attach, r 16   {duration(report.attach_seconds)} from the bank, {duration(report.peft_seconds)} by PEFT's own init: "
             f"{report.speedup:.0f} times faster",
             f"load adapter   {duration(report.svd_free_load_seconds)}, without an SVD",
@@ -58,7 +61,7 @@ def _text(report: DemoReport) -> str:
             f"bank     {report.bank}",
             f"adapter  {report.trained_adapter}",
             "",
-            f"next:    svdbank ls, svdbank info {quote(report.bank)}; and open in a browser:",
+            f"next:    {program} ls, {program} info {quote(report.bank)}; and open in a browser:",
             report.report,
         )
     )

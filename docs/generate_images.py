@@ -3,7 +3,7 @@
     python docs/generate_images.py REPORT.html
 
 REPORT.html is what ``svdbank report`` wrote of a bank and of adapters of it that ``svdbank train`` made, so that every section
-is there. The ones committed are of SmolLM2-135M with a bank of rank 128, two adapters of 24 steps each, one on top of the other,
+is there. The ones committed are of SmolLM2-135M with a bank of rank 128, two adapters of 20 steps each, one on top of the other,
 and a plain LoRA.
 """
 

@@ -81,4 +81,4 @@ def verdict(one: str, other: str, whole: Relation, layers: Sequence[Relation], w
     how = "and agree there" if agree else "without pulling together or against each other"
     cancels = whole.conflict >= NEGLIGIBLE
     lost = f"coefficients of opposite sign cancel {whole.conflict:.0%}" if cancels else "nothing cancels"
-    return f"{names} share directions ({whole.overlap:.0%} of their size) {how} (cosine {whole.cosine:+.2f}); {lost}"
+    return f"{names} share directions ({whole.overlap:.0%} of their size) {how} (cosine {round(whole.cosine, 2) + 0.0:+.2f}); {lost}"

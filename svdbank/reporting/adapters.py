@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 from svdbank.bank.reading import Bank
 from svdbank.composition.angles import relate
@@ -77,6 +78,7 @@ def _overview(measured: Sequence[MeasuredAdapter], bank: Bank | None, notes: Seq
     said = [*notes, *dict.fromkeys(note for found in measured for note in found.notes)]
     if bank is None:
         said.append("No bank of their base is at hand (--bank): drift is not related to the base's weights.")
-    return Section(
-        "Overview", [f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in said], tables=[("Adapters", Table(header, rows))]
-    )
+    names = tuple(name for found in measured for name in (found.name, Path(found.read.place).name))  # not to be capitalised
+    starts = (note[:1] if note.startswith(names) else note[:1].upper() for note in said)
+    sentences = [f"{start}{note[1:].rstrip('.')}." for start, note in zip(starts, said, strict=True)]
+    return Section("Overview", sentences, tables=[("Adapters", Table(header, rows))])

@@ -108,7 +108,9 @@ def line_chart(
             _whole(axes.xaxis)
         for at, word in marks:
             axes.axvline(at, color=colour("muted"), linewidth=1, linestyle=":")
-            axes.annotate(word, (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points")
+            axes.annotate(
+                word, (at, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points", ha="center"
+            )
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         named = [line for line in lines if line.tint is None]
@@ -158,7 +160,10 @@ def heat_map(
         bar = figure.colorbar(shown, label=scale.label, orientation="horizontal", aspect=40, pad=0.04, spacing="proportional")
         bar.set_ticks([bounds[0], bounds[3], bounds[6], bounds[9]])
         bar.ax.set_xticklabels(
-            [_power(b) if scale.exponents else f"{b:.2g}" for b in (bounds[0], bounds[3], bounds[6], bounds[9])]
+            [
+                _power(b) if scale.exponents else f"{b:.2g}".replace("-", "−")
+                for b in (bounds[0], bounds[3], bounds[6], bounds[9])
+            ]
         )
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
