@@ -57,7 +57,8 @@ What all commands share:
 
 ## Shell completion
 
-TAB completes commands, options and their choices, models and banks of the cache, and folders of banks and adapters, once the shell has read what svdbank prints for it:
+TAB completes commands, options and their choices, models and banks of the cache, and folders of banks and adapters, once the shell has read
+what svdbank prints for it:
 
 - bash 4.4 or newer, in `~/.bashrc`: `eval "$(_SVDBANK_COMPLETE=bash_source svdbank)"`
 - zsh, in `~/.zshrc` after `compinit`: `eval "$(_SVDBANK_COMPLETE=zsh_source svdbank)"`
