@@ -78,12 +78,7 @@ def _relations(pair: Pair, by: str) -> tuple[Relation, ...]:
 def _row(pair: Pair, relation: Relation, by: str) -> tuple[object, ...]:
     where = () if by == "all" else (relation.where,)
     figures = (
-    figures = (
         f"{round(relation.cosine, 3) + 0.0:+.3f}",
-        f"{relation.agreement:.3f}",
-        f"{relation.conflict:.3f}",
-        f"{relation.overlap:.0%}",
-    )
         f"{relation.agreement:.3f}",
         f"{relation.conflict:.3f}",
         f"{relation.overlap:.0%}",
