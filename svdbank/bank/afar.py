@@ -186,7 +186,7 @@ class Afar:
             raise OfflineError(
                 f"{self.place}: {len(parts)} parts of {names} files are not on this disk, first of {parts[0][0].name}, "
                 f"and HF_HUB_OFFLINE forbids fetching them{damaged}",
-                hint=f"once, with a connection: HF_HUB_OFFLINE=0 svdbank pull {quote(self.place)} --rank RANK",
+                hint=f"once, with a connection: HF_HUB_OFFLINE=0 svdbank pull {quote(self.place)}",
             ) from cause
 
     def _keeping(self) -> contextlib.AbstractContextManager[None]:

@@ -147,7 +147,7 @@ class HubSource:
         revision = self._named.revision if self._repository is None else self._repository.commit
         self.traffic.add(requests=1)
         listed = self._patiently(
-            lambda: list(HfApi().list_repo_tree(self._named.repository, recursive=True, revision=revision)), "its files"
+            lambda: list(HfApi().list_repo_tree(self._named.repository, recursive=True, revision=revision)), "the list of its files"
         )
         return {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
 
@@ -258,7 +258,7 @@ class StoreSource:
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         if self._named.has_listing:
-            with stores.explained(self.place, "its files"):
+            with stores.explained(self.place, "the list of its files"):
                 listed = [entry for batch in self._opened().list() for entry in batch]
             self.traffic.add(requests=-(-len(listed) // 1000) or 1)
             return {str(entry["path"]): int(entry["size"]) for entry in listed}
