@@ -27,7 +27,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         place = tmp_path / "home" / "banks" / f"model-{name}" / "r18-both-float32"
         shutil.copytree(ROOT / "tests" / "data" / "format-1", place)
         if name == "begun":
-            (place / "manifest.json").unlink()
+            for path in (place / "manifest.json", *place.glob("index-*.json")):
+                path.unlink()
         then = time.time() - days * DAY
         for path in (*place.rglob("*"), place):
             os.utime(path, (then, then))
