@@ -36,4 +36,6 @@ def _text(report: PruneReport) -> str:
     verb = "would delete" if report.dry_run else "deleted"
     lines = [f"{verb}  {bank.path}  {size(bank.size)}" for bank in report.removed]
     lines += [f"in use, kept  {path}" for path in report.busy]
-    return "\n".join([*lines, f"{verb} {len(report.removed)} banks, {size(report.freed)}; kept {report.kept + len(report.busy)}"])
+    return "\n".join(
+        [*lines, f"{verb} {len(report.removed)} banks, {size(report.freed)}; kept {report.kept + len(report.busy)}"]
+    )

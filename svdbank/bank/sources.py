@@ -147,7 +147,8 @@ class HubSource:
         revision = self._named.revision if self._repository is None else self._repository.commit
         self.traffic.add(requests=1)
         listed = self._patiently(
-            lambda: list(HfApi().list_repo_tree(self._named.repository, recursive=True, revision=revision)), "the list of its files"
+            lambda: list(HfApi().list_repo_tree(self._named.repository, recursive=True, revision=revision)),
+            "the list of its files",
         )
         return {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
 
