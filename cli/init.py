@@ -133,7 +133,8 @@ def init_command(
         )
     output.notes(written.notes)
     if written.band is not None and (options["band"] == "auto" or options["beside"]):
-        output.say(f"band {written.band[0]}:{written.band[1]}, free beside {len(options['beside'])} adapters")
+        count = len(options["beside"])
+        output.say(f"band {written.band[0]}:{written.band[1]}, free beside {count} adapter{'' if count == 1 else 's'}")
     output.data(written, _table if params is not None else str)
 
 

@@ -16,7 +16,8 @@ import pytest
 
 import svdbank
 from svdbank.training.report import TrainReport
-from svdbank_cli.main import run
+from svdbank_cli.eval import _error
+from svdbank_cli.main import _noted, run
 from svdbank_cli.output import printable
 
 
@@ -65,6 +66,23 @@ def test_plan_shows_families_skips_with_reasons_and_costs(minilm: Path, capsys: 
     shown = capsys.readouterr().out
     for part in ("1536x384", "37 of", "43.1 MB to read", "free", "memory", "time", "an embedding", "a vector"):
         assert part in shown
+
+
+def test_init_says_which_band_it_found_free(bank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    law, med = str(tmp_path / "law"), str(tmp_path / "med")
+    assert run(["init", str(bank), "-r", "4", "-o", law]) == 0 and "band" not in capsys.readouterr().err
+    assert run(["init", str(bank), "-r", "4", "--beside", law, "-o", med]) == 0
+    shown = capsys.readouterr()
+    assert "band 4:8, free beside 1 adapter" in shown.err and shown.out == f"{med}\n"
+
+
+def test_a_warning_of_ours_is_a_note_and_of_others_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    from svdbank.peft import UnverifiedBaseWarning
+
+    _noted("names alone", UnverifiedBaseWarning, "injection.py", 78)
+    _noted("old", FutureWarning, "theirs.py", 3)
+    ours, theirs = capsys.readouterr().err.split("\n", 1)
+    assert ours == "Note: names alone" and theirs.startswith("theirs.py:3: FutureWarning: old")
 
 
 def test_init_writes_an_adapter_and_refuses_to_overwrite_it(
@@ -217,6 +235,10 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(minilm: Path, tmp_path: Pat
     os.close(parent)
     assert process.returncode == 0
     assert b"100%" in shown and b"6/6" in shown
+
+
+def test_one_document_alone_has_no_error_to_show() -> None:
+    assert (_error(float("nan")), _error(0.1)) == ("", " ± 0.1000")
 
 
 @pytest.mark.parametrize(("error", "shown"), [(0.25, "10.90 ± 0.25 s"), (float("nan"), "10.90 s")])
