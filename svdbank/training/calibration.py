@@ -25,7 +25,6 @@ from torch import Tensor
 
 from svdbank.core.specs import Progress
 from svdbank.lm.blocks import first
-from svdbank.training.best import FORWARDS, SHARE
 from svdbank.training.generators import generators_kept
 from svdbank.training.limits import BEGIN, RISE, find_limit, middle
 from svdbank.training.report import Calibration
@@ -38,14 +37,12 @@ STEPS = 2
 #: twenty for one model, agree (docs/training.md).
 SHARES = {"mica": 0.35, "milora": 0.28, "pissa": 0.55, "lora": 0.25}
 
-#: Tokens set aside at least, and of a step's blocks at least where the run is too short for all of them.
-TOKENS, FEWEST = 512, 256
+#: Tokens set aside, and of a step's blocks at most. A step of more tokens has a direction that does harm sooner, and a run of such steps
+#: takes larger rates and not smaller ones.
+TOKENS, A_STEP = 512, 256
 
-#: Tokens at the head of a block set aside that are looked at: several blocks, and not one long one.
+#: Tokens at the head of a block that are looked at: several blocks, and not one long one.
 HEAD = 128
-
-#: Forward passes over the blocks set aside that the search makes as a rule.
-PASSES = 5
 
 #: The rate at most over the entries of LoRA's random A (root mean square): Adam moves each by about the rate in a step.
 LARGEST = 0.25
@@ -123,16 +120,10 @@ def choose(
     return float(f"{rate:.3g}"), why
 
 
-def blocks_of(steps: int, a_step: int, length: int, processes: int = 1) -> tuple[int, int]:
-    """Blocks set aside, over all processes, and a process's blocks of each step for the direction.
-
-    Those of a step are as many as the run has, ``a_step``, or fewer in a short run, so that all takes a tenth of the time of its
-    ``steps`` where :data:`FEWEST` tokens are enough for that.
-    """
+def blocks_of(a_step: int, length: int, processes: int = 1) -> tuple[int, int]:
+    """Heads of blocks set aside, over all processes, and a process's of each step for the direction: ``a_step`` as in the run, or fewer."""
     head = min(length, HEAD)
-    aside = processes * -(-TOKENS // (head * processes))
-    passes = SHARE * steps * a_step * FORWARDS - PASSES * aside * head / (length * processes)
-    return aside, min(a_step, max(1, -(-FEWEST // length), int(passes / (STEPS * FORWARDS))))
+    return processes * -(-TOKENS // (head * processes)), min(a_step, -(-A_STEP // (head * processes)))
 
 
 def _blocks(training: Any, run: Run) -> tuple[list[Any], list[list[Any]]]:
@@ -141,18 +132,17 @@ def _blocks(training: Any, run: Run) -> tuple[list[Any], list[list[Any]]]:
     With too few blocks for all, steps share theirs.
     """
     processes, own = run.processes.num_processes, run.processes.process_index
-    steps = run.steps(len(training) if hasattr(training, "select") else 0)
     if hasattr(training, "select"):
         training = training.shuffle(seed=run.options.seed + 1)
-    aside, a_step = blocks_of(steps, run.options.batch_size * run.options.accumulation, run.length, processes)
+    aside, a_step = blocks_of(run.options.batch_size * run.options.accumulation, run.length, processes)
     wanted = aside + STEPS * a_step * processes
-    rows = list(first(training, wanted))
+    rows = [_head(row) for row in first(training, wanted)]
     if len(rows) < wanted:
         aside = max(1, min(aside, len(rows) // 2))
     rest = rows[aside:] or rows
     groups = [[rest[((step * processes + own) * a_step + i) % len(rest)] for i in range(a_step)] for step in range(STEPS)]
     # Each process has as many: those of all are put together.
-    return [_head(rows[(own + i * processes) % aside]) for i in range(-(-aside // processes))], groups
+    return [rows[(own + i * processes) % aside] for i in range(-(-aside // processes))], groups
 
 
 def _head(block: dict[str, Any]) -> dict[str, Any]:

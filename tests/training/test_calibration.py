@@ -13,7 +13,7 @@ import svdbank
 from svdbank.bank.reading import Bank
 from svdbank.core.specs import Progress
 from svdbank.training.best import FORWARDS, SHARE
-from svdbank.training.calibration import FEWEST, HEAD, LARGEST, PASSES, STEPS, TOKENS, blocks_of, choose
+from svdbank.training.calibration import A_STEP, HEAD, LARGEST, STEPS, TOKENS, blocks_of, choose
 from svdbank.training.limits import MOST, NO_NUMBER, RISE, TRIES, WITHIN, find_limit, middle
 from svdbank.training.options import read_config
 from tests.lm.models import rewritten
@@ -97,18 +97,23 @@ def test_lora_s_rate_does_not_write_over_its_random_a() -> None:
     assert rate == pytest.approx(LARGEST * 0.02) and "A" in why and "write over" in why
 
 
-@pytest.mark.parametrize("steps", [5, 40, 1000])
 @pytest.mark.parametrize("a_step", [1, 4, 64])
 @pytest.mark.parametrize("length", [32, 128, 1024])
-def test_a_calibration_costs_a_tenth_of_the_run_or_what_so_few_tokens_cost(steps: int, a_step: int, length: int) -> None:
-    aside, own = blocks_of(steps, a_step, length)
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_a_calibration_costs_the_same_whatever_the_run_and_each_process_its_share(
+    a_step: int, length: int, processes: int
+) -> None:
+    aside, own = blocks_of(a_step, length, processes)
     head = min(length, HEAD)
-    assert aside * head >= TOKENS > (aside - 1) * head and 1 <= own <= a_step
-    seen = PASSES * aside * head / length
-    passes = STEPS * own * FORWARDS + seen
-    fewest = min(a_step, -(-FEWEST // length))
-    assert passes <= max(SHARE * steps * a_step * FORWARDS, STEPS * fewest * FORWARDS + seen)
-    assert own == a_step or passes + STEPS * FORWARDS > SHARE * steps * a_step * FORWARDS  # no fewer than that asks for
+    assert aside * head >= TOKENS > (aside - processes) * head and aside % processes == 0
+    assert 1 <= own <= a_step and (own - 1) * head * processes < A_STEP
+    assert own == a_step or own * head * processes >= A_STEP
+
+
+def test_a_tenth_of_five_default_steps_pays_for_it() -> None:
+    """As forward passes count it: some five over what is set aside, and two steps, of which each is two."""
+    aside, own = blocks_of(4, 1024)
+    assert 5 * aside * HEAD + STEPS * own * HEAD * FORWARDS <= SHARE * 5 * 4 * 1024 * FORWARDS
 
 
 @pytest.mark.usefixtures("device")
