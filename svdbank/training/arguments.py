@@ -20,9 +20,13 @@ def training_arguments(options: TrainOptions, folder: Path) -> Any:
     except ImportError as cause:
         raise missing_extra("accelerate", "peft") from cause
 
-    if options.schedule not in [kind.value for kind in transformers.SchedulerType]:
+    known = options.schedule in [kind.value for kind in transformers.SchedulerType]
+    if not known or not _stands_alone(transformers, options.schedule):
         raise OptionError(
-            f"there is no schedule {options.schedule!r}", hint="--schedule cosine, linear or constant_with_warmup"
+            f"the schedule {options.schedule!r} needs settings of its own, which train does not have"
+            if known
+            else f"there is no schedule {options.schedule!r}",
+            hint="--schedule cosine, linear or constant_with_warmup",
         )
     mixed = options.dtype if options.dtype != "float32" else None
     # Renamed in Transformers 5.
@@ -61,3 +65,17 @@ def training_arguments(options: TrainOptions, folder: Path) -> Any:
         ddp_find_unused_parameters=False,
         **{recompute: options.gradient_checkpointing},
     )
+
+
+def _stands_alone(transformers: Any, schedule: str) -> bool:
+    """Whether a schedule is made of the rate, the steps and the warm-up alone."""
+    import torch
+
+    if schedule == "reduce_lr_on_plateau":  # it goes by evaluations that the Trainer would make
+        return False
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        transformers.get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=10)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -28,6 +28,11 @@ class TrainingData:
     measured: dict[str, list[Window]]
     digest: str
 
+    @property
+    def blocks(self) -> int:
+        """Blocks to train on; 0 of a stream."""
+        return len(self.training) if hasattr(self.training, "select") else 0
+
 
 def read_data(run: Run) -> TrainingData:
     """Blocks for training and measuring. Raises :class:`OptionError` where there is too little."""

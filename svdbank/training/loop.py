@@ -42,6 +42,8 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
     with run.watch.spending("loading"):
         base = load_model(run.model, dtype=options.dtype, load_in=options.load_in)
     base.config.use_cache = False
+    if run.steps(data.blocks) == 1:
+        run.arguments.warmup_steps = 0  # whose first step has a rate of 0
     if options.packing:
         check_packing(base, options.model)
     with run.watch.spending("attaching"):
@@ -70,7 +72,7 @@ def train_adapter(run: Run, data: TrainingData) -> TrainReport:
     whole = _checkpoint(run)
     resumed_from = None if whole is None else checkpoints.step_of(whole)
     held = _held(run, data, before, resumed_from)
-    trainer.add_callback(watcher(run, trainer, held, noticing, _every(run, trainer, held)))
+    trainer.add_callback(watcher(run, trainer, held, noticing, _every(run, trainer, data, held)))
     # Measuring draws from the generators, and a run that goes on does not measure again.
     transformers.set_seed(options.seed)
     begun = time.perf_counter()
@@ -149,13 +151,12 @@ def _held(run: Run, data: TrainingData, before: dict[str, list[float]], resumed_
     return held
 
 
-def _every(run: Run, trainer: Any, held: Held | None) -> int:
+def _every(run: Run, trainer: Any, data: TrainingData, held: Held | None) -> int:
     """Steps from one measurement to the next; 0 for none."""
     if held is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return 0
-    steps = run.steps(len(trainer.train_dataset) if hasattr(trainer.train_dataset, "select") else 0)
     blocks = -(-sum(len(window.tokens) for window in held.windows) // run.length)
-    return measured_every(steps, run.a_step, blocks, patience=run.options.patience)
+    return measured_every(run.steps(data.blocks), run.a_step, blocks, patience=run.options.patience)
 
 
 def _report(
@@ -181,10 +182,10 @@ def _report(
         rank=options.rank,
         bank=None if run.bank is None else run.bank.place,
         trainable_parameters=trainable_parameters(trainer.model),
-        blocks=len(data.training) if hasattr(data.training, "select") else 0,
+        blocks=data.blocks,
         length=run.length,
         steps=steps,
-        tokens=steps * run.a_step * run.length,
+        tokens=run.blocks_seen(steps, data.blocks) * run.length,
         processes=run.processes.num_processes,
         dtype=options.dtype,
         seconds=seconds,

@@ -236,6 +236,8 @@ def _check(options: TrainOptions) -> None:
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= 0):
             raise OptionError(f"{name} is 0 or more, not {value}")
+    if not 0 <= options.seed < 2**32:
+        raise OptionError(f"seed is at least 0 and below 2**32, not {options.seed}")
     if options.streaming and options.steps is None:
         raise OptionError("streamed data has no known length, so the number of steps has to be said", hint="--steps N")
     if options.patience is not None and options.held_out == 0:

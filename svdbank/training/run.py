@@ -71,6 +71,13 @@ class Run:
         batches = math.ceil(blocks / (options.batch_size * int(self.processes.num_processes)))
         return max(1, math.ceil(options.epochs * max(1, math.ceil(batches / options.accumulation))))
 
+    def blocks_seen(self, steps: int, blocks: int) -> int:
+        """Blocks that so many steps on so many blocks trained on: the last step of a pass may have fewer. 0 blocks: a stream."""
+        if blocks == 0:
+            return steps * self.a_step
+        passes, rest = divmod(steps, max(1, math.ceil(blocks / self.a_step)))
+        return passes * blocks + min(rest * self.a_step, blocks)
+
     @property
     def is_main(self) -> bool:
         return bool(self.processes.is_main_process)

@@ -292,6 +292,16 @@ def test_streamed_text_trains(small: Path, small_bank: Bank, legal: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("device")
+def test_a_run_of_one_step_makes_one_and_counts_the_tokens_that_it_saw(
+    small: Path, small_bank: Bank, legal: Path, tmp_path: Path
+) -> None:
+    """Its warm-up would have been that step, at a rate of 0; and a step asked to be larger than the text sees all of it once."""
+    report = train(small, tmp_path / "adapter", legal, steps=None, epochs=1e-9, accumulation=1000, keep="last", held_out=0.9)
+    assert report.steps == 1 and 0 < report.blocks < 2000 and report.tokens == report.blocks * 32
+    assert report.held_out is not None and report.held_out.change != 0
+
+
+@pytest.mark.usefixtures("device")
 def test_an_epoch_is_every_block_once(small: Path, small_bank: Bank, legal: Path, tmp_path: Path) -> None:
     report = train(small, tmp_path / "adapter", legal, steps=None, epochs=0.5, held_out=0, batch_size=8)
     assert report.held_out is None
@@ -320,6 +330,10 @@ def refuse_loading(progress: Progress) -> None:
         ({"data": "nowhere.txt"}, "nowhere.txt: no such file", None),
         ({"field": "body"}, "no column 'body'", "--field"),
         ({"schedule": "sinus"}, "no schedule 'sinus'", "cosine"),
+        ({"schedule": "reduce_lr_on_plateau"}, "needs settings of its own", "cosine"),
+        ({"schedule": "cosine_with_min_lr"}, "needs settings of its own", "cosine"),
+        ({"seed": -1}, "seed is at least 0", None),
+        ({"seed": 2**32}, "seed is at least 0", None),
         ({"steps": 0}, "steps is 1 or more", None),
         ({"dropout": 1.0}, "dropout is at least 0 and below 1", None),
         ({"rank": "four"}, "rank", None),
