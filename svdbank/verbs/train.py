@@ -57,9 +57,10 @@ def train(
     this and the main one writes.
 
     Before any weight is loaded, raises :class:`OptionError` for options that cannot be meant, an output in use, too little text, blocks
-    longer than the model takes, a rank too large; :class:`CheckpointError` for what cannot be read; :class:`BankNotFoundError`. Later,
-    ``OutOfMemoryError`` with what to lower, ``TrainingError`` where the loss is no number any more and no better state was kept. A run that
-    made the text held out no better writes no adapter unless ``keep`` is ``last``, and its report says ``worse``.
+    longer than the model takes, a rank too large; :class:`CheckpointError` for what cannot be read; :class:`BankNotFoundError`;
+    ``LockedError`` where a run into this output is under way. Later, ``OutOfMemoryError`` with what to lower, ``TrainingError`` where the
+    loss is no number any more and no better state was kept. A run that made the text held out no better writes no adapter unless ``keep``
+    is ``last``, and its report says ``worse``.
     """
     given = {**options, **({} if model is None else {"model": model})}
     chosen = resolve(read_config(config) if isinstance(config, str | Path) else (config or {}), given)
@@ -71,6 +72,7 @@ def train(
         run.watch = watch
     with watch.spending("imports"):
         # torch and PEFT, which nothing above needs to refuse what cannot be meant.
+        from svdbank.adapter.folder import check_output
         from svdbank.training.ending import TrainingError
         from svdbank.training.loop import train_adapter
         from svdbank.training.rehearsal import rehearse
@@ -84,8 +86,10 @@ def train(
                 rehearse(run.options, run.model, run.bank)
             held = checkpoints.begun(run.folder, run.record(data.digest), force=force)
         with held:
-            run.processes.wait_for_everyone()
             try:
+                if run.is_main:
+                    check_output(run.output, force=force)  # again: a run that was waited for may have written it meanwhile
+                run.processes.wait_for_everyone()
                 return train_adapter(run, data)
             except Exception as error:
                 # A run that made no checkpoint, or came to nothing, leaves nothing to go on from.

@@ -201,3 +201,20 @@ def test_of_two_runs_into_one_output_one_goes_on(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no folder of checkpoints"), checkpoints.begun(folder, record, force=True):
         pass
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_an_adapter_that_appeared_meanwhile_is_said_before_training(
+    small: Path, small_bank: Bank, legal: Path, tmp_path: Path
+) -> None:
+    """A second run may look at its output before the first one has written it, and have its turn after."""
+    output = tmp_path / "adapter"
+
+    def appear(progress: svdbank.Progress) -> None:
+        assert progress.stage != "loading the model"
+        if progress.stage == "reading the text" and progress.done == 1:
+            output.mkdir()
+            (output / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(OptionError, match="not empty"):
+        svdbank.train(small, output=output, progress=appear, **options(legal))
+    assert not checkpoints.folder_of(output).exists()
