@@ -91,6 +91,24 @@ def begun(folder: Path, record: RunRecord, *, force: bool = False) -> Iterator[N
         yield
 
 
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """What torch and safetensors raise where a file beside or in ``folder`` cannot be written, as an error that says so."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as cause:
+        # torch's writer says no more than how far it came.
+        if not any(sign in str(cause) for sign in ("inline_container", "PytorchStreamWriter", "os error")):
+            raise
+        free = disk.free_bytes(folder)
+        raise CheckpointError(
+            f"{folder.parent}: a file could not be written ({free:,} bytes are free there)",
+            hint="free some space, or choose another disk with -o; the same command goes on from the last whole checkpoint",
+        ) from cause
+
+
 def _begin(folder: Path, record: RunRecord, force: bool) -> None:
     path = folder / RECORD
     if path.is_file():

@@ -90,7 +90,8 @@ def train(
                 if run.is_main:
                     check_output(run.output, force=force)  # again: a run that was waited for may have written it meanwhile
                 run.processes.wait_for_everyone()
-                return train_adapter(run, data)
+                with checkpoints.disk_errors(run.folder):
+                    return train_adapter(run, data)
             except Exception as error:
                 # A run that made no checkpoint, or came to nothing, leaves nothing to go on from.
                 if run.is_main and (isinstance(error, TrainingError) or checkpoints.last_whole(run.folder) is None):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import svdbank
 from svdbank.bank.reading import Bank
-from svdbank.core.errors import LockedError, OptionError
+from svdbank.core.errors import CheckpointError, LockedError, OptionError
 from svdbank.training import checkpoints
 
 #: More than one pass over the blocks, so that kills and checkpoints fall before, on and after the end of a pass.
@@ -218,3 +218,13 @@ def test_an_adapter_that_appeared_meanwhile_is_said_before_training(
     with pytest.raises(OptionError, match="not empty"):
         svdbank.train(small, output=output, progress=appear, **options(legal))
     assert not checkpoints.folder_of(output).exists()
+
+
+def test_a_full_disk_is_said_to_be_that(tmp_path: Path) -> None:
+    """/dev/full is a disk without space: torch's writer says no more than how far it came."""
+    full = Path("/dev/full")
+    tensors = {"a": torch.zeros(100_000)}
+    with pytest.raises(CheckpointError, match="could not be written"), checkpoints.disk_errors(tmp_path):
+        torch.save(tensors, full)
+    with pytest.raises(RuntimeError, match="another"), checkpoints.disk_errors(tmp_path):
+        raise RuntimeError("another")
