@@ -170,6 +170,8 @@ def test_attaching_says_it_too(llama: Path, hub: LocalHub) -> None:
     assert not hub.requests
 
 
+#: After other tests of this folder Transformers' listing of a tokenizer's files is tried for 95 s; alone this takes 6 s.
+@pytest.mark.soak
 def test_training_says_it_too(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w1 w2 w3 " * 400)
     options = {"data": tmp_path / "text.txt", "output": tmp_path / "law", "steps": 1, "rank": 2, "length": 16, "keep": "last"}
