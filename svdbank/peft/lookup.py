@@ -114,8 +114,9 @@ def check_ranks(targets: Sequence[Target]) -> None:
     small = [target for target in targets if target.rank > min(target.out_features, target.in_features)]
     if not small:
         return
-    first, ways = small[0], []
-    if modules := {target.module for target in small if not target.parameter}:
+    first = small[0]
+    ways = [f"rank {min(min(target.out_features, target.in_features) for target in small)} suits all"]
+    if len(small) < len(targets) and (modules := {target.module for target in small if not target.parameter}):
         ways.append(f"exclude_modules={_shortest(modules, targets)} leaves them out")
     if parameters := [target for target in small if target.parameter]:
         most = {target.parameter: min(target.out_features, target.in_features) for target in parameters}
