@@ -50,8 +50,9 @@ def read_manifest(files: Files) -> Manifest:
         data = read_small(files, MANIFEST)
     except FileNotFoundError:
         if isinstance(files, Folder) and lost_manifest(files.root):
+            path = f"{files.place}/{MANIFEST}"
             raise DamageError(
-                f"{files.place}/{MANIFEST}: lost; the bank was published",
+                f"{path}: lost; the bank was published",
                 hint=f"svdbank repair {quote(files.place)} --source MODEL",
             ) from None
         if _is_begun(files):
@@ -80,8 +81,9 @@ def parse_manifest(data: bytes, place: str, *, hint: str | None = None) -> Manif
     return manifest
 
 
-def read_index(files: Files, manifest: Manifest) -> Index:
-    """The index that the manifest names; DamageError when it is not the bytes that were published, or does not fit itself."""
+def read_index(files: Files, manifest: Manifest, *, may_be_empty: bool = False) -> Index:
+    """The index that the manifest names; DamageError when it is not the bytes that were published, does not fit itself, or is of no
+    weight, which only what a repair is made of may be."""
     name = manifest.index
     record = manifest.files.get(name)
     if record is None or not _is_plain(name):
@@ -91,6 +93,8 @@ def read_index(files: Files, manifest: Manifest) -> Index:
     except DamageError as damage:
         raise DamageError(str(damage), hint=f"svdbank verify {quote(files.place)}") from None
     index = from_json(data, Index, where=f"{files.place}/{name}", error=DamageError)
+    if not (index.families or may_be_empty):
+        raise DamageError(f"{files.place}: the index holds no weight")
     _check_consistent(files.place, manifest, index)
     return index
 
@@ -212,8 +216,6 @@ def _check_consistent(place: str, manifest: Manifest, index: Index) -> None:
     for plan in manifest.plans:
         if not _is_plain(plan) or plan not in manifest.files:
             raise DamageError(f"{place}/{MANIFEST}: the plan {plan[:200]!r} is not among its files")
-    if not index.families:
-        raise DamageError(f"{place}: the index holds no weight")
     seen: set[str] = set()
     named = [*(weight.name for family in index.families for weight in family.weights), *(alias.name for alias in index.aliases)]
     if not all(0 < len(name) <= _LONGEST_WEIGHT for name in named):

@@ -375,12 +375,12 @@ def _exchanged(alias: Alias, of: StoredBasis) -> StoredBasis:
     return replace(of, family=family, record=record, exchanged=True)
 
 
-def open_bank(path: str | Path) -> Bank:
+def open_bank(path: str | Path, *, may_be_empty: bool = False) -> Bank:
     """Open a published bank folder.
 
     Raises BankNotFoundError where there is none (or one whose build has not finished), DamageError when its manifest or index are
-    not the bytes that were published, BankError for a format this version does not know.
+    not the bytes that were published, or of no weight unless it ``may_be_empty``, BankError for a format this version does not know.
     """
     files = Folder(Path(path))
     manifest = read_manifest(files)
-    return Bank(files, manifest, read_index(files, manifest))
+    return Bank(files, manifest, read_index(files, manifest, may_be_empty=may_be_empty))

@@ -165,7 +165,7 @@ def carry_out(
         assert complete is not None
         made.append(complete)
     writer.publish(earlier=None, earlier_index=None)
-    changed = _put_in_place(bank, task, open_bank(workshop), made)
+    changed = _put_in_place(bank, task, open_bank(workshop, may_be_empty=True), made)
     for name in task.strays:
         if (bank.path / name).is_dir() and not (bank.path / name).is_symlink():
             continue

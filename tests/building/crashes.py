@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -27,8 +28,13 @@ class FaultyDisk:
         # inode of a folder, which a rename keeps → its entries as of its last fsync: name → (inode, is a folder)
         self._entries: dict[int, dict[str, tuple[int, bool]]] = {}
         self._created: Path | None = None
+        self._one_at_a_time = threading.Lock()
 
     def __call__(self, operation: str, path: Path) -> None:
+        with self._one_at_a_time:
+            self._observe(operation, path)
+
+    def _observe(self, operation: str, path: Path) -> None:
         if self.crashed:
             raise Crash
         self._settle()
