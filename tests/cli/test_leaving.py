@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 _PROGRAM = """
 import atexit, sys
 from svdbank_cli import main as cli
@@ -34,19 +32,18 @@ def test_output_handlers_and_code_are_kept_and_nothing_is_taken_down() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (3, "output\nhandler\n", "")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
 def test_output_that_cannot_be_written_is_an_error_and_says_so(tmp_path: Path) -> None:
-    with Path("/dev/full").open("w") as full:
+    with Path(os.devnull).open() as unwritable:
         done = subprocess.run(
             [sys.executable, "-m", "svdbank", "ls"],
             env={**os.environ, "SVDBANK_HOME": str(tmp_path)},
-            stdout=full,
+            stdout=unwritable,
             stderr=subprocess.PIPE,
             text=True,
             timeout=120,
         )
     assert done.returncode == 1
-    assert "No space left on device" in done.stderr
+    assert "Bad file descriptor" in done.stderr
 
 
 def test_whoever_reads_no_further_ends_it_as_a_closed_pipe_does(tmp_path: Path) -> None:
